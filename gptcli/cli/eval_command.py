@@ -1,0 +1,72 @@
+"""`gpt eval`: score a model on held-out text."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptcli.cli.invocation import invocation
+from gptcli.cli.terminal import columns, write_error, write_out
+
+
+def evaluate(
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML whose eval: section is used.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A run or checkpoint; else the newest run."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="SOURCE", help="Text to score. [the held-out part]"),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", metavar="N", help="Tokens between windows.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", help="Score at most this many.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the report here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report.")] = False,
+) -> int:
+    """Score a model: loss, perplexity, bits per byte, accuracy.
+
+    Without --data the model's own held-out text is scored. Reports go below the model's run
+    directory; bits per byte compare across tokenizers.
+    """
+    from gptcli.cli.section_flags import with_flags
+    from gptcli.config.load import load_config
+
+    base = load_config(config).config
+    section = with_flags(base.eval, {"model": model, "stride": stride, "max_tokens": max_tokens})
+    settings = base.model_copy(update={"eval": section})
+    from gptcli.evaluate import evaluate as run
+
+    with invocation(context).display.live():
+        result = run(settings, model=section.model, data=data or [], run_dir=run_dir)
+    if as_json:
+        write_out(json.dumps(result.report, indent=2) + "\n")
+    else:
+        write_out(columns(score_rows(result.report["scores"]), right=frozenset({1})))
+    if result.directory is not None:
+        write_error(f"report: {result.directory}")
+    return 0
+
+
+def score_rows(scores: dict[str, Any]) -> list[list[str]]:
+    """The scores of a report as rows of name and value."""
+    rows = []
+    for name, value in scores.items():
+        if isinstance(value, (list, tuple)):
+            shown = " to ".join(f"{v:.4f}" for v in value)
+        elif isinstance(value, float):
+            shown = f"{value:.4f}"
+        else:
+            shown = "-" if value is None else str(value)
+        rows.append([name, shown])
+    return rows

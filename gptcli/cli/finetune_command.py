@@ -1,0 +1,67 @@
+"""`gpt finetune`: train a model further on prompts and responses."""
+
+from typing import Annotated
+
+import typer
+
+from gptcli.cli.invocation import invocation
+from gptcli.cli.run_flags import (
+    AutoResumeOption,
+    ConfigArgument,
+    DataChangeOption,
+    DryRunOption,
+    MaxTimeOption,
+    OverwriteOption,
+    ResumeOption,
+    RunDirOption,
+    RunFlags,
+    SetOption,
+    end_run,
+    load_run_config,
+)
+from gptcli.cli.terminal import write_out
+
+
+def finetune(
+    context: typer.Context,
+    config: ConfigArgument,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A run or checkpoint to start from."),
+    ] = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
+    overwrite: OverwriteOption = False,
+    allow_data_change: DataChangeOption = False,
+    max_time: MaxTimeOption = None,
+    dry_run: DryRunOption = False,
+) -> int:
+    """Train a model further on rows of prompt and response.
+
+    The model is --model, else the config's init. Prints the run directory and its report.
+    """
+    flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
+    loaded = load_run_config("finetune", config, overrides, max_time)
+    if dry_run:
+        from gptcli.pretrain import describe
+
+        write_out(describe(loaded.config).rstrip("\n") + "\n")
+        return 0
+    from gptcli.finetune import finetune as run
+
+    call = invocation(context)
+    with call.display.live():
+        result = run(
+            loaded.config,
+            model=model,
+            run_dir=flags.run_dir,
+            resume=flags.mode,
+            overwrite=flags.overwrite,
+            allow_data_change=flags.allow_data_change,
+            command=call.command,
+        )
+    for task, scores in result.tasks.items():
+        write_out(f"{task}: {scores}\n")
+    return end_run(result)

@@ -1,0 +1,264 @@
+"""`gpt generate`: continue prompts. Texts go to stdout, everything else to stderr."""
+
+import json
+import os
+import select
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptcli import stop
+from gptcli.cli.terminal import write_error, write_out
+from gptcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gptcli.config.schema import GenerateConfig
+    from gptcli.generation.engine import Generated
+
+_MAX_STDIN_BYTES = 10_000_000  # far above any model's window; a stray `yes |` must not fill memory
+_PROMPT_KEYS = ("prompt", "prompt_file", "prompt_tokens")
+
+
+StdinArgument = Annotated[
+    str | None, typer.Argument(metavar="-", help="'-' reads the prompt from stdin.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", metavar="CONFIG", help="A YAML whose generate: section is used."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="A run or checkpoint; else the newest run."),
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")
+]
+PromptFileOption = Annotated[
+    str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one a line.")
+]
+PromptTokensOption = Annotated[
+    str | None, typer.Option("--prompt-tokens", metavar="IDS", help="Token ids, as 0,2,1.")
+]
+NOption = Annotated[int | None, typer.Option("-n", metavar="N", help="Texts a prompt. [1]")]
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest text. [200]")
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", metavar="F", help="0 takes the likeliest token. [0.8]"),
+]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", metavar="N", help="Only the N likeliest tokens.")
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", metavar="F", help="Only the likeliest, up to this sum. [0.95]"),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option("--min-p", metavar="F", help="Only those above F times the likeliest."),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", metavar="F", help="Above 1: repeat less. [1]"),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End before this text (may be repeated)."),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Repeat a generation. [random]")
+]
+JsonOption = Annotated[bool | None, typer.Option("--json", help="One JSON object a line.")]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option("--logprobs", metavar="K", help="With --json: the K likeliest of each token."),
+]
+StreamOption = Annotated[
+    bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. [stream]")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
+]
+NoPromptOption = Annotated[
+    bool | None, typer.Option("--no-prompt", help="Print the continuation only.")
+]
+TruncateOption = Annotated[
+    str | None, typer.Option("--truncate", metavar="left|error", help="A prompt too long. [left]")
+]
+AllowSpecialOption = Annotated[
+    bool | None, typer.Option("--allow-special", help="<|endoftext|> in prompts is a token.")
+]
+RawOption = Annotated[
+    bool | None, typer.Option("--raw", help="Control characters reach the terminal.")
+]
+
+
+def generate(
+    stdin: StdinArgument = None,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    prompt_tokens: PromptTokensOption = None,
+    n: NOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    stop_texts: StopOption = None,
+    seed: SeedOption = None,
+    json_lines: JsonOption = None,
+    logprobs: LogprobsOption = None,
+    stream: StreamOption = None,
+    device: DeviceOption = None,
+    no_prompt: NoPromptOption = None,
+    truncate: TruncateOption = None,
+    allow_special: AllowSpecialOption = None,
+    raw: RawOption = None,
+) -> int:
+    """Continue a prompt.
+
+    Prints the prompt and its continuation; of several texts each is followed by a line '---'.
+    """
+    flags: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "prompt_file": prompt_file,
+        "prompt_tokens": _token_ids(prompt_tokens),
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop_texts,
+        "seed": seed,
+        "json_lines": json_lines,
+        "logprobs": logprobs,
+        "stream": stream,
+        "device": device,
+        "no_prompt": no_prompt,
+        "truncate": truncate,
+        "allow_special": allow_special,
+        "raw": raw,
+    }
+    _run(_settings(config, flags, stdin))
+    stop.raise_if_requested()
+    return 0
+
+
+def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "GenerateConfig":
+    """The YAML's section and the flags as one; a prompt among the flags replaces the YAML's."""
+    if stdin not in (None, "-"):
+        raise ConfigError(
+            f"unexpected argument {stdin!r}", "a prompt is given as: --prompt TEXT, or - for stdin"
+        )
+    given = [key for key in _PROMPT_KEYS if flags[key] is not None] + ["-"] * (stdin == "-")
+    if len(given) > 1:
+        names = " and ".join(k if k == "-" else "--" + k.replace("_", "-") for k in given)
+        raise ConfigError(f"{names} exclude each other; give one prompt")
+    from gptcli.cli.section_flags import with_flags
+    from gptcli.config.load import load_config
+
+    base = load_config(config).config.generate
+    if given:
+        base = base.model_copy(update=dict.fromkeys(_PROMPT_KEYS))
+    settings = with_flags(base, flags)
+    if settings.logprobs and not settings.json_lines:
+        raise ConfigError("--logprobs needs --json, which has room for them")
+    if stdin == "-":
+        settings = settings.model_copy(update={"prompt": _read_stdin()})
+    if all(getattr(settings, key) is None for key in _PROMPT_KEYS):
+        raise ConfigError(
+            "no prompt given",
+            "give one of --prompt TEXT, --prompt-file FILE, --prompt-tokens IDS, - (stdin)",
+        )
+    return settings
+
+
+def _run(settings: "GenerateConfig") -> None:
+    from gptcli.device import resolve_device
+    from gptcli.generate import generate as continue_prompts
+    from gptcli.runs.load import load_model
+
+    model = load_model(settings.model, resolve_device(settings.device).torch)
+    output = _Output(settings)
+    batches = continue_prompts(
+        model, settings, on_text=output.piece if output.live else None, on_prompt=output.prompt
+    )
+    output.finished(batches)
+
+
+class _Output:
+    """Prints texts in order of prompt and sample; sample 0 of each prompt as it grows."""
+
+    def __init__(self, settings: "GenerateConfig") -> None:
+        self.live = settings.stream and not settings.json_lines
+        self._settings = settings
+        self._several = settings.n > 1 or settings.prompt_file is not None
+
+    def prompt(self, text: str) -> None:
+        """A prompt about to be continued."""
+        if self.live and not self._settings.no_prompt:
+            self._write(text)
+
+    def piece(self, sample: int, text: str) -> None:
+        """Some more text of a sample."""
+        if sample == 0:
+            self._write(text)
+
+    def finished(self, batches: "Iterable[list[Generated]]") -> None:
+        """All samples of all prompts, as each prompt is done."""
+        for samples in batches:
+            for sample in samples:
+                if self._settings.json_lines:
+                    self._json(sample)
+                    continue
+                if not (self.live and sample.sample == 0):
+                    self._write(("" if self._settings.no_prompt else sample.prompt) + sample.text)
+                self._write("\n---\n" if self._several else "\n")
+
+    def _json(self, sample: "Generated") -> None:
+        if sample.finish_reason != "interrupted":  # half a text is no result
+            # ASCII only: no terminal or locale can misread it.
+            self._write(json.dumps(sample.to_json()) + "\n")
+
+    def _write(self, text: str) -> None:
+        write_out(text, raw=self._settings.raw)
+
+
+def _token_ids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--prompt-tokens: {text!r} is not a list of ids such as 0,2,1") from None
+
+
+def _read_stdin() -> str:
+    """The prompt on stdin without its last newline. Polls the stop flag while nothing comes."""
+    data = b""
+    while sys.stdin is not None and len(data) <= _MAX_STDIN_BYTES:
+        # A plain read would begin again after every signal and could not be stopped.
+        if not select.select([sys.stdin], [], [], 0.2)[0]:
+            stop.raise_if_requested()
+            continue
+        chunk = os.read(sys.stdin.fileno(), 65536)
+        if not chunk:
+            break
+        data += chunk
+    if not data:
+        raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt generate -")
+    if len(data) > _MAX_STDIN_BYTES:
+        raise ConfigError(f"-: more than {_MAX_STDIN_BYTES:,} bytes on stdin")
+    text = data.decode("utf-8", "replace")
+    if text.encode() != data:
+        write_error("warning: stdin is not valid UTF-8; bad bytes replaced")
+    return text.removesuffix("\n")

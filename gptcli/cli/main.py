@@ -1,0 +1,194 @@
+"""The console entry `gpt`: the commands, the global flags, and the one place that catches errors.
+
+Command modules import their job, and with it torch, only when they run, so that help, usage errors
+and config errors come at once.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from gptcli import __version__, stop
+from gptcli.cli import (
+    config_command,
+    doctor_command,
+    eval_command,
+    finetune_command,
+    generate_command,
+    pretrain_command,
+    runs_command,
+    signals,
+)
+from gptcli.cli.display import Display
+from gptcli.cli.invocation import Invocation, invocation
+from gptcli.cli.terminal import (
+    ClosedPipeError,
+    prepare_streams,
+    settle_stdout,
+    write_error,
+    write_out,
+)
+from gptcli.errors import ConfigError, GptError, ResourceError
+
+EXIT_CODES_HELP = """Exit codes: 0 done; 1 a bug; 2 usage or config; 3 data or tokenizer;
+4 checkpoint or model; 5 non-finite training; 6 memory, disk or device;
+129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM after saving."""
+
+# No space, quota, memory or file handles left: not a bug, wherever it shows.
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+app = typer.Typer(
+    name="gpt",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES_HELP,
+)
+
+
+def _set_debug(context: typer.Context, value: bool) -> bool:
+    invocation(context).debug |= value
+    return value
+
+
+def _set_quiet(context: typer.Context, value: bool) -> bool:
+    invocation(context).display.quiet |= value
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        write_out(f"gptcli {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", callback=_set_debug, expose_value=False, help="Show tracebacks of errors."
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", callback=_set_quiet, expose_value=False, help="Only warnings and errors."
+        ),
+    ] = False,
+) -> None:
+    """Pretrain, finetune, generate with and evaluate GPT language models from YAML configs."""
+    if context.invoked_subcommand is None:
+        write_out(context.get_help() + "\n")
+
+
+app.command("pretrain")(pretrain_command.pretrain)
+app.command("finetune")(finetune_command.finetune)
+app.command("generate")(generate_command.generate)
+app.command("eval")(eval_command.evaluate)
+app.command("doctor")(doctor_command.doctor)
+app.add_typer(runs_command.runs_app, name="runs")
+app.add_typer(config_command.config_app, name="config")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `gpt` with `argv` (default: the process's arguments) and return its exit code."""
+    call = Invocation([], Display())
+    stop.reset()
+    with call.display.attached(), signals.installed():
+        try:
+            prepare_streams()
+            call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
+            code = _command().main(call.arguments, prog_name="gpt", standalone_mode=False, obj=call)
+            write_out("")  # a stdout that fails only now must not fail silently at exit
+            return code if isinstance(code, int) else 0
+        except (Exception, SystemExit) as error:  # the one boundary: everything ends here
+            return _report(error, call.debug or os.environ.get("GPT_DEBUG") == "1")
+        finally:
+            settle_stdout()
+
+
+def _command() -> Any:
+    """The Typer app as a command tree in which every command also takes the global flags."""
+    group = typer.main.get_command(app)
+    shared = [option for option in group.params if option.name in ("debug", "quiet")]
+    pending = list(group.commands.values())  # type: ignore[attr-defined]
+    while pending:
+        command = pending.pop()
+        command.params.extend(shared)
+        pending.extend(getattr(command, "commands", {}).values())
+    return group
+
+
+def _decodable(arguments: list[str]) -> list[str]:
+    """`arguments` as valid Unicode: bytes that are no UTF-8 become U+FFFD, with a warning."""
+    good = [a.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for a in arguments]
+    for before, after in zip(arguments, good, strict=True):
+        if before != after:
+            write_error(f"warning: argument {after!r} is not valid UTF-8; bad bytes replaced")
+    return good
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Say what went wrong on stderr, and return the exit code for it."""
+    if isinstance(error, ClosedPipeError) or isinstance(error.__context__, BrokenPipeError):
+        return 0  # Typer turns a pipe closed while it writes help into SystemExit
+    if isinstance(error, stop.Stopped):
+        number = error.signal or stop.requested()
+        write_error(f"stopped by {number.name}" if number else "stopped")
+        return stop.EXIT_CODES[number] if number else 1
+    if debug:
+        write_error("".join(traceback.format_exception(error)))
+    known = error if isinstance(error, GptError) else _translated(error)
+    if known is None:
+        text = " ".join(str(error).split())
+        write_error(f"error: internal: {type(error).__name__}: {text}")
+        if not debug:
+            write_error("hint: run it again with --debug for the traceback, and report that")
+        return 1
+    for problem in known.problems if isinstance(known, ConfigError) else [known.message]:
+        for line in problem.splitlines() or [""]:
+            write_error(f"error: {line}")
+    for line in (known.hint or "").splitlines():
+        write_error(f"hint: {line}")
+    return known.exit_code
+
+
+def _translated(error: BaseException) -> GptError | None:
+    """Errors of libraries that a user can cause, as ours; None for bugs."""
+    # Usage errors are Click's in older Typers and Typer's own in newer ones.
+    if hasattr(error, "format_message"):
+        message = error.format_message().rstrip(".")
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context else "gpt --help"
+        return ConfigError(message[:1].lower() + message[1:], hint)
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{where}{error.strerror}")
+    if _is_out_of_memory(error):
+        return ResourceError(
+            f"out of memory: {' '.join(str(error).split())[:200]}".removesuffix(": "),
+            "a smaller training.micro_batch_size, model.block_size or model needs less",
+        )
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        # The CPU allocator has no exception class of its own.
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
+    )

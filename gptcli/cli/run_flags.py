@@ -1,0 +1,109 @@
+"""The flags that pretrain and finetune share, and how both end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gptcli import stop
+from gptcli.cli.terminal import write_error, write_out
+from gptcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gptcli.config.load import LoadedConfig
+    from gptcli.pretrain import RunResult
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as 'small'.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one config key, as model.n_layer=6."),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the run here.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue --run-dir, or this config's newest stopped run.")
+]
+AutoResumeOption = Annotated[
+    bool, typer.Option("--auto-resume", help="As --resume, but start afresh if there is nothing.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Move an existing --run-dir aside and start afresh.")
+]
+DataChangeOption = Annotated[
+    bool, typer.Option("--allow-data-change", help="Resume although the data have changed.")
+]
+MaxTimeOption = Annotated[
+    str | None,
+    typer.Option("--max-time", metavar="TIME", help="Stop after this long, as 8h or 30m."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check the config, say what would be done, and stop.")
+]
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where a run is written and what happens to one that is there."""
+
+    run_dir: Path | None
+    resume: bool
+    auto_resume: bool
+    overwrite: bool
+    allow_data_change: bool
+
+    def __post_init__(self) -> None:
+        chosen = [
+            flag
+            for flag, given in (
+                ("--resume", self.resume),
+                ("--auto-resume", self.auto_resume),
+                ("--overwrite", self.overwrite),
+            )
+            if given
+        ]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one of them")
+
+    @property
+    def mode(self) -> Literal["no", "resume", "auto"]:
+        """What the jobs call it."""
+        return "resume" if self.resume else "auto" if self.auto_resume else "no"
+
+
+def load_run_config(
+    command: str, reference: str, overrides: list[str] | None, max_time: str | None
+) -> "LoadedConfig":
+    """The checked config of a training command; `max_time` wins over the file and --set."""
+    if reference.endswith(".txt"):
+        raise ConfigError(
+            f"{reference}: gpt {command} takes a YAML config, not a text",
+            f"for a text file: gpt pretrain small --set data.train={reference}",
+        )
+    from gptcli.config.load import load_config
+
+    limits = [f"training.max_time={max_time}"] if max_time is not None else []
+    return load_config(reference, [*(overrides or []), *limits])
+
+
+def end_run(result: "RunResult") -> int:
+    """Print where the run is and how it ended; returns the exit code."""
+    write_out(f"{result.run_dir}\n")
+    if result.report is not None:
+        write_out(f"{result.report}\n")
+    if result.status == "stopped":
+        number = result.signal
+        by = f" by {number.name}" if number else ""
+        write_error(f"stopped{by} at step {result.step}; to continue: {result.resume_command}")
+        return stop.EXIT_CODES[number] if number else 0
+    summary = f"finished at step {result.step}"
+    if result.scores is not None:
+        summary += (
+            f": validation {result.scores.bits_per_byte:.4f} bits/byte,"
+            f" perplexity {result.scores.perplexity:.2f}"
+        )
+    write_error(summary)
+    return 0

@@ -1,0 +1,58 @@
+"""Signal handlers. They only set the flags of `gptcli.stop`, which every loop polls."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from gptcli import stop
+
+_NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Handle SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the block; afterwards as before.
+
+    A signal that the parent asked to ignore (`nohup`, a background job) stays ignored. Outside
+    the main thread Python allows no handlers, and none are set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {
+        signal.SIGINT: _interrupt,
+        signal.SIGTERM: _request,
+        signal.SIGHUP: _request,
+        signal.SIGUSR1: _save,
+    }
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _request(number: int, frame: FrameType | None) -> None:
+    stop.request(number)
+
+
+def _save(number: int, frame: FrameType | None) -> None:
+    stop.request_save()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if stop.requested() is signal.SIGINT:
+        os._exit(stop.EXIT_CODES[signal.SIGINT])  # asked twice: publish nothing, run no cleanup
+    stop.request(number)
+    # os.write, because a handler may interrupt a write to sys.stderr, which is not reentrant.
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), _NOTICE)

@@ -1,0 +1,83 @@
+"""Writing to stdout and stderr: no text may steer the terminal or end the run."""
+
+import io
+import os
+import sys
+
+import typer
+
+from gptcli.errors import ResourceError
+from gptcli.reports.text import visible
+
+
+class ClosedPipeError(Exception):
+    """The reader of stdout has gone (`| head -1`): nothing is left to do."""
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to use for any text.
+
+    A closed stdin, stdout or stderr is tied to the null device, so that no file opened later takes
+    its number and receives stray output; characters that the locale lacks become escapes.
+    Raises `ResourceError` when stdout is closed: results would vanish.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        raise ResourceError("stdout is closed", "to drop the results, add: > /dev/null")
+
+
+def write_out(text: str, *, raw: bool = False) -> None:
+    """Write `text` to stdout now, made `visible` on a terminal unless `raw`.
+
+    Raises `ClosedPipeError` when nobody reads any more, `ResourceError` when it cannot be written.
+    """
+    if not raw and sys.stdout.isatty():
+        text = visible(text)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise ClosedPipeError from error
+    except OSError as error:
+        raise ResourceError(f"stdout: {error.strerror}") from error
+
+
+def write_error(text: str) -> None:
+    """Write one line to stderr, made `visible`; a stderr that is gone is no reason to fail."""
+    try:
+        typer.echo(visible(text), err=True)
+    except (OSError, ValueError):
+        return
+
+
+def settle_stdout() -> None:
+    """Let the interpreter end quietly: what stdout does not take any more goes nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+
+
+def columns(rows: list[list[str]], *, right: frozenset[int] = frozenset()) -> str:
+    """A plain table, one line a row, two spaces between columns; `right` are right-aligned."""
+    if not rows:
+        return ""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)

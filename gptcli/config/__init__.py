@@ -1,0 +1,1 @@
+"""The YAML: schema, presets, loading and checking."""

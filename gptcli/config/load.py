@@ -1,0 +1,150 @@
+"""YAML and --set to a checked, frozen `Config`, and a `Config` back to YAML."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gptcli.config.check import check
+from gptcli.config.overrides import apply_overrides
+from gptcli.config.scalars import resolve
+from gptcli.config.schema import Config
+from gptcli.config.shipped import shipped_config, shipped_names
+from gptcli.config.tree import MAX_BYTES, Node, Origin, Place, Problem, parse
+from gptcli.errors import ConfigError
+
+_MOST_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config; `path` is what to show for it; `given` are the keys that the user wrote.
+
+    `given` holds top-level keys and sections (`tokenizer`) and the keys of sections
+    (`tokenizer.kind`), whether from the file or from --set.
+    """
+
+    config: Config
+    path: str
+    given: frozenset[str]
+
+
+def load_config(
+    reference: str | None, overrides: Sequence[str] = (), base: str = "defaults"
+) -> LoadedConfig:
+    """Load a YAML file or a shipped config by name (`small`), changed by `KEY=VALUE` overrides.
+
+    Without a reference, all keys have their defaults and `base` is the path that is shown.
+
+    Raises:
+        ConfigError: no such file, or it is not a valid config; one line a problem, in the order
+            of the file's lines and then of the overrides.
+    """
+    if reference is None:
+        shown, root = base, Node(Place(Origin(base)), {})
+        problems: list[Problem] = []
+    else:
+        path = _find(reference)
+        shown = str(path)
+        root, problems = _read(path)
+    if isinstance(root.content, dict):
+        problems += apply_overrides(root, overrides)
+    config, found = check(root)
+    problems = sorted(problems + found, key=lambda problem: problem.order)
+    if config is None or problems:
+        lines = list(dict.fromkeys(str(problem) for problem in problems))
+        more = len(lines) - _MOST_PROBLEMS
+        if more > 0:
+            lines[_MOST_PROBLEMS:] = [f"{shown}: and {more} more problems"]
+        raise ConfigError(lines)
+    return LoadedConfig(config, shown, frozenset(_given(root)))
+
+
+def dump_config(config: Config) -> str:
+    """The whole config as YAML, which loads back to an equal one."""
+    values = config.model_dump(by_alias=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_schema() -> str:
+    """The JSON schema of the YAML, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(schema | Config.model_json_schema(), indent=2, ensure_ascii=False)
+
+
+def _find(reference: str) -> Path:
+    path = Path(reference)
+    try:
+        if path.is_file():
+            return path
+        if shipped := shipped_config(reference):
+            return shipped
+        if reference and path.is_dir():
+            inside = path / "config.yaml"
+            hint = f"use {inside}" if inside.is_file() else "name a YAML file"
+            raise ConfigError(f"{reference}: is a directory, not a config", hint)
+        if path.exists():  # a pipe, such as <(...) or /dev/stdin
+            return path
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{reference!r}: {_reason(error)}") from None
+    names = shipped_names()
+    hint = f"shipped configs: {', '.join(names)}"
+    if near := difflib.get_close_matches(path.stem[:64], names, n=1):
+        hint = f"did you mean the shipped config '{near[0]}'?"
+    raise ConfigError(f"{reference or repr(reference)}: no such config file", hint)
+
+
+def _read(path: Path) -> tuple[Node, list[Problem]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {_reason(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: above {MAX_BYTES:,} bytes, too large for a config")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8 text"
+        raise ConfigError(message, "save the file as UTF-8") from None
+    root, problems = parse(text, Origin(str(path)))
+    if root is None:
+        raise ConfigError(f"{path}:1:1: expected a mapping of sections, got an empty file")
+    return root, problems
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return f"cannot read it: {getattr(error, 'strerror', None) or error}"
+
+
+def _given(root: Node) -> list[str]:
+    assert isinstance(root.content, dict)
+    keys = []
+    for name, entry in root.content.items():
+        keys.append(name)
+        if isinstance(entry.node.content, dict):
+            keys += [f"{name}.{key}" for key in entry.node.content]
+    return keys
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that would load back as something else, and writes no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML quotes what YAML 1.1 reads as another type; `1e3` is a number to our reader only.
+    style = None if isinstance(resolve(text), str) else "'"
+    if any(line_break in text for line_break in "\x85\u2028\u2029"):  # folded to spaces, else
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,0 +1,380 @@
+"""The YAML's schema: one frozen pydantic model a section. Imports no torch.
+
+Every number has its default here, once; `config/load.py` turns a file into a `Config` and reports
+problems with line numbers. Field descriptions feed the JSON schema for editors.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from gptcli.config.presets import PRESETS
+from gptcli.config.units import parse_bytes, parse_seconds
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+
+
+def _run_name(name: str) -> str:
+    # A name becomes a folder's: no separators, no `..`, nothing that reads as a flag.
+    if not re.fullmatch(_NAME, name) or name.endswith("\n"):
+        raise ValueError(
+            "expected at most 100 letters, digits, '.', '_' or '-', starting with a letter,"
+            f" digit or '_', got {name[:120]!r}"
+        )
+    return name
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, got {name[:60]!r}")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": _NAME})]
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+
+
+class Section(BaseModel):
+    """Strict and frozen: no coercion, no unknown keys, no nan or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer; `bpe` is trained on the training documents."""
+
+    kind: Literal["bpe", "bytes", "tiktoken", "file"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=257)] = Field(
+        default=2048, description="bpe: with the eot token"
+    )
+    pattern: Literal["gpt2", "gpt4"] = Field(
+        default="gpt4", description="bpe: how text is split into words"
+    )
+    train_bytes: str = Field(
+        default="100MB", description="bpe: at most this much text to learn from"
+    )
+    name: Literal["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"] = "gpt2"
+    path: str | None = Field(default=None, description="file: a saved tokenizer directory")
+
+    @field_validator("train_bytes")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        parse_bytes(text)
+        return text
+
+    @model_validator(mode="after")
+    def _file_has_path(self) -> "TokenizerConfig":
+        if self.kind == "file" and not self.path:
+            raise ValueError("kind is file, so path must name a saved tokenizer")
+        return self
+
+
+class SourceConfig(Section):
+    """One corpus: `path` is a file, glob, directory or `builtin:NAME`."""
+
+    path: str
+    text_field: str = "text"
+    document: Literal["file", "line", "paragraph"] = "file"
+    encoding: str = "utf-8"
+    on_bad_text: Literal["replace", "error"] = "replace"
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+def _as_sources(value: Any) -> Any:
+    """One source or a list, each a string or a mapping -> a list of mappings."""
+    if value is None:
+        return value
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+# How sources may be written, for the JSON schema.
+_Written = str | SourceConfig | list[str | SourceConfig]
+
+
+class DataConfig(Section):
+    """Where text comes from and how it is held out and shuffled."""
+
+    train: list[SourceConfig] = Field(
+        default_factory=lambda: [SourceConfig(path="builtin:web-bible")]
+    )
+    val: list[SourceConfig] | None = None
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    shuffle_window: Annotated[int, Field(ge=0)] = 10000
+
+    _train = field_validator("train", mode="before", json_schema_input_type=_Written)(_as_sources)
+    _val = field_validator("val", mode="before", json_schema_input_type=_Written | None)(
+        _as_sources
+    )
+
+    @field_validator("train", "val")
+    @classmethod
+    def _not_empty(cls, sources: list[SourceConfig] | None) -> list[SourceConfig] | None:
+        if sources is not None and not sources:
+            raise ValueError("name at least one source")
+        return sources
+
+
+class ModelConfig(Section):
+    """The decoder's sizes and switches. `preset` fills the keys that are not given."""
+
+    preset: str = Field(default="modern", json_schema_extra={"enum": [*PRESETS]})
+    n_layer: PositiveInt = 4
+    n_head: PositiveInt = 4
+    n_kv_head: PositiveInt | None = Field(
+        default=None, description="null: n_head (no grouped queries)"
+    )
+    n_embd: PositiveInt = 256
+    head_dim: PositiveInt | None = Field(default=None, description="null: n_embd / n_head")
+    n_inner: PositiveInt | None = Field(
+        default=None, description="null: 4 n_embd, gated about 8/3 n_embd"
+    )
+    block_size: PositiveInt = 128
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: PositiveFloat = 1e-6
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"
+    rope_theta: PositiveFloat = 10000.0
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
+    gated: bool = True
+    bias: bool = False
+    qkv_bias: bool | None = Field(default=None, description="null: as bias")
+    tie_embeddings: bool = False
+    qk_norm: bool = True
+    zero_init_output: bool = Field(default=True, description="output projections start at zero")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer; gated ones keep the parameter count of 4 n_embd."""
+        if self.n_inner:
+            return self.n_inner
+        return -(-8 * self.n_embd // 3 // 32) * 32 if self.gated else 4 * self.n_embd
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset[:60]!r}; one of: {', '.join(PRESETS)}")
+        return preset
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Keys that are given win over the preset's."""
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "modern")
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        return {**known, **values}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        problems = []
+        if self.head_dim is None and self.n_embd % self.n_head:
+            problems.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        elif self.position == "rope" and self.head_size % 2:
+            size = "head_dim" if self.head_dim else "n_embd / n_head"
+            problems.append(f"position rope needs an even head size ({size}), not {self.head_size}")
+        if self.n_head % self.kv_heads:
+            problems.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            problems.append(f"position sinusoidal needs an even n_embd, not {self.n_embd}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class OptimizerConfig(Section):
+    """muon: `lr` for hidden matrices, AdamW for the rest. adamw: `lr` for all."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    lr: PositiveFloat = 0.02
+    adamw_lr: PositiveFloat = 0.003
+    embedding_lr: PositiveFloat = 0.03
+    weight_decay: NonNegative = 0.0
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default=[0.9, 0.95], min_length=2, max_length=2
+    )
+    eps: PositiveFloat = 1e-10
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+
+
+class ScheduleConfig(Section):
+    """Learning-rate schedule: linear warmup by step, then by progress through the run."""
+
+    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    decay_ratio: Fraction = Field(default=0.5, description="wsd: share of the run that decays")
+    min_lr_ratio: Fraction = 0.0
+
+
+class TrainingConfig(Section):
+    """The loop: limits (the first reached ends the run), batch, precision, cadence."""
+
+    max_steps: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_epochs: PositiveFloat | None = None
+    max_time: str | None = Field(default=None, description="such as 8h or 10m")
+    tokens_per_step: PositiveInt = 4096
+    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
+    clip_norm: NonNegative = Field(default=1.0, description="0: no clipping")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    device: DeviceName = "auto"
+    log_every: PositiveInt = 10
+    eval_every: PositiveInt = 100
+    save_every: PositiveInt = 100
+    save_minutes: PositiveFloat | None = Field(default=15.0, description="also save this often")
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    max_bad_steps: PositiveInt = Field(
+        default=3, description="non-finite steps in a row that end a run"
+    )
+
+    @field_validator("max_time")
+    @classmethod
+    def _duration(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_seconds(text)
+        return text
+
+
+class EvalConfig(Section):
+    """`gpt eval` and the evaluations during training."""
+
+    model: str | None = None
+    data: list[SourceConfig] | None = None
+    max_tokens: PositiveInt | None = None
+    stride: PositiveInt | None = Field(default=None, description="null: block_size, no overlap")
+
+    _data = field_validator("data", mode="before", json_schema_input_type=_Written | None)(
+        _as_sources
+    )
+
+
+class SamplesConfig(Section):
+    """Texts generated along the way."""
+
+    prompts: list[str] = ["Once upon a time"]
+    n: PositiveInt = 2
+    max_new_tokens: PositiveInt = 80
+
+
+class GenerateConfig(Section):
+    """The flags of `gpt generate`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    prompt_file: str | None = None
+    prompt_tokens: list[Annotated[int, Field(ge=0)]] | None = None
+    n: PositiveInt = 1
+    max_new_tokens: PositiveInt = 200
+    temperature: NonNegative = 0.8
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    min_p: Fraction = 0.0
+    repetition_penalty: PositiveFloat = 1.0
+    stop: list[str] = []
+    seed: int | None = None
+    json_lines: bool = Field(default=False, alias="json")
+    logprobs: Annotated[int, Field(ge=0)] = 0
+    stream: bool = True
+    device: DeviceName = "auto"
+    no_prompt: bool = False
+    truncate: Literal["left", "error"] = "left"
+    allow_special: bool = False
+    raw: bool = False
+
+
+class FinetuneConfig(Section):
+    """Supervised finetuning on rows of prompt and response."""
+
+    task: Literal["completion"] = "completion"
+    fields: dict[str, str] = Field(
+        default_factory=lambda: {"prompt": "prompt", "response": "response"},
+        description="names in the rows: {prompt: question, response: answer}",
+    )
+    template: str = Field(
+        default="{{ prompt }}", description="Jinja, from the row's fields to the prompt"
+    )
+    method: Literal["full"] = "full"
+    score_rows: PositiveInt = Field(default=200, description="held-out rows for exact match")
+    max_new_tokens: PositiveInt = Field(default=64, description="length limit of a scored answer")
+
+    @model_validator(mode="after")
+    def _fields_known(self) -> "FinetuneConfig":
+        if set(self.fields) != {"prompt", "response"}:
+            raise ValueError("fields names exactly two fields: prompt and response")
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: RunName = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    init: str | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    eval: EvalConfig = EvalConfig()
+    samples: SamplesConfig = SamplesConfig()
+    generate: GenerateConfig = GenerateConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> "Config":
+        # Each problem names its keys with their sections: load.py leaves out those of bad sections.
+        t, m = self.training, self.model
+        problems = []
+        if t.tokens_per_step % m.block_size:
+            problems.append(
+                f"training.tokens_per_step {t.tokens_per_step} is not a multiple of"
+                f" model.block_size {m.block_size}"
+            )
+        elif isinstance(t.micro_batch_size, int):
+            rows = t.tokens_per_step // m.block_size
+            if rows % t.micro_batch_size:
+                problems.append(
+                    f"training.micro_batch_size {t.micro_batch_size} does not divide the"
+                    f" {rows} rows of a step (training.tokens_per_step / model.block_size)"
+                )
+        if t.max_steps and self.schedule.warmup_steps > t.max_steps:
+            problems.append(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is above"
+                f" training.max_steps {t.max_steps}"
+            )
+        if self.eval.stride and self.eval.stride > m.block_size:
+            problems.append(
+                f"eval.stride {self.eval.stride} is above model.block_size {m.block_size}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

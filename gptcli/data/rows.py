@@ -1,0 +1,123 @@
+"""Rows and steps: what the training loop consumes, with the position behind each step."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcli.model.gpt import IGNORED
+
+Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens (at most block_size + 1) and which of tokens[1:] carry loss (None: all)."""
+
+    tokens: Tokens
+    loss_mask: np.ndarray[Any, np.dtype[np.bool_]] | None
+
+
+class RowSource(Protocol):
+    """Rows without end, with the place behind the last one."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def epoch_bytes(self) -> float: ...
+
+    def next(self) -> Row: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All rows of one optimizer step and the data position behind them.
+
+    `tokens` and `targets` are (R, T) int64; padding and masked targets are IGNORED.
+    `epochs` counts passes over the training data so far, as a fraction by bytes.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    position: dict[str, Any]
+    epochs: float
+
+
+def step_batches(source: RowSource, rows: int, epoch_bytes: int) -> Iterator[StepBatch]:
+    """Steps of `rows` rows for ever; `epoch_bytes` is the size of an epoch."""
+    while True:
+        batch = [source.next() for _ in range(rows)]
+        tokens, targets = collate(batch)
+        share = min(source.epoch_bytes / max(epoch_bytes, 1), 1.0)
+        yield StepBatch(tokens, targets, source.state(), source.epoch + share)
+
+
+def collate(batch: list[Row]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (R, T) int64, T the longest row less one; short rows end in padding,
+    which needs no mask because attention is causal."""
+    width = max(len(row.tokens) for row in batch) - 1
+    tokens = np.zeros((len(batch), width), dtype=np.int64)
+    targets = np.full((len(batch), width), IGNORED, dtype=np.int64)
+    for i, row in enumerate(batch):
+        length = len(row.tokens) - 1
+        tokens[i, :length] = row.tokens[:-1]
+        if row.loss_mask is None:
+            targets[i, :length] = row.tokens[1:]
+        else:
+            targets[i, :length] = np.where(row.loss_mask, row.tokens[1:].astype(np.int64), IGNORED)
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+class Prefetch:
+    """Runs `batches` ahead in one thread; an error there is raised at the next `next()`.
+
+    Each batch carries its own position, so what is prefetched but unused is never counted.
+    """
+
+    _DEPTH = 4
+
+    def __init__(self, batches: Iterator[StepBatch]) -> None:
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(self._DEPTH)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join(timeout=10)
+
+    def next(self) -> StepBatch:
+        """The next batch; raises what the thread raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _run(self, batches: Iterator[StepBatch]) -> None:
+        item: StepBatch | BaseException
+        while not self._closed.is_set():
+            try:
+                item = next(batches)
+            except BaseException as error:  # noqa: BLE001  handed to the consumer, not swallowed
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return

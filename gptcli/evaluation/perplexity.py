@@ -1,0 +1,182 @@
+"""Perplexity: every token of every document is scored exactly once.
+
+A document starts with the tokenizer's bos, else eot, as context only. Windows of `block_size`
+move by `stride`; a window scores the tokens that no earlier one did, given all its left context.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcli import stop
+from gptcli.data.corpus import Document
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.device import Device, autocast
+from gptcli.errors import DataError
+from gptcli.evaluation.statistics import bootstrap_ratio_ci
+from gptcli.model.gpt import GPT
+
+_LOGITS = 1 << 24  # logits held at once: 64 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """loss in nats per token; perplexity = exp(loss); bits_per_byte = nats / (ln 2 x bytes);
+    accuracy = share of tokens ranked first. The interval is bootstrapped over documents."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    bits_per_byte_ci95: tuple[float, float] | None
+    accuracy: float
+    tokens: int
+    bytes: int
+    documents: int
+    block_size: int
+    stride: int
+    unscored_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """Context token (if any) and tokens (n,) int64, the number scored, and UTF-8 bytes."""
+
+    tokens: Tensor
+    unscored: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    document: int
+    start: int  # of the inputs in the document's tokens
+    stop: int  # behind the last target
+    first: int  # position of the first target it scores
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[EncodedDocument]:
+    """Documents as tokens, in order, up to `max_tokens` scored tokens in all."""
+    encoded = []
+    left = max_tokens if max_tokens is not None else math.inf
+    for document in documents:
+        stop.raise_if_requested()
+        ids = tokenizer.encode_numpy(document.text).astype(np.int64)
+        size = len(document.text.encode("utf-8", "replace"))
+        if len(ids) > left:
+            ids = ids[: int(left)]
+            size = len(tokenizer.decode_bytes(ids.tolist()))
+        start = tokenizer.start
+        if start is not None:
+            ids = np.concatenate([[start], ids])
+        if len(ids) >= 2:
+            unscored = 0 if start is not None else 1
+            encoded.append(EncodedDocument(torch.from_numpy(ids), unscored, size))
+            left -= len(ids) - 1
+        if left <= 0:
+            break
+    if not encoded:
+        raise DataError("no token to evaluate on")
+    return encoded
+
+
+@torch.no_grad()
+def score_tokens(
+    model: GPT, tokens: Tensor, targets: Tensor, device: Device, precision: str
+) -> tuple[Tensor, Tensor]:
+    """-ln p of each target in nats (fp32) and whether it ranked first: both (B, T).
+
+    `tokens` and `targets` are (B, T) int64 on any device; targets below 0 give 0 nats.
+    """
+    tokens, targets = tokens.to(device.torch), targets.to(device.torch)
+    with autocast(device, precision):
+        logits = model(tokens)
+    logits = logits.float().flatten(0, 1)
+    flat = targets.flatten()
+    nats = F.cross_entropy(logits, flat, reduction="none", ignore_index=-100)
+    return nats.view(targets.shape), (logits.argmax(-1) == flat).view(targets.shape)
+
+
+def perplexity(
+    model: GPT,
+    documents: Sequence[EncodedDocument],
+    device: Device,
+    *,
+    stride: int | None = None,
+    precision: str = "fp32",
+) -> Scores:
+    """Score `documents`. Raises `stop.Stopped` when a stop is asked for."""
+    began = time.perf_counter()
+    block_size = model.config.block_size
+    stride = stride or block_size
+    was_training = model.training
+    model.eval()
+    nats = np.zeros(len(documents))
+    counts, correct = np.zeros(len(documents)), np.zeros(len(documents))
+    windows = [
+        window
+        for number, document in enumerate(documents)
+        for window in _windows(number, len(document.tokens), block_size, stride)
+    ]
+    for batch in _batches(windows, model.vocab_size):
+        stop.raise_if_requested()
+        width = max(w.stop - w.start for w in batch) - 1
+        tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+        targets = torch.full((len(batch), width), -100)
+        for row, w in enumerate(batch):
+            ids = documents[w.document].tokens[w.start : w.stop]
+            tokens[row, : len(ids) - 1] = ids[:-1]
+            skip = w.first - w.start - 1
+            targets[row, skip : len(ids) - 1] = ids[skip + 1 :]
+        loss, first = score_tokens(model, tokens, targets, device, precision)
+        owners = np.array([w.document for w in batch])
+        np.add.at(nats, owners, loss.double().sum(1).cpu().numpy())
+        np.add.at(correct, owners, first.sum(1).cpu().numpy())
+        np.add.at(counts, owners, (targets >= 0).sum(1).numpy())
+    model.train(was_training)
+    sizes = np.array([document.bytes for document in documents], dtype=np.float64)
+    loss_mean = float(nats.sum() / counts.sum())
+    bits = nats / math.log(2)
+    return Scores(
+        loss=loss_mean,
+        perplexity=math.exp(loss_mean) if loss_mean < 700 else math.inf,
+        bits_per_byte=float(bits.sum() / sizes.sum()),
+        bits_per_byte_ci95=bootstrap_ratio_ci(bits, sizes),
+        accuracy=float(correct.sum() / counts.sum()),
+        tokens=int(counts.sum()),
+        bytes=int(sizes.sum()),
+        documents=len(documents),
+        block_size=block_size,
+        stride=stride,
+        unscored_tokens=sum(document.unscored for document in documents),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _windows(document: int, length: int, block_size: int, stride: int) -> Iterator[_Window]:
+    """Windows over positions 0..length-1; position 0 is context and never scored."""
+    start, scored = 0, 1
+    while scored < length:
+        stop_at = min(start + block_size + 1, length)
+        yield _Window(document, start, stop_at, scored)
+        scored = stop_at
+        start += stride
+
+
+def _batches(windows: list[_Window], vocab_size: int) -> Iterator[list[_Window]]:
+    """Windows of like length together, a bounded number of logits in each batch."""
+    ordered = sorted(windows, key=lambda w: (w.start - w.stop, w.document, w.start))
+    begin = 0
+    while begin < len(ordered):
+        width = ordered[begin].stop - ordered[begin].start
+        rows = max(1, _LOGITS // (width * vocab_size))
+        yield ordered[begin : begin + rows]
+        begin += rows

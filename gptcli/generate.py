@@ -1,0 +1,145 @@
+"""The job behind `gpt generate`: prompts in, continuations out."""
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptcli import stop
+from gptcli.config.schema import GenerateConfig
+from gptcli.errors import ConfigError, DataError
+from gptcli.generation.engine import Generated, OnText, Sampling, generate_samples
+from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
+from gptcli.runs.load import LoadedModel
+
+log = logging.getLogger("gptcli")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as the ids that the model continues."""
+
+    text: str
+    tokens: list[int]
+
+
+def generate(
+    model: LoadedModel,
+    config: GenerateConfig,
+    *,
+    on_text: OnText | None = None,
+    on_prompt: Callable[[str], None] | None = None,
+) -> Iterator[list[Generated]]:
+    """Continue each prompt `config.n` times; yields the samples of one prompt at a time.
+
+    Prompts are read and checked, and a random seed is drawn and logged, before this returns; the
+    decoding happens as the result is iterated. `on_prompt(text)` is called before the first
+    `on_text(sample, piece)` of each prompt. A stop request ends the iteration after the texts of
+    the prompt at hand ("interrupted"). Raises ConfigError, DataError, CheckpointError.
+    """
+    prompts = resolve_prompts(model, config)
+    if "" in config.stop:
+        raise ConfigError("generate.stop: an empty text would stop every sample before it begins")
+    seed = config.seed
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        if config.temperature > 0:
+            log.info("seed %d", seed)
+    return _generate(model, prompts, config.n, _sampling(config, seed), on_text, on_prompt)
+
+
+def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
+    """The prompts that `config` names in exactly one of its three ways, as token ids that fit.
+
+    Raises ConfigError for none or several ways, ids out of range, a file that cannot be opened or
+    a prompt that is too long with `truncate: error`; DataError for a file that holds no prompts.
+    """
+    ways = [config.prompt is not None, config.prompt_file is not None]
+    ways.append(config.prompt_tokens is not None)
+    if sum(ways) != 1:
+        how = "no prompt" if not any(ways) else "more than one kind of prompt"
+        raise ConfigError(
+            f"{how} given",
+            hint="give one of --prompt TEXT, --prompt-file FILE, --prompt-tokens IDS",
+        )
+    if config.prompt_tokens is not None:
+        prompts = [_token_prompt(model, config.prompt_tokens)]
+    else:
+        texts = [config.prompt] if config.prompt is not None else _read(str(config.prompt_file))
+        texts = [replace_surrogates(text) for text in texts]
+        prompts = [
+            Prompt(text, encode_prompt(model.tokenizer, text, config.allow_special))
+            for text in texts
+        ]
+    block_size = model.model.config.block_size
+    return [Prompt(p.text, fit_prompt(p.tokens, block_size, config.truncate)) for p in prompts]
+
+
+def _generate(
+    model: LoadedModel,
+    prompts: list[Prompt],
+    n: int,
+    sampling: Sampling,
+    on_text: OnText | None,
+    on_prompt: Callable[[str], None] | None,
+) -> Iterator[list[Generated]]:
+    for prompt in prompts:
+        if stop.requested():
+            return
+        if on_prompt is not None:
+            on_prompt(prompt.text)
+        yield generate_samples(
+            model.model,
+            model.tokenizer,
+            prompt.tokens,
+            n,
+            sampling,
+            prompt=prompt.text,
+            on_text=on_text,
+        )
+
+
+def _sampling(config: GenerateConfig, seed: int) -> Sampling:
+    return Sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=tuple(config.stop),
+        seed=seed,
+        max_new_tokens=config.max_new_tokens,
+        logprobs=config.logprobs,
+    )
+
+
+def _token_prompt(model: LoadedModel, tokens: list[int]) -> Prompt:
+    """The ids as they are; their text is only for showing."""
+    limit = min(model.model.vocab_size, model.tokenizer.vocab_size)
+    outside = [token for token in tokens if not 0 <= token < limit]
+    if outside:
+        raise ConfigError(
+            f"prompt_tokens: {outside[0]} is not one of the token ids 0 to {limit - 1}"
+        )
+    if not tokens:
+        raise ConfigError("prompt_tokens: at least one token id is needed")
+    return Prompt(model.tokenizer.decode(tokens), tokens)
+
+
+def _read(path: str) -> list[str]:
+    """The lines of a prompt file that are not blank."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    # Not splitlines(), which also cuts at U+2028 and other characters inside a prompt.
+    prompts = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise DataError(f"{path}: no prompts in it (one a line)")
+    return prompts

@@ -1,0 +1,1 @@
+"""Generation: sampling, the decode engine, prompts and stop texts."""

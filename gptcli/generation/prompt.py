@@ -1,0 +1,54 @@
+"""From a prompt's text to the token ids that the model continues."""
+
+import logging
+import re
+from typing import Literal
+
+from gptcli.data.tokenizer import EOT_TEXT, Tokenizer
+from gptcli.errors import ConfigError
+
+log = logging.getLogger("gptcli")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
+    """Token ids of a document that begins with `text`, document start included.
+
+    The start is the tokenizer's `start`, as in training and evaluation. With `allow_special`,
+    `<|endoftext|>` in the text is the eot token, else ordinary text. Raises ConfigError when
+    nothing is left to start from, or when the tokenizer has no eot to allow.
+    """
+    if allow_special and EOT_TEXT in text:
+        if tokenizer.eot is None:
+            raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
+        ids: list[int] = []
+        for i, part in enumerate(text.split(EOT_TEXT)):
+            ids += ([tokenizer.eot] if i else []) + tokenizer.encode(part)
+    else:
+        ids = tokenizer.encode(text)
+    if tokenizer.start is not None and ids[:1] != [tokenizer.start]:
+        ids = [tokenizer.start, *ids]
+    if not ids:
+        raise ConfigError(
+            "the prompt is empty and the tokenizer has no token to start a document with",
+            hint="give a prompt of at least one character",
+        )
+    return ids
+
+
+def fit_prompt(ids: list[int], block_size: int, truncate: Literal["left", "error"]) -> list[int]:
+    """The last `block_size` ids (with a warning), or a ConfigError when `truncate` is error."""
+    if len(ids) <= block_size:
+        return ids
+    counts = f"the prompt has {len(ids)} tokens, the model's block_size is {block_size}"
+    if truncate == "error":
+        raise ConfigError(counts, hint="shorten it, or let --truncate left drop its beginning")
+    log.warning("%s: its first %d tokens are dropped", counts, len(ids) - block_size)
+    return ids[-block_size:]
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with lone surrogates (from arguments that were no UTF-8) as U+FFFD, and a warning."""
+    replaced, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
+    if count:
+        log.warning("the prompt is not valid UTF-8: %d characters became U+FFFD", count)
+    return replaced

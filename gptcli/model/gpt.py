@@ -1,0 +1,255 @@
+"""The decoder. One block whose switches are the fields of `ModelConfig`.
+
+Legend of shapes: B batch, T time in tokens, C n_embd, H query heads, K key-value heads,
+D head size, F feed-forward width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptcli.config.schema import ModelConfig
+from gptcli.model.cache import KVCache
+
+IGNORED = -100  # target of a position that carries no loss
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021 (Primer)
+}
+
+
+def _norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023) and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.head_dim, self.dropout = config.head_size, config.dropout
+        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.widths = [q_width, kv_width, kv_width]
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=qkv_bias)
+        self.proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, rope: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache, x is the continuation of what it holds."""
+        B, T, _ = x.shape  # noqa: N806
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)  # (B, T, H*D), (B, T, K*D) x 2
+        q = q.view(B, T, self.n_head, self.head_dim)
+        k = k.view(B, T, self.n_kv_head, self.head_dim)
+        v = v.view(B, T, self.n_kv_head, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
+        mask = None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(layer, k, v)  # (B, K, past + T, D)
+            if past and T > 1:  # a chunk after the prefill: row i sees past + i + 1 keys
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        if self.n_kv_head != self.n_head:
+            groups = self.n_head // self.n_kv_head
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """Two layers, or the gated form (Shazeer 2020) whose first layer gives gate and value."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated, self.act = config.gated, _ACTIVATIONS[config.activation]
+        width = config.inner_size * (2 if config.gated else 1)
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.proj = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        h = self.up(x)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)  # (B, T, F) x 2
+            return self.proj(self.act(gate) * value)
+        return self.proj(self.act(h))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual and a norm before (pre) or after (post)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre = config.norm_position == "pre"
+        self.norm1, self.norm2 = _norm(config, config.n_embd), _norm(config, config.n_embd)
+        self.attn, self.mlp = Attention(config), FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.pre:
+            x = x + self.drop(self.attn(self.norm1(x), rope, cache, layer))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop(self.attn(x, rope, cache, layer)))
+        return self.norm2(x + self.drop(self.mlp(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer language model over `vocab_size` tokens."""
+
+    positions: Tensor  # fixed rope or sinusoidal table, of the configs that have one
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # A post-norm block ends normalised already (Radford et al. 2018 has no final norm).
+        pre = config.norm_position == "pre"
+        self.norm = _norm(config, config.n_embd) if pre else nn.Identity()
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.wte.weight
+        self.reset_positions()
+
+    def reset_positions(self) -> None:
+        """Compute the fixed position table where the weights are (no checkpoint stores it)."""
+        c = self.config
+        if c.position == "rope":
+            table = rope_table(c.block_size, c.head_size, c.rope_theta)
+            self.register_buffer("positions", table.to(self.device), persistent=False)
+        elif c.position == "sinusoidal":  # added to the embeddings, so of their dtype
+            table = sinusoidal_table(c.block_size, c.n_embd)
+            self.register_buffer("positions", table.to(self.wte.weight), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.weight.device
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C); T with the cache <= block_size."""
+        start = cache.length if cache is not None else 0
+        stop = start + tokens.size(1)
+        if stop > self.config.block_size:
+            raise ValueError(f"{stop} tokens do not fit block_size {self.config.block_size}")
+        x = self.wte(tokens)
+        rope = None
+        if self.config.position == "learned":
+            x = x + self.wpe.weight[start:stop]
+        elif self.config.position == "sinusoidal":
+            # Scaled as in Vaswani et al. 2017, section 3.4.
+            x = x * math.sqrt(self.config.n_embd) + self.positions[start:stop]
+        elif self.config.position == "rope":
+            rope = self.positions[:, start:stop]  # (2, T, D/2)
+        x = self.drop(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer)
+        if cache is not None:
+            cache.length = stop
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`."""
+        x = self.hidden(tokens, cache)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sum over the targets that are not IGNORED of -ln p(target), nats, fp32 scalar.
+
+        `tokens` and `targets` are (B, T) int64; targets[b, t] follows tokens[b, t].
+        """
+        logits = self(tokens).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty key-value cache for `batch` rows of up to `capacity` (block_size) tokens."""
+        c = self.config
+        size = capacity or c.block_size
+        return KVCache(
+            c.n_layer, batch, c.kv_heads, size, c.head_size, self.device, self.wte.weight.dtype
+        )
+
+    def parameter_count(self, embeddings: bool = True) -> int:
+        """Number of parameters, tied ones once; without `embeddings`, the blocks and norms only."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            skip = [self.wte, self.head] + ([self.wpe] if self.config.position == "learned" else [])
+            total -= sum(p.numel() for p in {p for m in skip for p in m.parameters()})
+        return total
+
+
+def rope_table(length: int, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of rotary positions (Su et al. 2021): (2, length, head_dim / 2) fp32."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta**-exponent)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the halves of x (B, T, H, D) as transformers does: (x1 + i x2) e^(i angle)."""
+    cos, sin = rope[0, :, None].to(x.dtype), rope[1, :, None].to(x.dtype)  # (T, 1, D/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def sinusoidal_table(length: int, width: int) -> Tensor:
+    """Fixed positions of Vaswani et al. 2017, section 3.5: (length, width) fp32."""
+    angles = rope_table(length, width, 10000.0)  # the same frequencies
+    return torch.stack([angles[1], angles[0]], dim=-1).flatten(1)
+
+
+@torch.no_grad()
+def initialise(model: GPT, generator: torch.Generator) -> None:
+    """Draw the weights on the CPU, so that every device starts alike.
+
+    N(0, 0.02) for matrices and embeddings, residual projections divided by sqrt(2 n_layer)
+    (Radford et al. 2019, section 2.3). With `zero_init_output`, projections into the residual
+    stream start at zero (Yang et al. 2022, Tensor Programs V, appendix D) and the other hidden
+    matrices at std 1 / sqrt(fan in).
+    """
+    config = model.config
+    scaled = 0.02 / math.sqrt(2 * config.n_layer)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)  # norm weights
+            continue
+        std = 0.02
+        if name.endswith("proj.weight"):
+            std = 0.0 if config.zero_init_output else scaled
+        elif name.startswith("blocks") and config.zero_init_output:
+            std = parameter.size(1) ** -0.5
+        draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
+        parameter.copy_(draw * std)

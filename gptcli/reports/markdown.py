@@ -1,0 +1,80 @@
+"""A report page as Markdown (GitHub flavour): the same facts as the HTML, without the curves."""
+
+import re
+
+from gptcli.reports.page import Page, SampleStep, Table
+from gptcli.reports.text import visible
+
+# What begins markup, links or HTML inside a line or a cell, or (the last part) a block at its start.
+# Underscores inside words are literal in this flavour and stay readable.
+_MARKUP = re.compile(r"([\\`*\[\]<|~&$]|(?<!\w)_|_(?!\w)|^[#>+=-])")
+
+
+def render_markdown(page: Page) -> str:
+    """The page as Markdown. All text in `page` is untrusted and cannot end its place."""
+    status = f" ({line_text(page.status)})" if page.status else ""
+    blocks = [f"# {page.kind}: {line_text(page.title)}{status}"]
+    if page.subtitle:
+        blocks.append(line_text(" · ".join(page.subtitle)))
+    blocks += [f"> **Note:** {line_text(note)}" for note in page.notes]
+    rows = [[h.label, f"**{line_text(h.value)}**", line_text(h.note)] for h in page.headlines]
+    blocks.append(_rows(["", "", ""], rows))
+    blocks.append("\n".join(f"- {line_text(definition)}" for definition in page.definitions))
+    for table in (page.tasks, page.evals, page.scores):
+        blocks += _table(table)
+    if page.shares:
+        rows = [[s.label, s.seconds, f"{s.percent:.1f} %"] for s in page.shares]
+        blocks += ["## Where the training time went", _rows(["part", "time", "share"], rows)]
+    blocks += _table(page.events)
+    if page.samples:
+        blocks.append("## Samples")
+        for step in page.samples:
+            blocks += _samples(step)
+    for table in page.facts:
+        blocks += _table(table)
+    if page.commands:
+        blocks.append("## Commands")
+        for label, command in page.commands.items():
+            blocks += [f"{label}:", fenced(command, "sh")]
+    if page.config is not None:
+        blocks += ["## Config", fenced(page.config, "yaml")]
+    return visible("\n\n".join(blocks) + "\n")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks in `text`."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def line_text(text: str) -> str:
+    """`text` on one line that Markdown shows literally."""
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def _samples(step: SampleStep) -> list[str]:
+    blocks = [f"### {line_text(step.title)}"]
+    for sample in step.samples:
+        blocks += [f"Sample {line_text(sample.index)}, prompt:", fenced(sample.prompt, "text")]
+        blocks += ["Continuation:", fenced(sample.text, "text")]
+    if step.left_out:
+        blocks.append(f"{step.left_out} more of this step are in samples.jsonl.")
+    return blocks
+
+
+def _table(table: Table | None) -> list[str]:
+    if table is None:
+        return []
+    rows = [
+        [f"**{line_text(cell)}**" if i in table.marked else line_text(cell) for cell in row]
+        for i, row in enumerate(table.rows)
+    ]
+    blocks = [f"## {line_text(table.title)}", _rows(list(map(line_text, table.columns)), rows)]
+    return [*blocks, line_text(table.note)] if table.note else blocks
+
+
+def _rows(columns: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

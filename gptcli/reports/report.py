@@ -1,0 +1,186 @@
+"""report.json, report.md and report.html of a run directory or of one evaluation."""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcli.errors import CheckpointError
+from gptcli.reports.curves import best, curve, lines_of
+from gptcli.reports.html import render_html
+from gptcli.reports.markdown import render_markdown
+from gptcli.reports.page import build_page
+from gptcli.reports.plots import training_plots
+from gptcli.reports.text import finite
+from gptcli.runs.metrics import read_metrics, read_samples
+from gptcli.runs.run_dir import json_bytes, read_run_json, write_atomic
+
+# Keys that readers of report.json rely on: always there, null where unknown.
+SCORE_KEYS = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "bits_per_byte_ci95",
+    "accuracy",
+    "tokens",
+    "bytes",
+    "documents",
+    "block_size",
+    "stride",
+)
+TRAINING_KEYS = ("steps", "tokens", "seconds", "tokens_per_second", "parameters", "best_step")
+# Parts of run.json that the report repeats as they are.
+COPIED = ("machine", "choices", "versions", "seeds", "fingerprints", "timings", "skipped_text")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory says. Missing parts are empty and named in `problems`."""
+
+    run: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    config: str | None
+    problems: list[str]
+
+
+def write_report(run_dir: Path) -> dict[str, Any]:
+    """Write report.json, report.md and report.html into `run_dir` from its files; return the object.
+
+    A run that still trains or was killed gets a report of what is there, with the rest named in
+    `notes`. The same files give the same bytes. Raises CheckpointError when there is no such
+    directory and ResourceError when the disk refuses.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such run directory")
+    files = read_run(run_dir)
+    report = build_report(run_dir, files)
+    page = build_page(report, files.metrics, files.samples, files.config)
+    _write(run_dir, report, render_html(page, training_plots(files.metrics)), render_markdown(page))
+    return report
+
+
+def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
+    """Write the three files for scores on other data into `directory`, made if missing.
+
+    `report` has the keys of report.json that apply: model, data, scores, tasks, and if known run
+    (its name is the title), command, machine, versions. Raises ResourceError when the disk refuses.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    given = {key: value for key, value in report.items() if value is not None}
+    full = _strict({"run": {"name": directory.name}, **given})
+    full["scores"] = dict.fromkeys(SCORE_KEYS) | _mapping(full, "scores")
+    page = build_page(full, [], [], None)
+    _write(directory, full, render_html(page, []), render_markdown(page))
+
+
+def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
+    """The object of report.json: run.json where it speaks, else what metrics.jsonl implies."""
+    run = files.run
+    evals = lines_of(files.metrics, "eval")
+    scores = dict.fromkeys(SCORE_KEYS) | _mapping(run, "scores")
+    status = str(run.get("status") or "unknown")
+    report = {
+        "run": {
+            "name": run.get("name") or run_dir.name,
+            "job": _job(run),
+            "created": run.get("created"),
+            "directory": run_dir.name,
+        },
+        "status": status,
+        "command": run.get("command"),
+        "commands": _commands(run_dir, _job(run)),
+        "model": _mapping(run, "model"),
+        "data": _mapping(run, "data"),
+        "scores": scores,
+        "tasks": _mapping(run, "tasks"),
+        "training": _training(run, files.metrics),
+        "last_eval": evals[-1] if evals else None,
+        "best_eval": best(evals),
+        **{key: run.get(key) or {} for key in COPIED},
+        "notes": _notes(status, scores, evals) + files.problems,
+    }
+    return _strict(report)
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """The run's files; a killed run may lack any of them."""
+    problems = []
+    run, metrics = read_run_json(run_dir), read_metrics(run_dir)
+    if not run:
+        problems.append("run.json is missing or damaged: command, machine and scores are unknown.")
+    if not metrics:
+        problems.append("metrics.jsonl has no lines: there are no curves.")
+    path = run_dir / "config.yaml"
+    config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if config is None:
+        problems.append("config.yaml is missing: the run cannot be repeated from here.")
+    return RunFiles(run, metrics, read_samples(run_dir), config, problems)
+
+
+def _write(directory: Path, report: dict[str, Any], html: str, markdown: str) -> None:
+    # ASCII escapes: names with control characters or lone surrogates stay harmless in a terminal.
+    text = json.dumps(report, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    write_atomic(directory / "report.html", html.encode())
+    write_atomic(directory / "report.md", markdown.encode())
+    write_atomic(directory / "report.json", text.encode())
+
+
+def _training(run: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """`training` of run.json over what the metrics imply (all there is of a killed run)."""
+    implied: dict[str, Any] = dict.fromkeys(TRAINING_KEYS)
+    implied["parameters"] = _mapping(run, "model").get("parameters")
+    train = lines_of(metrics, "train")
+    if train:
+        last = train[-1]
+        implied |= {"steps": last["step"], "tokens": last.get("tokens")}
+        implied["seconds"] = last.get("seconds")
+        speeds = sorted(v for v in curve(train, "tokens_per_second").y if math.isfinite(v))
+        implied["tokens_per_second"] = float(speeds[len(speeds) // 2]) if speeds else None
+    best_line = best(lines_of(metrics, "eval"))
+    if best_line:
+        implied["best_step"] = best_line["step"]
+    stated = {k: v for k, v in _mapping(run, "training").items() if v is not None}
+    return implied | stated
+
+
+def _notes(status: str, scores: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
+    """What the reader must know before reading the figures."""
+    notes = []
+    if status == "running":
+        notes.append("This run was still training, or was killed, when this report was written.")
+    elif status == "failed":
+        notes.append("This run failed; log.txt says why.")
+    if finite(scores["loss"]) is None and finite(scores["bits_per_byte"]) is None:
+        last = f"the evaluation at step {evals[-1]['step']:,} stands in" if evals else "none ran"
+        notes.append(f"There is no final evaluation: {last}.")
+    return notes
+
+
+def _job(run: dict[str, Any]) -> str:
+    words = str(run.get("command") or "").split()
+    return next((word for word in words if word in ("pretrain", "finetune")), "pretrain")
+
+
+def _commands(run_dir: Path, job: str) -> dict[str, str]:
+    """Shell lines that repeat and continue the run, from where the report was asked for."""
+    whole = run_dir.resolve()
+    here = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else run_dir
+    config, directory = shlex.quote(str(here / "config.yaml")), shlex.quote(str(here))
+    return {
+        "reproduce": f"gpt {job} {config}",
+        "resume": f"gpt {job} {config} --run-dir {directory} --resume",
+    }
+
+
+def _strict(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as a reader of its JSON gets it: NaN and infinities are null, tuples lists."""
+    parsed: dict[str, Any] = json.loads(json_bytes(report))
+    return parsed
+
+
+def _mapping(parent: dict[str, Any], key: str) -> dict[str, Any]:
+    value = parent.get(key)
+    return value if isinstance(value, dict) else {}

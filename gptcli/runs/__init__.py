@@ -1,0 +1,1 @@
+"""Run directories, checkpoints and metrics, and the one loader of models."""

@@ -1,0 +1,388 @@
+"""Checkpoints: written whole or not at all, checked by hash when read, pruned with care.
+
+A checkpoint is a directory `checkpoints/step-XXXXXXXX` that stands alone. It is filled under
+another name, every file is synced, manifest.json (sizes and hashes) comes last, and one rename
+publishes it, so a crash at any moment leaves either the whole of it or a leftover that nobody
+reads. Hashes detect damage, not malice; names, sizes and file types are checked for the latter.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
+from gptcli.runs.manifest import (
+    CONFIG,
+    MODEL,
+    OPTIMIZER,
+    SMALL_FILE_BYTES,
+    STATE,
+    TOKENIZER,
+    NewerFormatError,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
+from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
+
+_BEST = "best.json"
+_BEST_BYTES = 4096
+_STEP_NAME = re.compile(r"step-(\d{8,18})")
+_DELETED_NAME = re.compile(r"\.del-(step-\d{8,18})-\d+")
+_OVERHEAD_BYTES = 8 * 2**20  # state, config, a tokenizer of 200 000 tokens, headers
+
+log = logging.getLogger("gptcli")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds. `state` is JSON that comes back equal: str keys, lists, no tuples.
+
+    Tensors that are the same memory under two names (tied weights) are stored once.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    config_yaml: str
+    tokenizer: Tokenizer
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is or would be."""
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def publish(run_dir: Path, step: int, contents: Contents) -> Path:
+    """Save `contents` as the checkpoint of `step`; once this returns, it survives a crash.
+
+    Raises NonFiniteError for weights with nan or infinity, ResourceError when the disk does not
+    take it; then nothing is left behind and older checkpoints are untouched.
+    """
+    _refuse_non_finite(step, contents.model)
+    target = checkpoint_dir(run_dir, step)
+    temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    needed, free = space_needed(contents), _free_bytes(run_dir)
+    try:
+        if free is not None and free < needed:
+            raise ResourceError("disk full")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sync_directory(run_dir)
+        _remove(temp)
+        temp.mkdir()
+        _write(temp, step, contents)
+        _swap_in(temp, target)
+    except (OSError, SafetensorError, ResourceError) as error:
+        raise ResourceError(
+            f"checkpoint of step {step} is not saved: {getattr(error, 'strerror', None) or error};"
+            f" it needs {_megabytes(needed)}, free in {run_dir}: {_megabytes(free)}"
+        ) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return target
+
+
+def verify(directory: Path, *, optimizer: bool = True, hashes: bool = True) -> dict[str, Any]:
+    """Check a checkpoint against its manifest and return the manifest.
+
+    Without `optimizer` the optimizer's file is not hashed (generation does not read it); without
+    `hashes` only presence and sizes are checked. CheckpointError says which file and why.
+    """
+    manifest = read_manifest(directory)
+    check_files(directory, manifest, optimizer=optimizer, hashes=hashes)
+    return manifest
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint directories by step, the oldest first; they may be damaged."""
+    parent = run_dir / CHECKPOINTS
+    paths = [p for p in parent.glob("step-*") if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(paths, key=_step)
+
+
+def newest_valid(run_dir: Path, log: logging.Logger, *, optimizer: bool = True) -> Path | None:
+    """The checkpoint of the highest step that `verify` accepts; damaged ones are reported.
+
+    NewerFormatError when a newer gpt wrote the newest one: going back would lose good work.
+    """
+    damaged: list[tuple[int, CheckpointError]] = []
+    found = None
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify(path, optimizer=optimizer)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            damaged.append((_step(path), error))
+        else:
+            found = path
+            break
+    for step, problem in damaged:
+        rest = ""
+        if found is not None:
+            rest = f"; using step {_step(found)} instead: {step - _step(found)} steps lost"
+        log.warning("checkpoint skipped: %s%s", problem.message, rest)
+    return found
+
+
+def read(
+    directory: Path, *, with_optimizer: bool, manifest: dict[str, Any] | None = None
+) -> Contents:
+    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
+
+    It is verified first, unless the `manifest` that `verify` has just returned is given.
+    CheckpointError when it is damaged.
+    """
+    if manifest is None:
+        manifest = verify(directory, optimizer=with_optimizer)
+    model = _read_tensors(directory / MODEL)
+    for name, kept in manifest["tied"].items():
+        if kept not in model:
+            raise CheckpointError(f"{directory}: {name} is tied to {kept}, which is missing")
+        model[name] = model[kept]
+    return Contents(
+        model=model,
+        optimizer=_read_tensors(directory / OPTIMIZER) if with_optimizer else {},
+        state=read_json(directory / STATE, SMALL_FILE_BYTES),
+        config_yaml=read_config_text(directory),
+        tokenizer=Tokenizer.load(directory / TOKENIZER),
+    )
+
+
+def read_config_text(directory: Path) -> str:
+    """config.yaml of a verified checkpoint."""
+    try:
+        return (directory / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory}: {CONFIG} cannot be read: {error}") from error
+
+
+def write_best(run_dir: Path, step: int, loss: float) -> None:
+    """Point best.json at `step`. A loss that is not finite never becomes the best."""
+    if not math.isfinite(loss):
+        log.warning("validation loss %s at step %d cannot be the best", loss, step)
+        return
+    write_json_atomic(run_dir / CHECKPOINTS / _BEST, {"step": step, "loss": loss})
+
+
+def read_best(run_dir: Path) -> tuple[int, float] | None:
+    """Step and validation loss (nats per token) of the best checkpoint; None when there is none."""
+    path = run_dir / CHECKPOINTS / _BEST
+    if not path.exists():
+        return None
+    try:
+        best = read_json(path, _BEST_BYTES)
+        step, loss = int(best["step"]), float(best["loss"])
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
+        log.warning("%s is damaged (%s); going on without a best checkpoint", path, error)
+        return None
+    return (step, loss) if math.isfinite(loss) else None
+
+
+def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
+    """Delete all checkpoints but the last `keep_last` (>= 1), the best and the steps `protect`.
+
+    Visibly damaged ones do not count as the last, and are left alone after the last whole one.
+    What cannot be deleted is a warning.
+    """
+    paths = list_checkpoints(run_dir)
+    whole = [path for path in paths if _is_whole(path)]
+    if not whole:
+        return
+    keep = {_step(path) for path in whole[-max(keep_last, 1) :]} | set(protect)
+    if best := read_best(run_dir):
+        keep.add(best[0])
+    for path in paths:
+        if _step(path) in keep or path.is_symlink() or _step(path) > _step(whole[-1]):
+            continue
+        aside = path.with_name(f".del-{path.name}-{os.getpid()}")
+        try:
+            _remove(aside)
+            path.rename(aside)  # a half deleted one must not look like a checkpoint
+            _remove(aside)
+        except OSError as error:
+            log.warning("cannot delete the old checkpoint %s: %s", path, error.strerror)
+
+
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Make `step` the newest: later checkpoints are renamed to replaced-step-XXXXXXXX.
+
+    For a run that goes on from an older step: they belong to a course of training that is over,
+    and would be taken for the newest. They still load by their path. ResourceError when it fails.
+    """
+    try:
+        for path in list_checkpoints(run_dir):
+            if _step(path) > step:
+                aside = path.with_name(f"replaced-{path.name}")
+                _remove(aside)
+                path.rename(aside)
+                log.info("set aside %s", aside)
+        best = read_best(run_dir)
+        if best is not None and best[0] > step:
+            (run_dir / CHECKPOINTS / _BEST).unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot set checkpoints of {run_dir} aside: {error}") from error
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left (.tmp-*, .del-*); hold the run's lock when calling this.
+
+    A whole checkpoint that was being replaced by another of its step when the kill came goes back
+    to its place.
+    """
+    for path in [*run_dir.glob(".tmp-*"), *(run_dir / CHECKPOINTS).glob(".*-*")]:
+        deleted = _DELETED_NAME.fullmatch(path.name)
+        if not deleted and not path.name.startswith(".tmp-"):
+            continue
+        try:
+            if deleted and not os.path.lexists(path.with_name(deleted[1])) and _is_whole(path):
+                path.rename(path.with_name(deleted[1]))
+            else:
+                _remove(path)
+        except OSError as error:
+            log.warning("cannot remove the leftover %s: %s", path, error.strerror)
+
+
+def space_needed(contents: Contents) -> int:
+    """Bytes on disk of a checkpoint, rounded up."""
+    tensors = [*_untied(contents.model)[0].values(), *contents.optimizer.values()]
+    return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
+
+
+def check_space(run_dir: Path, bytes_needed: int) -> None:
+    """ResourceError unless two checkpoints of `bytes_needed` fit: the old one goes last."""
+    free = _free_bytes(run_dir)
+    if free is not None and free < 2 * bytes_needed:
+        raise ResourceError(
+            f"two checkpoints need {_megabytes(2 * bytes_needed)},"
+            f" but only {_megabytes(free)} are free in {run_dir}",
+            hint="free some space, or put the run elsewhere: --run-dir DIR or GPT_RUNS=DIR",
+        )
+
+
+def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
+    bad = [n for n, t in model.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}"
+        )
+
+
+def _write(temp: Path, step: int, contents: Contents) -> None:
+    """Fill `temp`; manifest.json last, everything synced."""
+    model, tied = _untied(contents.model)
+    _save_tensors(model, temp / MODEL)
+    optimizer, shared = _untied(contents.optimizer)
+    copies = {name: optimizer[kept].clone() for name, kept in shared.items()}
+    _save_tensors({**optimizer, **copies}, temp / OPTIMIZER)
+    # Unlike our other JSON this may hold NaN and Infinity: an exact resume needs the same numbers.
+    (temp / STATE).write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
+    (temp / CONFIG).write_text(contents.config_yaml, encoding="utf-8")
+    contents.tokenizer.save(temp / TOKENIZER)
+    mode = stat.S_IMODE(os.stat(temp / STATE).st_mode)
+    for name in (MODEL, OPTIMIZER):
+        os.chmod(temp / name, mode)  # safetensors makes files private, whatever the umask
+    sync_directory(temp / TOKENIZER)
+    write_manifest(temp, step, tied, contents.tokenizer.identity)  # syncs the files and `temp`
+
+
+def _swap_in(temp: Path, target: Path) -> None:
+    """Rename `temp` to `target`; one that is there already goes aside first, back on failure."""
+    aside = None
+    if os.path.lexists(target):
+        aside = target.with_name(f".del-{target.name}-{os.getpid()}")
+        _remove(aside)
+        os.rename(target, aside)
+    try:
+        os.rename(temp, target)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
+    sync_directory(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors without second names of the same memory, and second name -> first name."""
+    unique: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in names:
+            tied[name] = names[place]
+        else:
+            names[place] = name
+            unique[name] = tensor
+    return unique, tied
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # One metadata key: several would be written in random order, and equal weights must give
+    # equal files. This one is what transformers wants to see.
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(ready, path, metadata={"format": "pt"})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Copies of the tensors: the file is mapped, and its fate must not reach a live run."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path, hashes=False)
+    except NewerFormatError:
+        return True  # not ours to judge, so not ours to delete
+    except CheckpointError:
+        return False
+    return True
+
+
+def _step(path: Path) -> int:
+    """Step in the manifest, else in the name; never the file times, which a copy changes."""
+    try:
+        return int(read_manifest(path)["step"])
+    except CheckpointError:
+        match = _STEP_NAME.fullmatch(path.name)
+        return int(match[1]) if match else -1
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, link or directory; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _free_bytes(path: Path) -> int | None:
+    """Free bytes where `path` is or will be; None for file systems that do not tell."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+
+
+def _megabytes(count: int | None) -> str:
+    return "an unknown amount" if count is None else f"{count / 1e6:,.1f} MB"

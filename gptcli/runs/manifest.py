@@ -1,0 +1,140 @@
+"""manifest.json: which files a checkpoint holds, their sizes and hashes. Reading trusts nothing."""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcli import __version__
+from gptcli.errors import CheckpointError
+from gptcli.runs.run_dir import read_json, write_json_atomic
+
+FORMAT_VERSION = 1
+MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+STATE, CONFIG, TOKENIZER = "state.json", "config.yaml", "tokenizer"
+# Far above what we write (state.json holds a data position); keeps a hostile file out of memory.
+SMALL_FILE_BYTES = 64 * 2**20
+_MANIFEST_BYTES = 2**20
+_REQUIRED = {MODEL, OPTIMIZER, STATE, CONFIG}
+_TOKENIZER_FILE = re.compile(TOKENIZER + r"/[a-z0-9_]{1,50}\.(json|tiktoken)")
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint of a later gpt: whole, but not for this one."""
+
+
+def write_manifest(directory: Path, step: int, tied: dict[str, str], tokenizer: str) -> None:
+    """Sync every file in `directory`, then write its manifest.json.
+
+    `tied` maps tensor names that are not stored to the stored one they equal; `tokenizer` is the
+    tokenizer's identity.
+    """
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if not _is_known(name):
+            raise ValueError(f"{name}: no checkpoint may hold such a file")
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "gptcli": __version__,
+        "torch": torch.__version__,
+        "step": step,
+        "tokenizer": tokenizer,
+        "tied": tied,
+        "files": files,
+    }
+    write_json_atomic(directory / MANIFEST, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json with its form checked, the files it lists not. CheckpointError if it is bad."""
+    path = directory / MANIFEST
+    manifest = read_json(path, _MANIFEST_BYTES)
+    version = manifest.get("format")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: no valid format number")
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{directory} is in format {version}: it needs gpt >= {manifest.get('gptcli')}"
+            f" (this is {__version__})",
+            hint="pip install --upgrade gptcli",
+        )
+    for problem in _problems(manifest):
+        raise CheckpointError(f"{path}: {problem}")
+    return manifest
+
+
+def check_files(
+    directory: Path, manifest: dict[str, Any], *, optimizer: bool, hashes: bool
+) -> None:
+    """Compare the files in `directory` with its manifest. CheckpointError names the first bad one.
+
+    Presence and sizes always, hashes on request, the optimizer's with `optimizer` only.
+    """
+    files = manifest["files"]
+    on_disk = {f"{TOKENIZER}/{p.name}" for p in (directory / TOKENIZER).glob("[!.]*")}
+    if stray := sorted(on_disk - set(files)):
+        raise CheckpointError(f"{directory}: {stray[0]} is not in {MANIFEST}")
+    for name, entry in files.items():
+        path = directory / name
+        if path.is_symlink() or (path.parent != directory and path.parent.is_symlink()):
+            raise CheckpointError(f"{directory}: {name} is a symbolic link")
+        try:
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{directory}: {name} is not a regular file")
+            if found.st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{directory}: {name} has {found.st_size} bytes instead of {entry['bytes']}"
+                )
+            wanted = hashes and (optimizer or name != OPTIMIZER)
+            if wanted and _sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{directory}: {name} is damaged (its sha256 differs)")
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory}: {name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _problems(manifest: dict[str, Any]) -> Iterator[str]:
+    step, tied, files = (manifest.get(key) for key in ("step", "tied", "files"))
+    if type(step) is not int or not 0 <= step < 10**18:
+        yield "no valid step"
+    if not isinstance(tied, dict) or not all(isinstance(kept, str) for kept in tied.values()):
+        yield "no valid list of tied tensors"
+    if not isinstance(files, dict):
+        yield "no list of files"
+        return
+    if missing := sorted(_REQUIRED - set(files)):
+        yield f"{missing[0]} is not listed"
+    if not any(_TOKENIZER_FILE.fullmatch(name) for name in files):
+        yield "no tokenizer is listed"
+    for name, entry in files.items():
+        if not _is_known(name):
+            yield f"unknown file name {name!r}"
+        elif not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+            yield f"{name} has no size"
+        elif not isinstance(entry.get("sha256"), str):
+            yield f"{name} has no sha256"
+        elif name not in (MODEL, OPTIMIZER) and entry["bytes"] > SMALL_FILE_BYTES:
+            yield f"{name} is larger than {SMALL_FILE_BYTES} bytes"
+
+
+def _is_known(name: str) -> bool:
+    return name in _REQUIRED or _TOKENIZER_FILE.fullmatch(name) is not None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

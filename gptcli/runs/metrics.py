@@ -1,0 +1,138 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, appended as the run goes."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptcli.errors import ResourceError
+from gptcli.runs.run_dir import json_bytes, write_atomic
+
+log = logging.getLogger("gptcli")
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class MetricsLog:
+    """Appends records to `run_dir / filename`; every record is in the file when `write` returns.
+
+    A record that cannot be written (disk full) is lost with one warning for the whole run:
+    training is worth more than its log.
+    """
+
+    def __init__(self, run_dir: Path, filename: str = METRICS) -> None:
+        self.path = run_dir / filename
+        self._warned = False
+        try:
+            # A descriptor, not a buffered file: a line goes out in one call, so no kill splits it.
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ResourceError(f"cannot write {self.path}: {error.strerror}") from error
+        self._cut = _is_cut(self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; non-finite numbers become null."""
+        line = json_bytes(record) + b"\n"
+        if self._cut:
+            line = b"\n" + line  # end the broken line, which the reader skips
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):  # the disk took a part; the next call tells why
+                os.write(self._descriptor, line[written:])
+            self._cut = False
+        except OSError as error:
+            self._cut = _is_cut(self.path)
+            self._warn(error)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s: %s; lines will be missing, the run goes on", self.path, error.strerror)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl in file order; lines that a crash cut short are left out."""
+    return _read(run_dir / METRICS)
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of samples.jsonl, as `read_metrics`."""
+    return _read(run_dir / SAMPLES)
+
+
+def truncate_after(run_dir: Path, step: int) -> None:
+    """Drop the records with a step above `step` and broken lines from both files.
+
+    What is dropped is appended to metrics.jsonl.bak and samples.jsonl.bak. ResourceError when
+    the disk takes no files.
+    """
+    for filename in (METRICS, SAMPLES):
+        path = run_dir / filename
+        kept, dropped = _split(path, step)
+        if not dropped and not _is_cut(path):
+            continue
+        if dropped:
+            backup = path.with_name(f"{filename}.bak")
+            old = backup.read_bytes() if backup.exists() else b""
+            write_atomic(backup, old + b"".join(line + b"\n" for line in dropped))
+        write_atomic(path, b"".join(line + b"\n" for line in kept))
+
+
+def _split(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
+    kept: list[bytes] = []
+    dropped: list[bytes] = []
+    for line in _lines(path):
+        record = _parse(line)
+        at = record.get("step", 0) if record is not None else None
+        keep = isinstance(at, int) and at <= step
+        (kept if keep else dropped).append(line)
+    return kept, dropped
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    records = (_parse(line) for line in _lines(path))
+    return [record for record in records if record is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Lines without their ends, blank ones left out; none when there is no file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line lacks its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:  # no file, or an empty one
+        return False

@@ -1,0 +1,281 @@
+"""Run directories: making and finding them, the lock that keeps two processes apart, run.json."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptcli.errors import CheckpointError, ConfigError, ResourceError
+
+log = logging.getLogger("gptcli")
+
+CHECKPOINTS = "checkpoints"
+_RUN_JSON, _LOCK = "run.json", ".lock"
+_RUN_JSON_BYTES = 16 * 2**20  # far above what a run writes; keeps a hostile file out of memory
+_HOLDS_A_RUN = "{} holds a run; use --resume to continue or --overwrite to move it aside"
+_STAMP = "%Y%m%d-%H%M%S"
+_MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
+# Answers of file systems that cannot do what was asked at all, as opposed to failing at it.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def runs_root() -> Path:
+    """Where runs are made and looked for: $GPT_RUNS, else ./runs."""
+    return Path(os.environ.get("GPT_RUNS") or "runs").expanduser()
+
+
+def new_run_dir(name: str, explicit: Path | None, *, overwrite: bool) -> Path:
+    """Make the directory of a fresh run of config `name` and write its first run.json.
+
+    `explicit` is used where given (an old run there is moved aside with `overwrite`), else
+    NAME-YYYYmmdd-HHMMSS under `runs_root()`. Raises ConfigError when `explicit` cannot be used,
+    ResourceError when nothing can be written there or the run to move is in use.
+    """
+    target = runs_root() if explicit is None else explicit
+    try:
+        if explicit is None:
+            target = _make_unique(target / f"{name}-{datetime.now().strftime(_STAMP)}")
+        else:
+            _clear(explicit, overwrite)
+            explicit.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot make the run directory {target}: {error.strerror}") from error
+    created = datetime.now(timezone.utc).isoformat()
+    with RunLock(target):
+        if (target / _RUN_JSON).exists():  # another process was faster by a moment
+            raise ConfigError(_HOLDS_A_RUN.format(target))
+        about = {"name": name, "created": created, "status": "running"}
+        write_json_atomic(target / _RUN_JSON, about)
+    return target
+
+
+class RunLock:
+    """Context manager: this process alone works in `run_dir`. A second one gets ResourceError."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._descriptor = -1
+
+    def __enter__(self) -> "RunLock":
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self.run_dir / _LOCK, flags, 0o666)
+            self._acquire()
+        except OSError as error:
+            self._close()
+            raise ResourceError(f"cannot lock {self.run_dir}: {error.strerror}") from error
+        except ResourceError:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()  # the file stays: removing it would let two processes lock two files
+
+    def _acquire(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._descriptor, 300).decode("ascii", "replace")
+            match = re.match(r"(\d+) ([\w.-]+)\n", holder)
+            who = f"process {match[1]} on {match[2]}" if match else "another process"
+            raise ResourceError(
+                f"{self.run_dir} is in use by {who}",
+                hint="wait for it or stop it; or choose another directory with --run-dir",
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s: this file system has no locks; start no second process", self.run_dir)
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):  # a forked child may still hold the descriptor
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def newest_run(root: Path, *, having_checkpoint: bool = True) -> Path | None:
+    """The run under `root` that was created last, by run.json; runs moved aside do not count."""
+    runs = [run for run, _ in _runs(root) if not having_checkpoint or has_checkpoint(run)]
+    return runs[-1] if runs else None
+
+
+def newest_unfinished(root: Path, name: str) -> Path | None:
+    """The last created run of config `name` that has a checkpoint and is not finished."""
+    runs = [
+        run
+        for run, about in _runs(root)
+        if about.get("name") == name and about.get("status") != "finished" and has_checkpoint(run)
+    ]
+    return runs[-1] if runs else None
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether `path` is a directory that holds a run."""
+    return (path / _RUN_JSON).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a published checkpoint is there; says nothing about its health."""
+    return any((run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
+
+
+def read_run_json(run_dir: Path) -> dict[str, Any]:
+    """What run.json holds; {} when it is missing or damaged (the latter with a warning)."""
+    path = run_dir / _RUN_JSON
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path, _RUN_JSON_BYTES)
+    except CheckpointError as error:
+        log.warning("%s; going on without it", error.message)
+        return {}
+
+
+def update_run_json(run_dir: Path, **changes: Any) -> None:
+    """Set keys of run.json. ResourceError when it cannot be written."""
+    write_json_atomic(run_dir / _RUN_JSON, {**read_run_json(run_dir), **changes})
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The object in a regular file of at most `max_bytes`. CheckpointError says what is wrong."""
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        if found.st_size > max_bytes:
+            raise CheckpointError(f"{path} has {found.st_size} bytes, more than {max_bytes}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Replace `path` by `obj` as JSON; readers see the old or the new one, never a part."""
+    write_atomic(path, json_bytes(obj, indent=2) + b"\n")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, on disk when this returns. ResourceError if it cannot be."""
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temp, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that the names in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def json_bytes(obj: Any, indent: int | None = None) -> bytes:
+    """UTF-8 JSON that every parser reads: non-finite numbers become null."""
+    text = json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (an undecodable file name) is written as the JSON escape \udcXX.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return obj
+
+
+def _clear(path: Path, overwrite: bool) -> None:
+    """Make sure that `path` can become a fresh run directory; hidden files alone do not count."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"--run-dir {path} is not a directory")
+    if not path.is_dir() or not any(not p.name.startswith(".") for p in path.iterdir()):
+        return
+    if not is_run_dir(path):
+        raise ConfigError(f"--run-dir {path} holds other files and no run; choose a new directory")
+    if not overwrite:
+        raise ConfigError(_HOLDS_A_RUN.format(path))
+    path = Path(os.path.abspath(path))  # `.` has no name to extend
+    with RunLock(path):  # a run that is still going keeps its directory
+        aside = _free_name(path.with_name(f"{path.name}.old-{datetime.now().strftime(_STAMP)}"))
+        path.rename(aside)
+    log.info("moved the run at %s to %s", path, aside)
+
+
+def _make_unique(path: Path) -> Path:
+    while True:
+        candidate = _free_name(path)
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:  # another process took the name just now
+            if not candidate.exists():
+                raise
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 2
+    while os.path.lexists(candidate):
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Runs with their run.json, the oldest first."""
+    found = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if is_run_dir(path) and not _MOVED_ASIDE.search(path.name):
+            about = read_run_json(path)
+            found.append((_created(about), path, about))
+    for _, path, about in sorted(found, key=lambda item: item[0]):
+        yield path, about
+
+
+def _created(about: dict[str, Any]) -> datetime:
+    """When a run began. Not the file times: a copy of a run has new ones."""
+    try:
+        return datetime.fromisoformat(about["created"]).astimezone(timezone.utc)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=timezone.utc)

@@ -1,0 +1,52 @@
+"""The stop flag: signal handlers (installed by `cli/`) only set it; every loop polls it."""
+
+import signal
+
+EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+
+_requested: signal.Signals | None = None
+_save_now = False
+
+
+class Stopped(Exception):
+    """Raised by work that has nothing to save (tokenising, scanning) when a stop was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped before training began")
+        self.signal = _requested
+
+
+def request(signum: int) -> None:
+    """Ask every loop to stop after its current step."""
+    global _requested
+    _requested = signal.Signals(signum)
+
+
+def requested() -> signal.Signals | None:
+    """The signal that asked to stop, or None."""
+    return _requested
+
+
+def request_save() -> None:
+    """Ask the training loop to save after its current step and go on (SIGUSR1)."""
+    global _save_now
+    _save_now = True
+
+
+def take_save_request() -> bool:
+    """True once after `request_save`."""
+    global _save_now
+    was, _save_now = _save_now, False
+    return was
+
+
+def raise_if_requested() -> None:
+    """Raise `Stopped` when a stop was asked for."""
+    if _requested is not None:
+        raise Stopped
+
+
+def reset() -> None:
+    """Forget requests (a process that runs several jobs, such as the tests, calls this between)."""
+    global _requested, _save_now
+    _requested, _save_now = None, False

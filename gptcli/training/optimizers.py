@@ -1,0 +1,183 @@
+"""AdamW, and Muon for the hidden matrices with AdamW for the rest. State is kept by name."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gptcli.config.schema import OptimizerConfig
+from gptcli.errors import CheckpointError
+from gptcli.model.gpt import GPT
+
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Optimizer:
+    """Updates a model's parameters. The learning rate comes from outside at every step."""
+
+    def __init__(self, model: GPT, config: OptimizerConfig) -> None:
+        named = dict(model.named_parameters())  # a tied weight appears once
+        matrices = {
+            name: p for name, p in named.items() if p.ndim == 2 and name.startswith("blocks.")
+        }
+        self._muon = None
+        if config.kind == "muon":
+            self._muon = Muon(dict(matrices), part_heights(model, matrices), config)
+            rest = {name: p for name, p in named.items() if name not in matrices}
+            embeddings = {n: p for n, p in rest.items() if n in ("wte.weight", "wpe.weight")}
+            others = {n: p for n, p in rest.items() if n not in embeddings}
+            groups = [(embeddings, config.embedding_lr), (others, config.adamw_lr)]
+        else:
+            groups = [(named, config.lr)]
+        self._named = named
+        self._groups = []
+        for parameters, peak in groups:
+            # Decay acts on matrices only, never on norms and biases.
+            for decays in (True, False):
+                chosen = [p for p in parameters.values() if (p.ndim >= 2) == decays]
+                decay = config.weight_decay if decays else 0.0
+                if chosen:
+                    self._groups.append(
+                        {"params": chosen, "peak": peak, "lr": peak, "weight_decay": decay}
+                    )
+        device = next(iter(named.values())).device.type
+        self._adamw = torch.optim.AdamW(
+            self._groups,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            fused=device in ("cpu", "cuda"),
+        )
+
+    def step(self, ratio: float) -> None:
+        """One update with every learning rate at `ratio` of its peak."""
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * ratio
+        self._adamw.step()
+        if self._muon is not None:
+            self._muon.step(ratio)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._named.values():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<parameter name>.<state name>` -> tensor."""
+        state = {}
+        for name, parameter in self._named.items():
+            for key, value in self._adamw.state.get(parameter, {}).items():
+                state[f"{name}.{key}"] = value
+        return state | (self._muon.state_dict() if self._muon is not None else {})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the state that `state_dict` gave. CheckpointError when a name or shape differs."""
+        left = dict(state)
+        if self._muon is not None:
+            self._muon.load_state_dict(left)
+        for group in self._adamw.param_groups:
+            for parameter in group["params"]:
+                name = next(n for n, p in self._named.items() if p is parameter)
+                entry = {}
+                for key in _ADAM_STATE:
+                    value = left.pop(f"{name}.{key}", None)
+                    if value is not None:
+                        if key != "step" and value.shape != parameter.shape:
+                            raise CheckpointError(f"optimizer state {name}.{key} has another shape")
+                        on = parameter.device if key != "step" or value.is_cuda else value.device
+                        entry[key] = value.to(on)
+                if entry:
+                    self._adamw.state[parameter] = entry
+        if left:
+            raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(left)}")
+
+
+def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:
+    """For each hidden matrix the heights of the parts that are orthogonalised apart: q, k and v,
+    gate and value."""
+    heights = {}
+    for name in names:
+        block = model.blocks[int(name.split(".")[1])]
+        rows = model.get_parameter(name).size(0)
+        if name.endswith("qkv.weight"):
+            heights[name] = list(block.attn.widths)
+        elif name.endswith("up.weight") and block.mlp.gated:
+            heights[name] = [rows // 2] * 2
+        else:
+            heights[name] = [rows]
+    return heights
+
+
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), in Nesterov form.
+
+    Parts of one shape are orthogonalised as one batch. The update of an (r, c) part is scaled by
+    sqrt(max(1, r / c)).
+    """
+
+    def __init__(
+        self,
+        named: dict[str, Tensor],
+        heights: dict[str, list[int]],
+        config: OptimizerConfig,
+    ) -> None:
+        self._named = named
+        self._peak, self._momentum = config.lr, config.momentum
+        self._decay = config.weight_decay
+        self._buffers = {name: torch.zeros_like(p) for name, p in named.items()}
+        self._shapes: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+        for name, parts in heights.items():
+            start = 0
+            for height in parts:
+                place = (name, start, start + height)
+                self._shapes.setdefault((height, named[name].size(1)), []).append(place)
+                start += height
+
+    @torch.no_grad()
+    def step(self, ratio: float) -> None:
+        """One update with the learning rate at `ratio` of its peak."""
+        rate = self._peak * ratio
+        directions = {}
+        for name, parameter in self._named.items():
+            if parameter.grad is not None:
+                buffer = self._buffers[name].lerp_(parameter.grad, 1 - self._momentum)
+                directions[name] = parameter.grad.lerp_(buffer, self._momentum)
+                if self._decay:
+                    parameter.mul_(1 - rate * self._decay)
+        for (rows, columns), places in self._shapes.items():
+            places = [place for place in places if place[0] in directions]
+            if not places:
+                continue
+            updates = orthogonalise(torch.stack([directions[n][i:j] for n, i, j in places]))
+            scale = -rate * max(1.0, rows / columns) ** 0.5
+            for (name, i, j), update in zip(places, updates, strict=True):
+                self._named[name][i:j].add_(update, alpha=scale)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<parameter name>.momentum` -> tensor."""
+        return {f"{name}.momentum": buffer for name, buffer in self._buffers.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take its entries out of `state`. CheckpointError when one is missing or misshapen."""
+        for name, buffer in self._buffers.items():
+            value = state.pop(f"{name}.momentum", None)
+            if value is None or value.shape != buffer.shape:
+                raise CheckpointError(f"optimizer state {name}.momentum is missing or misshapen")
+            buffer.copy_(value)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearly orthogonal factor of each matrix of (N, r, c), by five Newton-Schulz steps.
+
+    Coefficients of Jordan et al. 2024 (singular values end between about 0.7 and 1.2). Works in
+    fp32 on the CPU, where bf16 may be emulated and slow, and in bf16 elsewhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)

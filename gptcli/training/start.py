@@ -1,0 +1,216 @@
+"""How a run begins: afresh in a new directory, or from the newest valid checkpoint of an old one."""
+
+import logging
+import os
+import platform
+import shlex
+import socket
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gptcli import __version__
+from gptcli.config.load import dump_config
+from gptcli.config.schema import Config
+from gptcli.device import Device, memory_bytes
+from gptcli.errors import CheckpointError
+from gptcli.runs import checkpoint
+from gptcli.runs.checkpoint import Contents
+from gptcli.runs.metrics import truncate_after
+from gptcli.runs.run_dir import (
+    has_checkpoint,
+    newest_unfinished,
+    new_run_dir,
+    read_run_json,
+    runs_root,
+    update_run_json,
+    write_atomic,
+    write_json_atomic,
+)
+from gptcli.training.state import TrainState, progress
+
+log = logging.getLogger("gptcli")
+
+Resume = Literal["no", "resume", "auto"]
+
+
+def choose_run_dir(
+    config: Config, run_dir: Path | None, resume: Resume, overwrite: bool
+) -> tuple[Path, bool]:
+    """The run's directory, and whether it is to be resumed.
+
+    Raises CheckpointError when `resume` finds nothing, ConfigError when the directory holds a run
+    that the flags do not mention.
+    """
+    if resume != "no":
+        found = run_dir if run_dir is not None else newest_unfinished(runs_root(), config.name)
+        if found is not None and has_checkpoint(found):
+            return found, True
+        where = str(run_dir) if run_dir else f"an unfinished run of {config.name!r}"
+        if resume == "resume":
+            raise CheckpointError(
+                f"nothing to resume: {where} has no checkpoint"
+                if run_dir
+                else f"nothing to resume: no {where[3:]} under {runs_root()}/",
+                hint="start one without --resume, or use --auto-resume",
+            )
+        log.info("nothing to resume: starting afresh")
+        overwrite = overwrite or (run_dir is not None and run_dir.exists())
+    return new_run_dir(config.name, run_dir, overwrite=overwrite), False
+
+
+def write_new_run(directory: Path, config: Config, command: str, job: str) -> None:
+    """config.yaml and run.json of a run that begins."""
+    write_atomic(directory / "config.yaml", dump_config(config).encode())
+    write_json_atomic(
+        directory / "run.json",
+        {
+            "status": "running",
+            "job": job,
+            "command": command,
+            "name": config.name,
+            "created": _now(),
+            "versions": versions(),
+            "seeds": {"seed": config.seed},
+        },
+    )
+
+
+def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bool]:
+    """The checkpoint from which `directory` goes on, its state, and whether nothing is left to do.
+
+    Normally the newest valid one. A run that had begun its final decay and now gets a larger
+    limit goes on from the last checkpoint before the decay. Raises CheckpointError when none is
+    usable or the model would be another one.
+    """
+    newest = checkpoint.newest_valid(directory, log)
+    if newest is None:
+        raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
+    contents = checkpoint.read(newest, with_optimizer=True)
+    _check_config(contents, config)
+    state = TrainState(**contents.state["train"])
+    if progress(state, config.training) >= 1.0:
+        return contents, state, True
+    if contents.state["decaying"] and _limits(contents) != _limits_of(config):
+        for path in reversed(checkpoint.list_checkpoints(directory)):
+            older = _read_or_none(path)
+            if older is not None and not older.state["decaying"]:
+                before = TrainState(**older.state["train"])
+                log.warning(
+                    f"the limit has changed and the decay had begun: going on from step"
+                    f" {before.step}, before the decay, instead of step {state.step}"
+                )
+                checkpoint.set_aside_after(directory, before.step)
+                return older, before, False
+    return contents, state, False
+
+
+def prepare_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
+    """Cut the logs back to the checkpoint's step and note the resume."""
+    truncate_after(directory, state.step)
+    write_atomic(directory / "config.yaml", dump_config(config).encode())
+    about = read_run_json(directory)
+    resumes = [*about.get("resumes", []), {"at": _now(), "step": state.step, "command": command}]
+    update_run_json(directory, status="running", resumes=resumes, versions=versions())
+
+
+def resume_command(job: str, directory: Path) -> str:
+    """The command line that continues the run."""
+    quoted = shlex.quote(str(directory))
+    config = shlex.quote(str(directory / "config.yaml"))
+    return f"gpt {job} {config} --run-dir {quoted} --resume"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the result."""
+    names = ("torch", "datasets", "tiktoken", "tokenizers", "safetensors", "numpy")
+    found = {name: version(name) for name in names}
+    return {"gptcli": __version__, "python": platform.python_version(), **found}
+
+
+def machine(device: Device) -> dict[str, Any]:
+    """Facts about this machine for run.json."""
+    return {
+        "hostname": socket.gethostname(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(),
+        "device": device.kind,
+        "device_name": device.name,
+    }
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], allow_change: bool) -> None:
+    """Refuse to resume over other data than the run has seen, unless that is allowed."""
+    changed = [
+        f"{name} ({'gone' if name not in now else 'new' if name not in saved else 'changed'})"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if not changed:
+        return
+    message = f"the data differ from what this run has seen: {', '.join(changed[:5])}"
+    if not allow_change:
+        raise CheckpointError(message, hint="restore the files, or add --allow-data-change")
+    log.warning(f"{message}; going on as told, the order of documents is not the same")
+
+
+def _check_config(contents: Contents, config: Config) -> None:
+    """Another model or tokenizer is refused; other changes are shown."""
+    old, new = _flat(contents.config_yaml), _flat(dump_config(config))
+    differing = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
+    shown = {k: f"{k}: {a} -> {b}" for k, (a, b) in differing.items()}
+    fixed = [
+        text
+        for key, text in shown.items()
+        if key.startswith(("model.", "tokenizer.", "data.", "init", "seed", "optimizer.kind"))
+        and key != "model.dropout"
+    ]
+    if fixed:
+        raise CheckpointError(
+            "this run was begun with other settings, which a resume cannot change: "
+            + "; ".join(fixed),
+            hint="resume with the run's own config.yaml, or start a new run",
+        )
+    for text in shown.values():
+        log.warning(f"changed since the run began: {text}")
+
+
+def _flat(config_yaml: str) -> dict[str, Any]:
+    import yaml
+
+    sections = yaml.safe_load(config_yaml)
+    flat: dict[str, Any] = {}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _limits(contents: Contents) -> list[Any]:
+    flat = _flat(contents.config_yaml)
+    return [flat.get(f"training.{k}") for k in ("max_steps", "max_tokens", "max_epochs", "max_time")]
+
+
+def _limits_of(config: Config) -> list[Any]:
+    t = config.training
+    return [t.max_steps, t.max_tokens, t.max_epochs, t.max_time]
+
+
+def _read_or_none(path: Path) -> Contents | None:
+    try:
+        return checkpoint.read(path, with_optimizer=True)
+    except CheckpointError as error:
+        log.warning(f"{path.name} is damaged and skipped: {error}")
+        return None
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="seconds")

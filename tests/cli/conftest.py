@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gptcli import stop
+from gptcli.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+GPT = [sys.executable, "-m", "gptcli"]
+
+
+@pytest.fixture(autouse=True)
+def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No run, terminal setting or stop request of the outside world reaches a test."""
+    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
+    for name in ("NO_COLOR", "GPT_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    stop.reset()
+    yield
+    stop.reset()
+
+
+@pytest.fixture
+def gpt(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `gpt` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a shell line in which `gpt` is this project's."""
+    root = Path(__file__).parents[2]
+
+    def run(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", f'gpt() {{ {" ".join(GPT)} "$@"; }}\n{line}'],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root), **environment},
+            check=False,
+        )
+
+    return run

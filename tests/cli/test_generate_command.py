@@ -1,0 +1,169 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gptcli.config.schema import Config, ModelConfig
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.model.gpt import GPT, initialise
+from gptcli.runs.checkpoint import Contents, publish
+from gptcli.runs.run_dir import new_run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with one checkpoint of an untrained model on byte tokens, under GPT_RUNS."""
+    config = Config(name="tiny", model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32))
+    tokenizer = Tokenizer.of_bytes()
+    model = GPT(config.model, tokenizer.vocab_size)
+    initialise(model, torch.Generator().manual_seed(0))
+    made = new_run_dir("tiny", None, overwrite=False)
+    text = yaml.safe_dump(config.model_dump())
+    publish(made, 10, Contents(model.state_dict(), {}, {}, text, tokenizer))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A tiny model runs many times faster on one thread when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_newest_run_continues_a_prompt(gpt, run_dir):
+    code, out, err = gpt("generate", "--prompt", "Once", "--max-new-tokens", "8")
+    assert code == 0
+    assert out.startswith("Once")
+    assert out.endswith("\n")
+    assert err.startswith("seed ")
+
+
+def test_a_reported_seed_repeats_the_text(gpt, run_dir):
+    """A random seed that is not told makes a good text a one-off."""
+    _, first, err = gpt("generate", "--prompt", "Once", "--max-new-tokens", "8")
+    seed = err.split()[1]
+    code, second, err = gpt("generate", "--prompt", "Once", "--max-new-tokens", "8", "--seed", seed)
+    assert (code, err) == (0, "")
+    assert second == first
+
+
+FIXED = ("--prompt", "Once", "--max-new-tokens", "12", "--seed", "5", "-n", "3")
+
+
+def test_streaming_changes_nothing(gpt, run_dir):
+    streamed, whole = gpt("generate", *FIXED), gpt("generate", *FIXED, "--no-stream")
+    assert streamed == whole
+    assert streamed[1].count("\n---\n") == 3
+
+
+def test_json_holds_the_same_texts(gpt, run_dir):
+    code, out, err = gpt("generate", *FIXED, "--json", "--logprobs", "2")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["sample"], row["seed"], row["prompt"]) for row in rows] == [
+        (k, 5, "Once") for k in range(3)
+    ]
+    assert [len(row["logprobs"]) for row in rows] == [len(row["tokens"]) for row in rows]
+    plain = gpt("generate", *FIXED, "--no-prompt")[1]
+    assert plain == "".join(row["text"] + "\n---\n" for row in rows)
+
+
+def test_the_models_of_the_options(gpt, run_dir):
+    """A run directory, a checkpoint in it, and the newest run are the same model here."""
+    texts = {
+        gpt("generate", *FIXED, *where)[1]
+        for where in (
+            (),
+            ("--model", str(run_dir)),
+            ("--model", str(run_dir / "checkpoints" / "step-00000010")),
+        )
+    }
+    assert len(texts) == 1
+
+
+def test_config_section(gpt, run_dir, tmp_path):
+    text = "generate: {prompt: Once, max_new_tokens: 12, seed: 5, n: 3, no_prompt: true}\n"
+    (tmp_path / "g.yaml").write_text(text)
+    from_file = gpt("generate", "--config", str(tmp_path / "g.yaml"))
+    assert from_file == gpt("generate", *FIXED, "--no-prompt")
+
+
+def test_no_run_yet(gpt):
+    code, out, err = gpt("generate", "--prompt", "x")
+    assert (code, out) == (4, "")
+    assert "hint: " in err
+    assert "gpt pretrain" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--temperature", "0"), ("--top-k", "999999"), ("--min-p", "1"), ("--prompt", "")],
+)
+def test_extremes_that_are_fine(gpt, run_dir, flags):
+    """Temperature 0 is greedy, a top-k above the vocabulary is all of it, an empty prompt is eot."""
+    assert gpt("generate", "--prompt", "x", "--max-new-tokens", "3", *flags)[0] == 0
+
+
+def test_token_ids(gpt, run_dir):
+    code, out, _ = gpt("generate", "--prompt-tokens", "72,105", "--max-new-tokens", "2")
+    assert code == 0
+    assert out.startswith("Hi")
+
+
+def test_prompt_that_is_too_long(gpt, run_dir):
+    long = "x" * 50
+    code, _, err = gpt("generate", "--prompt", long, "--max-new-tokens", "2", "--seed", "1")
+    assert code == 0
+    assert err.startswith("warning: ")
+    code, out, err = gpt("generate", "--prompt", long, "--truncate", "error")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+
+
+def test_missing_device(gpt, run_dir):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = gpt("generate", "--prompt", "x", "--device", "cuda")
+    assert code == 6
+    assert "cpu" in err
+
+
+def test_head_takes_one_line(shell, run_dir):
+    """`| head -1` must be quiet and a success, whenever the pipe closes."""
+    done = shell(
+        "(gpt generate --prompt $'a\\nb\\nc' --max-new-tokens 3000 --quiet; echo rc $? >&2) | head -1"
+    )
+    assert (done.stdout, done.stderr) == ("a\n", "rc 0\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+def test_full_disk(shell, run_dir):
+    done = shell("gpt generate --prompt x --max-new-tokens 3 --quiet > /dev/full; echo rc $? >&2")
+    assert done.stderr == "error: stdout: No space left on device\nrc 6\n"
+
+
+def test_stop_while_sampling(run_dir):
+    """A long generation could not be stopped, or ended as if it were complete."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcli", "generate", "--prompt", "x", "--max-new-tokens", "99999999"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"x"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert err.decode().splitlines()[-1] == "stopped by SIGTERM"

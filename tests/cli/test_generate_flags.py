@@ -1,0 +1,205 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gptcli.cli import generate_command
+from gptcli.cli.generate_command import _Output, _settings
+from gptcli.config.schema import GenerateConfig
+from gptcli.generation.engine import Generated
+
+FLAGS = dict.fromkeys(GenerateConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--temperature", "nan"], "--temperature: "),
+        (["--temperature", "-1"], "--temperature: "),
+        (["--temperature", "inf"], "--temperature: "),
+        (["--top-k", "0"], "--top-k: "),
+        (["--top-p", "0"], "--top-p: "),
+        (["--top-p", "1.5"], "--top-p: "),
+        (["--min-p", "-0.1"], "--min-p: "),
+        (["--repetition-penalty", "0"], "--repetition-penalty: "),
+        (["-n", "0"], "-n: "),
+        (["--max-new-tokens", "0"], "--max-new-tokens: "),
+        (["--logprobs", "-1"], "--logprobs: "),
+        (["--truncate", "right"], "--truncate: "),
+        (["--prompt-tokens", "1,x"], "--prompt-tokens: "),
+        (["--prompt-tokens", "-1"], "--prompt-tokens: "),
+        (["--prompt-file", "f"], "--prompt and --prompt-file exclude each other"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["word"], "unexpected argument 'word'"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_values_are_usage_errors(gpt, flags, named):
+    """Typer lets nan and infinity through, which end in NaN probabilities or an endless loop."""
+    prompt = [] if flags[0] == "--prompt-tokens" else ["--prompt", "x"]
+    code, out, err = gpt("generate", *prompt, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {named}")
+
+
+def test_all_bad_values_at_once(gpt):
+    code, _, err = gpt("generate", "--prompt", "x", "-n", "0", "--top-p", "2", "--top-k", "0")
+    assert code == 2
+    assert len(err.splitlines()) == 3
+
+
+def test_no_prompt(gpt):
+    code, _, err = gpt("generate")
+    assert code == 2
+    assert err.startswith("error: no prompt given\nhint: ")
+
+
+def settings(text: str, tmp_path: Path, **flags: object) -> GenerateConfig:
+    (tmp_path / "g.yaml").write_text(text)
+    return _settings(str(tmp_path / "g.yaml"), {**FLAGS, **flags}, None)
+
+
+def test_flags_win_over_the_section_only_when_given(tmp_path):
+    """A default of the command line that overwrites the YAML makes the section useless."""
+    text = "generate: {prompt: hello, temperature: 0.5, n: 3, json: true, stream: false}\n"
+    merged = settings(text, tmp_path, n=2)
+    assert (merged.prompt, merged.temperature, merged.n) == ("hello", 0.5, 2)
+    assert (merged.json_lines, merged.stream, merged.top_p) == (True, False, 0.95)
+
+
+def test_a_prompt_flag_replaces_the_sections_prompt(tmp_path):
+    merged = settings("generate: {prompt: hello}\n", tmp_path, prompt_tokens=[1, 2])
+    assert (merged.prompt, merged.prompt_tokens) == (None, [1, 2])
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """A pipe at stdin; returns what writes to it and closes it."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+
+    def write(data: bytes) -> None:
+        def feed() -> None:
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(data)
+
+        threading.Thread(target=feed, daemon=True).start()
+
+    yield write
+    sys.stdin.close()
+
+
+def test_prompt_from_stdin(stdin):
+    """`echo` ends its line; a prompt with that newline continues on another line."""
+    stdin(b"Once upon\na time\n")
+    assert _settings(None, FLAGS, "-").prompt == "Once upon\na time"
+
+
+def test_empty_stdin(gpt, stdin):
+    stdin(b"")
+    code, out, err = gpt("generate", "-")
+    assert (code, out) == (2, "")
+    assert "nothing on stdin" in err
+
+
+def test_huge_stdin(gpt, stdin, monkeypatch):
+    """`yes | gpt generate -` must not fill the memory."""
+    monkeypatch.setattr(generate_command, "_MAX_STDIN_BYTES", 1000)
+    stdin(b"y\n" * 600)
+    assert gpt("generate", "-")[0] == 2
+
+
+def test_stdin_that_is_no_utf8(stdin, capsys):
+    stdin(b"caf\xe9\n")
+    assert _settings(None, FLAGS, "-").prompt == "caf\ufffd"
+    assert "warning: stdin is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_waiting_for_stdin_can_be_stopped():
+    """A read begins again after a signal, so that Ctrl-C had no effect while waiting."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcli", "generate", "-"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    time.sleep(1.5)  # until it waits: no output tells
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[1] == "stopped by SIGINT\n"
+    assert process.returncode == 130
+
+
+def generated(prompt: str, *texts: str, reason: str = "length") -> list[Generated]:
+    return [
+        Generated(prompt, text, [1], reason, 7, sample, None) for sample, text in enumerate(texts)
+    ]
+
+
+def output(capsys, batches, **given: object) -> str:
+    printer = _Output(GenerateConfig.model_validate(given))
+    if printer.live:  # as the job does: sample 0 in pieces, among pieces of the others
+        for batch in batches:
+            printer.prompt(batch[0].prompt)
+            for sample in batch:
+                for letter in sample.text:
+                    printer.piece(sample.sample, letter)
+            printer.finished([batch])
+    else:
+        printer.finished(batches)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("no_prompt", [True, False])
+def test_texts_in_order(capsys, stream, no_prompt):
+    """Streaming several samples at once must not mix them, nor change what is printed."""
+    shown = output(capsys, [generated("p:", "a", "b")], n=2, stream=stream, no_prompt=no_prompt)
+    p = "" if no_prompt else "p:"
+    assert shown == f"{p}a\n---\n{p}b\n---\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_text_has_no_separator(capsys, stream):
+    assert output(capsys, [generated("p:", "a\n")], stream=stream) == "p:a\n\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_prompts_of_a_file_are_separated(capsys, stream):
+    batches = [generated("p", "a"), generated("q", "b")]
+    assert output(capsys, batches, prompt_file="f", stream=stream) == "pa\n---\nqb\n---\n"
+
+
+def test_json_is_one_object_a_line(capsys):
+    shown = output(capsys, [generated("\u2028", "\x1b\n")], json=True)
+    assert shown.count("\n") == 1
+    assert shown.startswith('{"prompt": "\\u2028", "text": "\\u001b\\n", "tokens": [1]')
+
+
+def test_json_leaves_out_half_texts(capsys):
+    """A reader that takes `finish_reason` at its word would keep a text cut by Ctrl-C."""
+    assert output(capsys, [generated("p", "a", reason="interrupted")], json=True) == ""
+
+
+@pytest.mark.parametrize(("raw", "shown"), [(False, "p\\x1b[31m[/x]\n"), (True, "p\x1b[31m[/x]\n")])
+def test_text_on_a_terminal(monkeypatch, raw, shown):
+    """A model can learn to write escape sequences; a pipe needs them unchanged."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        monkeypatch.setattr(sys, "stdout", stream)
+        _Output(GenerateConfig.model_validate({"raw": raw, "stream": False})).finished(
+            [generated("p", "\x1b[31m[/x]")]
+        )
+    assert terminal.getvalue() == shown
+    assert pipe.getvalue() == "p\x1b[31m[/x]\n"

@@ -1,0 +1,182 @@
+"""The job behind `gpt generate`: prompts from three places, seeds, errors."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcli import stop
+from gptcli.config.schema import Config, GenerateConfig
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import ConfigError, DataError
+from gptcli.generate import generate
+from gptcli.generation.engine import Generated
+from gptcli.model.gpt import GPT
+from gptcli.runs.load import LoadedModel
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "zero_init_output": False}
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    config = Config.model_validate({"model": SHAPE})
+    gpt = GPT(config.model, 257)
+    for parameter in gpt.parameters():
+        parameter.data.normal_(0.0, 0.4, generator=torch.Generator().manual_seed(1))
+    return LoadedModel(
+        model=gpt.eval(),
+        tokenizer=Tokenizer.of_bytes(),
+        config=config,
+        path=Path("checkpoint"),
+        run_dir=None,
+        step=0,
+        name="tiny",
+    )
+
+
+def settings(**given: Any) -> GenerateConfig:
+    return GenerateConfig.model_validate({"max_new_tokens": 8, "seed": 1, **given})
+
+
+def run(model: LoadedModel, **given: Any) -> list[list[Generated]]:
+    return list(generate(model, settings(**given)))
+
+
+def test_n_samples_of_one_prompt(model: LoadedModel) -> None:
+    """Guards: settings that do not reach the engine."""
+    [samples] = run(model, prompt="hi", n=3, logprobs=2, stop=["zzz"])
+    assert [(g.prompt, g.sample, g.seed) for g in samples] == [("hi", k, 1) for k in range(3)]
+    assert all(g.logprobs is not None for g in samples)
+    assert run(model, prompt="hi", n=1) != run(model, prompt="ho", n=1)
+    [cut] = run(model, prompt="hi", stop=[samples[0].text[2]])
+    assert (cut[0].text, cut[0].finish_reason) == (samples[0].text[:2], "stop")
+
+
+def test_prompt_file_has_one_prompt_a_line(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: line ends or a BOM inside prompts; prompts cut at U+2028; blank lines as prompts."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\r\n\n two\u2028lines \nthree".encode())
+    got = run(model, prompt_file=str(file), n=2)
+    assert [[g.prompt for g in samples] for samples in got] == [
+        [text] * 2 for text in ("one", " two\u2028lines ", "three")
+    ]
+    [alone] = run(model, prompt="three", n=2)
+    assert got[2] == alone
+
+
+def test_prompt_file_problems(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: a traceback for a file that is missing, a directory, empty or not UTF-8."""
+    with pytest.raises(ConfigError, match=r"cannot read .*nope"):
+        run(model, prompt_file=str(tmp_path / "nope"))
+    with pytest.raises(ConfigError, match="cannot read"):
+        run(model, prompt_file=str(tmp_path))
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\n \n")
+    with pytest.raises(DataError, match="no prompts"):
+        run(model, prompt_file=str(file))
+    file.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="not UTF-8 at byte 3"):
+        run(model, prompt_file=str(file))
+
+
+def test_prompt_tokens_go_in_as_they_are(model: LoadedModel) -> None:
+    """Guards: a document start in front of ids that the user chose."""
+    [with_start] = run(model, prompt_tokens=[256, 104, 105], n=2)
+    [text] = run(model, prompt="hi", n=2)
+    assert [g.tokens for g in with_start] == [g.tokens for g in text]
+    [without] = run(model, prompt_tokens=[104, 105], n=2)
+    assert without[0].tokens != text[0].tokens
+    assert without[0].prompt == "hi"
+
+
+def test_prompt_tokens_out_of_range(model: LoadedModel) -> None:
+    """Guards: an IndexError on the CPU and a dead process on CUDA for an id that is too large."""
+    with pytest.raises(ConfigError, match="257 is not one of the token ids 0 to 256"):
+        run(model, prompt_tokens=[1, 257])
+    with pytest.raises(ConfigError, match="at least one"):
+        run(model, prompt_tokens=[])
+
+
+def test_exactly_one_kind_of_prompt(model: LoadedModel) -> None:
+    """Guards: a prompt that is silently ignored, or no prompt taken for an empty one."""
+    with pytest.raises(ConfigError, match="no prompt given"):
+        run(model)
+    with pytest.raises(ConfigError, match="more than one kind"):
+        run(model, prompt="a", prompt_tokens=[1])
+    [[empty]] = run(model, prompt="")
+    [[start]] = run(model, prompt_tokens=[256])
+    assert empty.tokens == start.tokens
+
+
+def test_long_prompt_is_cut_or_refused(model: LoadedModel) -> None:
+    """Guards: `truncate` ignored."""
+    [[cut]] = run(model, prompt="x" * 10 + "y" * 16)
+    [[last]] = run(model, prompt_tokens=[121] * 16)
+    assert cut.tokens == last.tokens
+    assert cut.prompt == "x" * 10 + "y" * 16
+    with pytest.raises(ConfigError, match="27 tokens"):
+        run(model, prompt="x" * 26, truncate="error")
+
+
+def test_special_text_in_a_prompt(model: LoadedModel) -> None:
+    """Guards: allow_special ignored."""
+    [[special]] = run(model, prompt="a<|endoftext|>", allow_special=True)
+    [[ids]] = run(model, prompt_tokens=[256, 97, 256])
+    assert special.tokens == ids.tokens
+
+
+def test_a_random_seed_is_reported(model: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a text that nobody can produce again."""
+    with caplog.at_level(logging.INFO, logger="gptcli"):
+        [[first]] = run(model, prompt="a", seed=None)
+        [[second]] = run(model, prompt="a", seed=None)
+    assert f"seed {first.seed}" in caplog.text
+    assert first.seed != second.seed
+    [[again]] = run(model, prompt="a", seed=first.seed)
+    assert again == first
+
+
+def test_problems_are_raised_before_the_first_text(model: LoadedModel) -> None:
+    """Guards: an error after half of the output, or only once somebody iterates."""
+    with pytest.raises(ConfigError):
+        generate(model, settings())
+    with pytest.raises(ConfigError, match="stop"):
+        generate(model, settings(prompt="a", stop=["", "x"]))
+
+
+def test_callbacks_come_in_order(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: streamed text without its prompt, or under another one."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
+    seen: list[tuple[str, str]] = []
+    texts = generate(
+        model,
+        settings(prompt_file=str(file), n=1),
+        on_text=lambda sample, piece: seen.append(("text", piece)),
+        on_prompt=lambda prompt: seen.append(("prompt", prompt)),
+    )
+    assert seen == []
+    got = [samples[0] for samples in texts]
+    joined = ""
+    for kind, text in seen:
+        joined += text if kind == "text" else f"[{text}]"
+    assert joined == f"[one]{got[0].text}[two]{got[1].text}"
+
+
+def test_a_stop_request_ends_the_iteration(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: Ctrl-C that only skips to the next prompt."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\nthree\n")
+    try:
+        texts = generate(
+            model,
+            settings(prompt_file=str(file)),
+            on_text=lambda sample, piece: stop.request(15),
+        )
+        [[only]] = list(texts)
+    finally:
+        stop.reset()
+    assert only.finish_reason == "interrupted"
+    assert only.text

@@ -1,0 +1,270 @@
+"""MODEL to model: what is found, what is refused, and that it computes what was trained."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from gptcli.config.schema import Config, ModelConfig
+from gptcli.errors import CheckpointError
+from gptcli.model.gpt import GPT
+from gptcli.runs.checkpoint import Contents, checkpoint_dir, publish, write_best
+from gptcli.runs.load import load_model, load_weights, resolve_checkpoint
+from gptcli.runs.run_dir import new_run_dir
+
+Make = Callable[..., Contents]
+CPU = torch.device("cpu")
+TOKENS = torch.arange(12).view(1, 12) * 7
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "modern": {},
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "bias": True,
+        "gated": False,
+        "qk_norm": False,
+        "tie_embeddings": True,
+    },
+    "textbook": {"position": "sinusoidal", "norm_position": "post", "activation": "relu"},
+}
+
+
+def run_with(root: Path, *saved: tuple[int, Contents]) -> Path:
+    run_dir = new_run_dir("tiny", root, overwrite=False)
+    for step, contents in saved:
+        publish(run_dir, step, contents)
+    return run_dir
+
+
+def trained(contents: Contents) -> GPT:
+    config = Config.model_validate(yaml.safe_load(contents.config_yaml))
+    model = GPT(config.model, contents.tokenizer.vocab_size).eval()
+    model.load_state_dict(contents.model)
+    return model
+
+
+def refused(reference: str | Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(str(reference), CPU)
+    assert caught.value.exit_code == 4
+    return f"{caught.value.message} | {caught.value.hint}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_computes_what_was_trained(tmp_path: Path, make_contents: Make, shape: str) -> None:
+    """Guards against position tables left on the meta device and tied weights come apart."""
+    contents = make_contents(**SHAPES[shape])
+    original = trained(contents)
+    loaded = load_model(str(publish(tmp_path, 3, contents)), CPU)
+    assert torch.equal(loaded.model(TOKENS), original(TOKENS))
+    assert loaded.model.parameter_count() == original.parameter_count()
+    assert not loaded.model.training
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert (loaded.step, loaded.name, loaded.tokenizer.vocab_size) == (3, "tiny", 257)
+    assert loaded.manifest["step"] == 3
+    low = load_model(str(loaded.path), CPU, dtype=torch.bfloat16).model
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert (low(TOKENS).float() - original(TOKENS)).abs().max() < 0.2
+    if shape == "modern":
+        assert torch.equal(low.positions, original.positions)  # rotary angles need their fp32
+
+
+def test_what_model_means(
+    tmp_path: Path, make_contents: Make, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    """Guards the order best, newest valid, and the default of the newest run."""
+    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(CheckpointError, match="no run with a checkpoint under") as caught:
+        resolve_checkpoint(None)
+    assert caught.value.hint == "make one: gpt pretrain configs/small.yaml"
+    run_dir = run_with(tmp_path / "runs/one", (1, make_contents(1)), (2, make_contents(2)))
+    assert resolve_checkpoint(str(run_dir)) == checkpoint_dir(run_dir, 2)
+    write_best(run_dir, 1, 0.5)
+    assert resolve_checkpoint(None) == checkpoint_dir(run_dir, 1)
+    assert resolve_checkpoint(str(checkpoint_dir(run_dir, 2))) == checkpoint_dir(run_dir, 2)
+    loaded = load_model(None, CPU)
+    assert (loaded.run_dir, loaded.step) == (run_dir, 1)
+    assert warnings == []
+    os.truncate(checkpoint_dir(run_dir, 1) / "model.safetensors", 50)
+    assert resolve_checkpoint(None) == checkpoint_dir(run_dir, 2)
+    assert "best checkpoint cannot be used" in warnings[0]
+    os.truncate(checkpoint_dir(run_dir, 2) / "model.safetensors", 50)
+    assert "has no valid checkpoint" in refused(run_dir)
+    assert "model.safetensors has 50 bytes" in refused(checkpoint_dir(run_dir, 2))
+
+
+def test_moved_run_and_lone_checkpoint(
+    tmp_path: Path, make_contents: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against paths inside a run: it moves between machines, and checkpoints are sent."""
+    run_dir = run_with(tmp_path / "here", (1, make_contents()))
+    moved = run_dir.rename(tmp_path / "there")
+    assert load_model(str(moved), CPU).run_dir == moved
+    lone = Path(shutil.copytree(checkpoint_dir(moved, 1), tmp_path / "model"))
+    loaded = load_model(str(lone), CPU)
+    assert (loaded.path, loaded.run_dir, loaded.step) == (lone, None, 1)
+    monkeypatch.chdir(checkpoint_dir(moved, 1))
+    assert load_model(".", CPU).run_dir == moved
+
+
+def test_optimizer_is_not_needed_to_generate(tmp_path: Path, make_contents: Make) -> None:
+    """Guards against hashing (or refusing for) gigabytes that generation never reads."""
+    path = publish(tmp_path, 1, make_contents())
+    content = bytearray((path / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(content)
+    assert load_model(str(path), CPU).step == 1
+
+
+class Evil:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_references_that_are_no_model(
+    tmp_path: Path, make_contents: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against running code from a pickle, and against errors that leave users at a loss."""
+    monkeypatch.setenv("GPT_RUNS", str(tmp_path))
+    for name in ("evil.pt", "evil.bin", "evil.pth"):
+        (tmp_path / name).write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
+        assert "pickle" in refused(tmp_path / name)
+    assert not (tmp_path / "canary").exists()
+    hub = tmp_path / "gpt2"
+    hub.mkdir()
+    (hub / "config.json").write_text("{}")
+    save_file({}, hub / "model.safetensors")
+    assert "is not a run or a checkpoint (no manifest.json)" in refused(hub)
+    assert "no run or checkpoint at nothing" in refused("nothing")
+    run_dir = run_with(tmp_path / "mine", (1, make_contents()))
+    assert f"did you mean {run_dir}?" in refused("mine")
+    weights = checkpoint_dir(run_dir, 1) / "model.safetensors"
+    assert f"did you mean {weights.parent}?" in refused(weights)
+    (weights.parent / "manifest.json").unlink()
+    assert "no manifest.json" in refused(weights.parent)
+
+
+def rename_all(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def test_wrapper_prefixes_are_stripped(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
+) -> None:
+    """Guards weights saved from a compiled or distributed model."""
+    contents = make_contents()
+    path = publish(tmp_path, 1, contents)
+    tensors = load_file(path / "model.safetensors")
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        save_file(rename_all(tensors, prefix), path / "model.safetensors")
+        reseal(path)
+        assert torch.equal(load_model(str(path), CPU).model(TOKENS), trained(contents)(TOKENS))
+    twice = {**tensors, "module.norm.weight": torch.ones(16)}
+    save_file(twice, path / "model.safetensors")
+    reseal(path)
+    assert "twice" in refused(path)
+
+
+def test_tensors_that_do_not_fit(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
+) -> None:
+    """Guards against half loaded models: every key is listed, nothing is loaded loosely."""
+    path = publish(tmp_path, 1, make_contents())
+    good = load_file(path / "model.safetensors")
+
+    def with_tensors(**changes: Any) -> str:
+        tensors = {**good, **changes}
+        save_file({n: t for n, t in tensors.items() if t is not None}, path / "model.safetensors")
+        reseal(path)
+        return refused(path)
+
+    short = torch.ones(9, 16)
+    message = with_tensors(**{"norm.weight": None, "extra": torch.ones(1), "head.weight": short})
+    assert "missing: norm.weight" in message
+    assert "unexpected: extra" in message
+    assert "wrong shape: head.weight [9, 16] instead of [257, 16]" in message
+    assert "I64, not floats" in with_tensors(**{"norm.weight": torch.ones(16, dtype=torch.int64)})
+    few = {"wte.weight": torch.ones(100, 16), "head.weight": torch.ones(100, 16)}
+    assert "tokenizer has 257 tokens" in with_tensors(**few)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    reseal(path)
+    assert "cannot be read" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_layer: 2", "n_layer: 1000000000", "n_layer 1000000000"),
+        ("n_embd: 16", "n_embd: 1600000000", "n_embd 1600000000"),
+        ("n_inner: null", f"n_inner: {10**30}", "no model has these sizes"),
+        ("block_size: 16", "block_size: 1000000000000", "is not a multiple of"),
+        ("rope_theta: 10000.0", "rope_theta: .inf", "model.rope_theta"),
+        ("n_layer: 2", "n_layer: two", "model.n_layer"),
+        ("n_layer: 2", "n_layers: 2", "model.n_layers"),
+        ("n_layer: 2", "n_layer: !!python/object/apply:os.abort []", "is not YAML"),
+    ],
+)
+def test_hostile_config(
+    tmp_path: Path,
+    make_contents: Make,
+    reseal: Callable[..., None],
+    old: str,
+    new: str,
+    message: str,
+) -> None:
+    """Guards memory and code against a config that does not describe the weights beside it."""
+    path = publish(tmp_path, 1, make_contents())
+    text = (path / "config.yaml").read_text()
+    assert old in text
+    (path / "config.yaml").write_text(text.replace(old, new, 1))
+    reseal(path)
+    assert message in refused(path)
+
+
+def test_position_table_is_bounded(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
+) -> None:
+    """Guards memory: block_size is the one size of a rotary model that no weight confirms."""
+    path = publish(tmp_path, 1, make_contents())
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["model"]["block_size"] = config["training"]["tokens_per_step"] = 10**12
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    reseal(path)
+    assert "block_size 1000000000000 is too large" in refused(path)
+
+
+def test_load_weights_into_a_live_model(make_contents: Make) -> None:
+    """Guards a resume: the parameters the optimizer holds must stay the same objects."""
+    contents = make_contents(3, tie_embeddings=True)
+    model = trained(make_contents(4, tie_embeddings=True))
+    before = list(model.parameters())
+    load_weights(model, contents.model, "here")
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(model(TOKENS), trained(contents)(TOKENS))
+    apart = {**contents.model, "head.weight": contents.model["head.weight"] + 1}
+    with pytest.raises(CheckpointError, match="tied"):
+        load_weights(model, apart, "here")
+
+
+def test_reset_positions_matches_the_constructor() -> None:
+    """Guards the one table that no checkpoint stores."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8)
+    model = GPT(config, 10)
+    table = model.positions.clone()
+    model.positions.zero_()
+    model.reset_positions()
+    assert torch.equal(model.positions, table)
+    assert "positions" not in model.state_dict()
