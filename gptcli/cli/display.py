@@ -63,7 +63,7 @@ class Display(logging.Handler):
             yield
             return
         self._progress = _progress_line()
-        self._task = self._progress.add_task("", total=1.0, status="", start=False)
+        self._task = self._progress.add_task("", total=1.0, status="")
         self._progress.start()
         # Shown again at once: a process that is killed must not leave the terminal without one.
         self._progress.console.show_cursor(True)

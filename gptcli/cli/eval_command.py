@@ -1,13 +1,16 @@
 """`gpt eval`: score a model on held-out text."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptcli.cli.invocation import invocation
-from gptcli.cli.terminal import columns, write_error, write_out
+from gptcli.cli.terminal import columns, write_out
+
+log = logging.getLogger("gptcli")
 
 
 def evaluate(
@@ -54,7 +57,7 @@ def evaluate(
     else:
         write_out(columns(score_rows(result.report["scores"]), right=frozenset({1})))
     if result.directory is not None:
-        write_error(f"report: {result.directory}")
+        log.info(f"report: {result.directory}")
     return 0
 
 

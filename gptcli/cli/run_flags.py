@@ -1,5 +1,6 @@
 """The flags that pretrain and finetune share, and how both end."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,8 @@ from gptcli.errors import ConfigError
 if TYPE_CHECKING:
     from gptcli.config.load import LoadedConfig
     from gptcli.pretrain import RunResult
+
+log = logging.getLogger("gptcli")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as 'small'.")
@@ -105,5 +108,5 @@ def end_run(result: "RunResult") -> int:
             f": validation {result.scores.bits_per_byte:.4f} bits/byte,"
             f" perplexity {result.scores.perplexity:.2f}"
         )
-    write_error(summary)
+    log.info(summary)
     return 0

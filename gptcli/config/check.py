@@ -197,8 +197,6 @@ def _message(errors: list[ErrorDetails], want: Wanted, node: Node) -> str:
             return f"must be a finite number, got {_written(node, value)}"
         if kind == "value_error":
             return str(error["ctx"]["error"])
-        if kind == "string_unicode":
-            return "holds bytes that are not UTF-8 text"
     return _wrong_kind(errors[0]["input"], want, node)
 
 

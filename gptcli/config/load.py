@@ -61,12 +61,26 @@ def load_config(
         if more > 0:
             lines[_MOST_PROBLEMS:] = [f"{shown}: and {more} more problems"]
         raise ConfigError(lines)
-    return LoadedConfig(config, shown, frozenset(_given(root)))
+    given = frozenset(_given(root))
+    taken = sorted(key for key in given if key.startswith(("tokenizer", "model.")))
+    taken = [key for key in taken if key != "model.dropout"]
+    if config.init is not None and taken:
+        raise ConfigError(
+            f"{shown}: tokenizer and shape come from init ({config.init}); remove {', '.join(taken)}"
+        )
+    return LoadedConfig(config, shown, given)
 
 
-def dump_config(config: Config) -> str:
-    """The whole config as YAML, which loads back to an equal one."""
+def dump_config(config: Config, *, loadable: bool = False) -> str:
+    """The whole config as YAML, which loads back to an equal one.
+
+    A config with `init` holds the tokenizer and shape that came from there; `loadable` leaves them
+    out, as `load_config` wants it.
+    """
     values = config.model_dump(by_alias=True)
+    if loadable and config.init is not None:
+        del values["tokenizer"]
+        values["model"] = {"dropout": config.model.dropout}
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -78,6 +92,7 @@ def config_schema() -> str:
 
 def _find(reference: str) -> Path:
     path = Path(reference)
+    name = reference if reference and reference.isprintable() else repr(reference)
     try:
         if path.is_file():
             return path
@@ -86,16 +101,16 @@ def _find(reference: str) -> Path:
         if reference and path.is_dir():
             inside = path / "config.yaml"
             hint = f"use {inside}" if inside.is_file() else "name a YAML file"
-            raise ConfigError(f"{reference}: is a directory, not a config", hint)
-        if path.exists():  # a pipe, such as <(...) or /dev/stdin
+            raise ConfigError(f"{name}: is a directory, not a config", hint)
+        if reference and path.exists():  # a pipe, such as <(...) or /dev/stdin
             return path
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{reference!r}: {_reason(error)}") from None
+        raise ConfigError(f"{name}: {_reason(error)}") from None
     names = shipped_names()
     hint = f"shipped configs: {', '.join(names)}"
     if near := difflib.get_close_matches(path.stem[:64], names, n=1):
         hint = f"did you mean the shipped config '{near[0]}'?"
-    raise ConfigError(f"{reference or repr(reference)}: no such config file", hint)
+    raise ConfigError(f"{name}: no such config file", hint)
 
 
 def _read(path: Path) -> tuple[Node, list[Problem]]:

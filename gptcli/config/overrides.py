@@ -100,7 +100,7 @@ def _default(path: Location, place: Place) -> Node:
     if want is None or want.section or len(path) != 2:
         return Node(place, {})
     section, key = path
-    return _as_node(Config().model_dump(by_alias=True)[section][key], place)
+    return _as_node(Config().model_dump(by_alias=True)[str(section)][key], place)
 
 
 def _as_node(value: Any, place: Place) -> Node:

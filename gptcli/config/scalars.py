@@ -18,6 +18,7 @@ _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: cannot be encoded
 _MAX_INT = 2**63 - 1
 _MAX_DIGITS = 20
 _EXACT = 2.0**53  # every whole float up to here is exactly what was written
@@ -75,6 +76,8 @@ def fit(scalar: Scalar, want: Wanted) -> Any:
 
     `4e3` is a whole number where one is wanted, `"3e-4"` in quotes a number, `off` a switch.
     """
+    if _SURROGATE.search(scalar.text):
+        return Unreadable(f"{shown(scalar.text)} is not valid Unicode text")
     if not scalar.plain:
         if want.number and not want.text and _FLOAT.fullmatch(scalar.text):
             return float(scalar.text)

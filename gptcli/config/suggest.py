@@ -113,6 +113,8 @@ def for_key(key: str, section: str, keys: Iterable[str]) -> Suggestion:
         return Suggestion(f"; it belongs to {_or(homes)}")
     if near := difflib.get_close_matches(plain, keys, n=1, cutoff=0.78):
         return Suggestion(f"; did you mean '{near[0]}'?", near[0])
+    if found := difflib.get_close_matches(plain, _TARGETS, n=1, cutoff=0.85):
+        return _from_other_tools(_TARGETS[found[0]], section, keys)
     elsewhere = {k: f"{name}.{k}" for name, s in sections().items() for k in keys_of(s)}
     elsewhere |= {k: k for k in keys_of(Config)}
     if found := difflib.get_close_matches(plain, elsewhere, n=1, cutoff=0.8):

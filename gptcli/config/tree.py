@@ -172,7 +172,9 @@ class _Builder:
             return Node(place, self._entries(node, depth))
         if isinstance(node, yaml.SequenceNode):
             return Node(place, [self.build(item, depth + 1) for item in node.value])
-        return Node(place, Scalar(str(node.value), plain=getattr(node, "style", None) is None))
+        # JSON, which is YAML, writes one emoji as the escapes of two halves.
+        text = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return Node(place, Scalar(text, plain=getattr(node, "style", None) is None))
 
     def _entries(self, node: yaml.MappingNode, depth: int) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}

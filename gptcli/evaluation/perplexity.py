@@ -46,11 +46,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """Context token (if any) and tokens (n,) int64, the number scored, and UTF-8 bytes."""
+    """Tokens (n,) int64 of which those from position `first` on are scored, how many tokens of the
+    text are not, and the UTF-8 bytes of the scored text."""
 
     tokens: Tensor
     unscored: int
     bytes: int
+    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def perplexity(
     windows = [
         window
         for number, document in enumerate(documents)
-        for window in _windows(number, len(document.tokens), block_size, stride)
+        for window in _windows(number, document, block_size, stride)
     ]
     for batch in _batches(windows, model.vocab_size):
         stop.raise_if_requested()
@@ -161,13 +163,16 @@ def perplexity(
     )
 
 
-def _windows(document: int, length: int, block_size: int, stride: int) -> Iterator[_Window]:
-    """Windows over positions 0..length-1; position 0 is context and never scored."""
-    start, scored = 0, 1
+def _windows(
+    number: int, document: EncodedDocument, block_size: int, stride: int
+) -> Iterator[_Window]:
+    """Windows that score positions `first` to the end once; position 0 is only ever context."""
+    start, scored, length = 0, document.first, len(document.tokens)
     while scored < length:
         stop_at = min(start + block_size + 1, length)
-        yield _Window(document, start, stop_at, scored)
-        scored = stop_at
+        if stop_at > scored:
+            yield _Window(number, start, stop_at, scored)
+            scored = stop_at
         start += stride
 
 

@@ -156,18 +156,15 @@ def read(
     return Contents(
         model=model,
         optimizer=_read_tensors(directory / OPTIMIZER) if with_optimizer else {},
-        state=read_json(directory / STATE, SMALL_FILE_BYTES),
-        config_yaml=read_config_text(directory),
+        state=read_state(directory),
+        config_yaml=_read_text(directory / CONFIG),
         tokenizer=Tokenizer.load(directory / TOKENIZER),
     )
 
 
-def read_config_text(directory: Path) -> str:
-    """config.yaml of a verified checkpoint."""
-    try:
-        return (directory / CONFIG).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{directory}: {CONFIG} cannot be read: {error}") from error
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
+    return read_json(directory / STATE, SMALL_FILE_BYTES)
 
 
 def write_best(run_dir: Path, step: int, loss: float) -> None:
@@ -346,6 +343,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

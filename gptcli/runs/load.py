@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptcli.config.load import load_config
 from gptcli.config.schema import Config, ModelConfig
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.errors import CheckpointError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
 from gptcli.runs.manifest import CONFIG, MANIFEST, MODEL
@@ -161,14 +160,9 @@ def _best_or_newest(run_dir: Path) -> tuple[Path, dict[str, Any]]:
 
 def _read_config(path: Path) -> Config:
     try:
-        return Config.model_validate(yaml.safe_load(checkpoint.read_config_text(path)))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(f"{path / CONFIG} is not YAML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "config"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{path / CONFIG}: {key}: {reason}") from error
+        return load_config(str(path / CONFIG)).config
+    except ConfigError as error:  # not the user's config, so not exit code 2
+        raise CheckpointError(error.message, error.hint) from error
 
 
 def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:

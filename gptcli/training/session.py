@@ -17,7 +17,7 @@ from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import NonFiniteError, ResourceError
-from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
+from gptcli.evaluation.perplexity import Scores
 from gptcli.generation.engine import Sampling, generate_samples
 from gptcli.generation.prompt import encode_prompt, fit_prompt
 from gptcli.model.gpt import GPT
@@ -47,6 +47,7 @@ class Session:
     state: TrainState
     score_validation: Callable[[], Scores]
     data_fingerprint: dict[str, Any]
+    job: str = "pretrain"
     scores: Scores | None = None
     metrics: MetricsLog = field(init=False)
     samples: MetricsLog = field(init=False)
@@ -104,6 +105,7 @@ class Session:
                 "train": self.state.to_json(),
                 "choices": self.choices.to_json(),
                 "data_fingerprint": self.data_fingerprint,
+                "job": self.job,
                 "decaying": is_decaying(self.progress, self.config.schedule),
             },
             config_yaml=dump_config(self.config),
@@ -263,15 +265,6 @@ class Session:
     def write_run_json(self, **changes: Any) -> None:
         """Update run.json with `about()` and `changes`."""
         update_run_json(self.directory, **{**self.about(), **changes})
-
-
-def validation_scorer(
-    model: GPT, documents: list[EncodedDocument], device: Device, config: Config, precision: str
-) -> Callable[[], Scores]:
-    """Scores `documents` with the model as it is then."""
-    return lambda: perplexity(
-        model, documents, device, stride=config.eval.stride, precision=precision
-    )
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -6,22 +6,27 @@ import platform
 import shlex
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
-from gptcli import __version__
+from gptcli import __version__, stop
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.device import Device, memory_bytes
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, GptError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
+    RunLock,
     has_checkpoint,
     newest_unfinished,
     new_run_dir,
@@ -36,6 +41,72 @@ from gptcli.training.state import TrainState, progress
 log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its directory, and the checkpoint it goes on from, if any."""
+
+    job: str
+    directory: Path
+    contents: Contents | None
+    state: TrainState
+    done: bool  # the limit is reached already
+
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        """The config that the checkpoint holds."""
+        assert self.contents is not None
+        saved: dict[str, Any] = yaml.safe_load(self.contents.config_yaml)
+        return saved
+
+
+@contextmanager
+def starting(
+    job: str,
+    config: Config,
+    *,
+    run_dir: Path | None,
+    resume: Resume,
+    overwrite: bool,
+    command: str,
+) -> Iterator[Start]:
+    """Choose and lock the run directory, and find the place to go on from.
+
+    The lock is held inside the block; an error there is noted in run.json. log.txt gets every
+    record of the library's logger meanwhile.
+    """
+    directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
+    with RunLock(directory), log_file(directory):
+        checkpoint.clean_leftovers(directory)
+        if resuming:
+            contents, state, done = resumable(directory, config)
+            if not done:
+                prepare_resume(directory, config, state, command)
+            start = Start(job, directory, contents, state, done)
+        else:
+            write_new_run(directory, config, command, job)
+            start = Start(job, directory, None, TrainState(), False)
+        try:
+            yield start
+        except (GptError, stop.Stopped) as error:
+            status = "stopped" if isinstance(error, stop.Stopped) else "failed"
+            update_run_json(directory, status=status, error=str(error))
+            raise
+
+
+@contextmanager
+def log_file(directory: Path) -> Iterator[None]:
+    """Write the library's log records to log.txt in `directory`; a full disk ends no run."""
+    handler = logging.FileHandler(directory / "log.txt", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def choose_run_dir(
@@ -65,7 +136,7 @@ def choose_run_dir(
 
 def write_new_run(directory: Path, config: Config, command: str, job: str) -> None:
     """config.yaml and run.json of a run that begins."""
-    write_atomic(directory / "config.yaml", dump_config(config).encode())
+    write_config(directory, config)
     write_json_atomic(
         directory / "run.json",
         {
@@ -78,6 +149,11 @@ def write_new_run(directory: Path, config: Config, command: str, job: str) -> No
             "seeds": {"seed": config.seed},
         },
     )
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """config.yaml of the run: `gpt pretrain` of it repeats the run."""
+    write_atomic(directory / "config.yaml", dump_config(config, loadable=True).encode())
 
 
 def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bool]:
@@ -112,7 +188,7 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
 def prepare_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
     """Cut the logs back to the checkpoint's step and note the resume."""
     truncate_after(directory, state.step)
-    write_atomic(directory / "config.yaml", dump_config(config).encode())
+    write_config(directory, config)
     about = read_run_json(directory)
     resumes = [*about.get("resumes", []), {"at": _now(), "step": state.step, "command": command}]
     update_run_json(directory, status="running", resumes=resumes, versions=versions())
@@ -170,6 +246,7 @@ def _check_config(contents: Contents, config: Config) -> None:
         for key, text in shown.items()
         if key.startswith(("model.", "tokenizer.", "data.", "init", "seed", "optimizer.kind"))
         and key != "model.dropout"
+        and not (config.init is not None and key.startswith(("model.", "tokenizer.")))
     ]
     if fixed:
         raise CheckpointError(
@@ -182,8 +259,6 @@ def _check_config(contents: Contents, config: Config) -> None:
 
 
 def _flat(config_yaml: str) -> dict[str, Any]:
-    import yaml
-
     sections = yaml.safe_load(config_yaml)
     flat: dict[str, Any] = {}
     for name, value in sections.items():

@@ -109,7 +109,7 @@ def test_no_run_yet(gpt):
     [("--temperature", "0"), ("--top-k", "999999"), ("--min-p", "1"), ("--prompt", "")],
 )
 def test_extremes_that_are_fine(gpt, run_dir, flags):
-    """Temperature 0 is greedy, a top-k above the vocabulary is all of it, an empty prompt is eot."""
+    """0 is greedy, a top-k above the vocabulary is all of it, an empty prompt starts at eot."""
     assert gpt("generate", "--prompt", "x", "--max-new-tokens", "3", *flags)[0] == 0
 
 
@@ -139,9 +139,8 @@ def test_missing_device(gpt, run_dir):
 
 def test_head_takes_one_line(shell, run_dir):
     """`| head -1` must be quiet and a success, whenever the pipe closes."""
-    done = shell(
-        "(gpt generate --prompt $'a\\nb\\nc' --max-new-tokens 3000 --quiet; echo rc $? >&2) | head -1"
-    )
+    generate = "gpt generate --prompt $'a\\nb\\nc' --max-new-tokens 3000 --quiet"
+    done = shell(f"({generate}; echo rc $? >&2) | head -1")
     assert (done.stdout, done.stderr) == ("a\n", "rc 0\n")
 
 
@@ -154,7 +153,16 @@ def test_full_disk(shell, run_dir):
 def test_stop_while_sampling(run_dir):
     """A long generation could not be stopped, or ended as if it were complete."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "gptcli", "generate", "--prompt", "x", "--max-new-tokens", "99999999"],
+        [
+            sys.executable,
+            "-m",
+            "gptcli",
+            "generate",
+            "--prompt",
+            "x",
+            "--max-new-tokens",
+            "9999999",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).parents[2],

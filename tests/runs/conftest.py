@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
+from gptcli.config.load import dump_config
 from gptcli.config.schema import Config, ModelConfig
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.model.gpt import GPT, initialise
@@ -62,7 +62,7 @@ def make_contents() -> Callable[..., Contents]:
             model=model.state_dict(),
             optimizer=moments,
             state={"seed": seed, "tokens": 2**60 + 1, "loss": 0.1},
-            config_yaml=yaml.safe_dump(config.model_dump()),
+            config_yaml=dump_config(config),
             tokenizer=tokenizer,
         )
 

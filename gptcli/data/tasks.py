@@ -1,0 +1,127 @@
+"""Finetuning examples: rows of prompt and response as tokens whose loss is on the response."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gptcli.config.schema import FinetuneConfig
+from gptcli.data.rows import Row
+from gptcli.data.stream import RecordStream
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Prompt tokens (document start included) and response tokens (without eot), and the text
+    that the response spells."""
+
+    prompt: list[int]
+    response: list[int]
+    text: str
+
+
+class ExampleEncoder:
+    """Rows -> examples of at most block_size + 1 tokens, eot included.
+
+    A prompt that is too long loses its beginning; a row whose response does not fit, or is empty,
+    gives None and is counted in `skipped`.
+    """
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, block_size: int) -> None:
+        if tokenizer.eot is None:
+            raise DataError("finetuning needs a tokenizer with an end-of-text token")
+        self.tokenizer, self.eot, self.block_size = tokenizer, tokenizer.eot, block_size
+        self.skipped = self.shortened = 0
+        self._fields = config.fields
+        environment = ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        )
+        try:
+            self._template = environment.from_string(config.template)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"finetune.template: {error}") from error
+
+    def encode(self, row: dict[str, Any], where: str) -> Example | None:
+        """One row; `where` names it in errors. DataError when a field is missing or not text."""
+        values = {name: _text(row, field, where) for name, field in self._fields.items()}
+        try:
+            prompt_text = self._template.render({**row, **values})
+        except jinja2.TemplateError as error:
+            raise DataError(f"{where}: finetune.template: {error} (has: {', '.join(row)})") from error
+        response = self.tokenizer.encode(values["response"])
+        prompt = [t for t in [self.tokenizer.start] if t is not None]
+        room = self.block_size - len(prompt) - len(response)  # eot is a target only
+        if not response or room < 0:
+            self.skipped += 1
+            return None
+        body = self.tokenizer.encode(prompt_text)
+        if len(body) > room:
+            self.shortened += 1
+            body = body[len(body) - room :]
+        return Example(prompt + body, response, values["response"])
+
+    def encode_all(self, rows: Iterable[dict[str, Any]]) -> list[Example]:
+        """The examples of all rows that fit."""
+        encoded = (self.encode(row, f"row {i + 1}") for i, row in enumerate(rows))
+        return [example for example in encoded if example is not None]
+
+
+def example_row(example: Example, eot: int) -> Row:
+    """Tokens prompt + response + eot; loss on the response and on eot, never on the prompt."""
+    tokens = np.array([*example.prompt, *example.response, eot], dtype=np.uint32)
+    mask = np.arange(1, len(tokens)) >= len(example.prompt)
+    return Row(tokens, mask)
+
+
+class ExampleRows:
+    """One row an example, from a stream of row records; exactly resumable from `state()`."""
+
+    def __init__(self, stream: RecordStream, encoder: ExampleEncoder) -> None:
+        self._stream, self._encoder = stream, encoder
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch."""
+        return self._stream.epoch
+
+    @property
+    def epoch_bytes(self) -> float:
+        """Bytes of it that are read."""
+        return float(self._stream.epoch_bytes)
+
+    def next(self) -> Row:
+        """The next example. DataError when a whole epoch holds none that fits."""
+        skipped_epochs = 0
+        while skipped_epochs < 2:
+            record = self._stream.next()
+            if record is None:
+                skipped_epochs += 1
+                continue
+            example = self._encoder.encode(record["row"], record["document"])
+            if example is not None:
+                return example_row(example, self._encoder.eot)
+        raise DataError(
+            f"no row fits: all {self._encoder.skipped} responses are empty or longer than"
+            f" block_size {self._encoder.block_size}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The place behind the last row, JSON-able."""
+        return {"stream": self._stream.state()}
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    if field not in row:
+        raise DataError(
+            f"{where}: no field {field!r} (has: {', '.join(row)})",
+            hint="name the fields in finetune.fields: {prompt: ..., response: ...}",
+        )
+    raise DataError(f"{where}: field {field!r} is not text but {type(value).__name__}")

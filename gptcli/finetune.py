@@ -1,0 +1,120 @@
+"""Supervised finetuning: a pretrained model learns to answer, scored before and after."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcli import stop
+from gptcli.config.schema import Config
+from gptcli.data.corpus import open_corpus
+from gptcli.data.stream import RecordStream
+from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows
+from gptcli.device import resolve_device
+from gptcli.errors import ConfigError, DataError
+from gptcli.evaluation.exact_match import exact_match
+from gptcli.evaluation.perplexity import EncodedDocument
+from gptcli.reports.report import write_report
+from gptcli.runs.run_dir import read_run_json, update_run_json
+from gptcli.training.build import (
+    RunResult,
+    build_session,
+    check_limits,
+    nothing_to_do,
+    run_session,
+    starting_point,
+)
+from gptcli.training.session import Session
+from gptcli.training.start import Resume, check_fingerprint, starting
+
+log = logging.getLogger("gptcli")
+
+
+def finetune(
+    config: Config,
+    *,
+    model: str | None = None,
+    run_dir: Path | None = None,
+    resume: Resume = "no",
+    overwrite: bool = False,
+    allow_data_change: bool = False,
+    command: str = "",
+) -> RunResult:
+    """Finetune `model` (else `config.init`) on rows of prompt and response.
+
+    The loss is on the response and eot. Held-out perplexity of the responses and exact match of
+    greedy answers are measured before and after. Otherwise as `pretrain`.
+    """
+    config = config if model is None else config.model_copy(update={"init": model})
+    if config.init is None:
+        raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
+    check_limits(config)
+    device = resolve_device(config.training.device)
+    with starting(
+        "finetune", config, run_dir=run_dir, resume=resume, overwrite=overwrite, command=command
+    ) as start:
+        if start.done:
+            return nothing_to_do(start)
+        config, initial = starting_point(config, start)
+        corpus = open_corpus(config.data, as_rows=True)
+        if start.contents is not None:
+            saved = start.contents.state["data_fingerprint"]
+            check_fingerprint(saved, corpus.fingerprint, allow_data_change)
+            tokenizer = start.contents.tokenizer
+        else:
+            assert initial is not None  # config.init is set
+            tokenizer = initial.tokenizer
+        encoder = ExampleEncoder(config.finetune, tokenizer, config.model.block_size)
+        held_out = encoder.encode_all(corpus.val_rows)
+        if not held_out:
+            raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
+        validation = [scored_example(example) for example in held_out]
+        session = build_session(config, start, device, tokenizer, corpus, validation, initial)
+        if start.contents is None:
+            update_run_json(start.directory, tasks=_tasks({}, "before", session, held_out))
+        position = session.state.position
+        stream = RecordStream(
+            corpus.train,
+            config.seed,
+            config.data.shuffle_window,
+            position["stream"] if position else None,
+        )
+        result = run_session(session, ExampleRows(stream, encoder), corpus.train_bytes)
+        if encoder.skipped or encoder.shortened:
+            log.warning(
+                f"{encoder.skipped} rows did not fit and were skipped,"
+                f" {encoder.shortened} prompts lost their beginning"
+            )
+        tasks = read_run_json(start.directory).get("tasks", {})
+        if result.status == "finished":
+            tasks = _tasks(tasks, "after", session, held_out)
+            update_run_json(start.directory, tasks=tasks)
+        write_report(start.directory)
+        return RunResult(**{**result.__dict__, "tasks": tasks})
+
+
+def scored_example(example: Example) -> EncodedDocument:
+    """The example as a document of which only the response is scored (eot never is)."""
+    tokens = torch.tensor([*example.prompt, *example.response])
+    return EncodedDocument(
+        tokens, 0, len(example.text.encode("utf-8", "replace")), first=len(example.prompt)
+    )
+
+
+def _tasks(
+    tasks: dict[str, Any], when: str, session: Session, held_out: list[Example]
+) -> dict[str, Any]:
+    """The task scores with those of now under `when`."""
+    settings = session.config.finetune
+    rows = held_out[: settings.score_rows]
+    log.info(f"scoring {len(rows)} held-out answers {when} finetuning")
+    share = exact_match(session.model, session.tokenizer, rows, settings.max_new_tokens)
+    stop.raise_if_requested()
+    scores = session.score_validation()
+    found = {
+        "exact_match": {when: share, "rows": len(rows)},
+        "response_perplexity": {when: scores.perplexity, "rows": len(held_out)},
+    }
+    log.info(f"{when}: exact match {share:.3f}, response perplexity {scores.perplexity:.3f}")
+    return {name: {**tasks.get(name, {}), **values} for name, values in found.items()}

@@ -1,0 +1,193 @@
+"""Building a session: model, optimizer and choices of a fresh or resumed run."""
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from gptcli import stop
+from gptcli.config.schema import Config, ModelConfig
+from gptcli.data.corpus import Corpus
+from gptcli.data.rows import Prefetch, RowSource, step_batches
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.device import Device
+from gptcli.errors import ConfigError
+from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
+from gptcli.model.gpt import GPT, initialise
+from gptcli.runs.checkpoint import Contents
+from gptcli.runs.load import LoadedModel, load_model, load_weights
+from gptcli.training.choices import choose, choose_again
+from gptcli.training.loop import train
+from gptcli.training.optimizers import Optimizer
+from gptcli.training.session import Session
+from gptcli.training.start import Start, machine, resume_command
+
+log = logging.getLogger("gptcli")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: status finished or stopped. `scores` are those of its last evaluation."""
+
+    status: str
+    run_dir: Path
+    report: Path | None
+    step: int
+    scores: Scores | None
+    signal: signal.Signals | None
+    resume_command: str
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def check_limits(config: Config) -> None:
+    """Training needs at least one limit."""
+    t = config.training
+    if not (t.max_steps or t.max_tokens or t.max_epochs or t.max_time):
+        raise ConfigError(
+            "training has no limit: set training.max_steps, max_tokens, max_epochs or max_time"
+        )
+
+
+def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | None]:
+    """The config with the shape that the run's checkpoint or its `init` has, and that model."""
+    if start.contents is not None:
+        if config.init is None:
+            return config, None
+        saved = Config.model_validate(start.saved_config)
+        return _with_shape(config, saved.model), None
+    if config.init is None:
+        return config, None
+    initial = load_model(config.init, torch.device("cpu"))
+    return _with_shape(config, initial.config.model), initial
+
+
+def build_session(
+    config: Config,
+    start: Start,
+    device: Device,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    validation: list[EncodedDocument],
+    initial: LoadedModel | None,
+) -> Session:
+    """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed."""
+    model = GPT(config.model, tokenizer.vocab_size)
+    if start.contents is not None:
+        load_weights(model, start.contents.model, str(start.directory))
+    elif initial is not None:
+        load_weights(model, initial.model.state_dict(), str(initial.path))
+    else:
+        initialise(model, torch.Generator().manual_seed(config.seed))
+    model.to(device.torch)
+    optimizer = Optimizer(model, config.optimizer)
+    if start.contents is not None:
+        optimizer.load_state_dict(start.contents.optimizer)
+        saved = start.contents.state["choices"]
+        choices = choose_again(saved, config, device, tokenizer.vocab_size)
+    else:
+        choices = choose(config, device, tokenizer.vocab_size)
+    session = Session(
+        config=config,
+        directory=start.directory,
+        device=device,
+        choices=choices,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        state=start.state,
+        score_validation=_scorer(model, validation, device, config, choices.precision),
+        data_fingerprint=corpus.fingerprint,
+        job=start.job,
+        saved_step=start.state.step if start.contents is not None else -1,
+    )
+    session.write_run_json(
+        machine=machine(device),
+        fingerprints={"data": corpus.fingerprint, "tokenizer": tokenizer.identity},
+        model={
+            "parameters": model.parameter_count(),
+            "non_embedding_parameters": model.parameter_count(embeddings=False),
+            "vocab_size": model.vocab_size,
+            **config.model.model_dump(),
+        },
+        data=_data_facts(corpus, validation),
+    )
+    return session
+
+
+def run_session(session: Session, rows: RowSource, epoch_bytes: int) -> RunResult:
+    """Train to the end or to a stop; the last checkpoint is saved and run.json is up to date."""
+    config = session.config
+    per_step = config.training.tokens_per_step // config.model.block_size
+    log.info(
+        f"{session.model.parameter_count():,} parameters, vocabulary {session.tokenizer.vocab_size:,},"
+        f" {session.choices.precision} on {session.device.kind}"
+        f" ({session.choices.threads} threads), writing to {session.directory}"
+    )
+    status = "failed"
+    try:
+        with Prefetch(step_batches(rows, per_step, epoch_bytes)) as batches:
+            train(session, batches)
+        status = "finished" if session.progress >= 1.0 else "stopped"
+    finally:
+        session.write_run_json(status=status)
+        session.close()
+    return RunResult(
+        status=status,
+        run_dir=session.directory,
+        report=session.directory / "report.html",
+        step=session.state.step,
+        scores=session.scores,
+        signal=stop.requested() if status == "stopped" else None,
+        resume_command=resume_command(session.job, session.directory),
+    )
+
+
+def nothing_to_do(start: Start) -> RunResult:
+    """The result of resuming a run whose limit is already reached."""
+    log.info(f"nothing to do: {start.directory} is at its limit, step {start.state.step}")
+    report = start.directory / "report.html"
+    return RunResult(
+        status="finished",
+        run_dir=start.directory,
+        report=report if report.exists() else None,
+        step=start.state.step,
+        scores=None,
+        signal=None,
+        resume_command=resume_command(start.job, start.directory),
+    )
+
+
+def _with_shape(config: Config, shape: ModelConfig) -> Config:
+    """`config` with another model's shape, its own dropout kept, checked again as a whole."""
+    model = shape.model_copy(update={"dropout": config.model.dropout})
+    try:
+        return Config.model_validate({**dict(config), "model": model})
+    except ValidationError as error:
+        raise ConfigError([item["msg"].removeprefix("Value error, ") for item in error.errors()]) from error
+
+
+def _scorer(
+    model: GPT, validation: list[EncodedDocument], device: Device, config: Config, precision: str
+) -> Callable[[], Scores]:
+    """Scores the validation part with the model as it is then."""
+    stride = config.eval.stride
+    return lambda: perplexity(model, validation, device, stride=stride, precision=precision)
+
+
+def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, Any]:
+    return {
+        "train": {"documents": corpus.documents, "bytes": corpus.train_bytes},
+        "val": {
+            "documents": len(validation),
+            "tokens": sum(len(d.tokens) - d.first for d in validation),
+            "bytes": sum(d.bytes for d in validation),
+            "split": corpus.split,
+        },
+        "replaced_bytes": corpus.problems.replaced_bytes,
+        "skipped_rows": corpus.problems.skipped_rows,
+    }

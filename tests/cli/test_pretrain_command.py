@@ -1,0 +1,135 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPT = [sys.executable, "-m", "gptcli"]
+CONFIG = """\
+name: tiny
+tokenizer: {kind: bytes}
+data: {train: text.txt, val_fraction: 0.1}
+model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 32}
+training: {max_steps: 4, tokens_per_step: 64, log_every: 1, eval_every: 100, save_every: 100,
+           micro_batch_size: 2, precision: fp32, compile: off, device: cpu}
+schedule: {warmup_steps: 1}
+samples: {n: 1, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder with a config and its text, and one thread, which is fastest for a tiny model."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("One day a cat sat on a mat, and then it ran.\n" * 200)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_from_start_to_text(gpt, tmp_path):
+    """Results on stdout, the rest on stderr; what is printed exists; `generate` finds the run."""
+    code, out, err = gpt("pretrain", "tiny.yaml")
+    assert code == 0, err
+    run_dir, report = out.splitlines()
+    assert Path(run_dir).parent == tmp_path / "runs"
+    assert Path(report).is_file()
+    assert err.splitlines()[-1].startswith("finished at step 4: validation ")
+    assert "\x1b" not in err
+    code, out, _ = gpt("runs", "list")
+    assert out.splitlines()[1].split()[:3] == [Path(run_dir).name, "finished", "4"]
+    code, out, _ = gpt("generate", "--prompt", "One", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.startswith("One")
+    assert gpt("pretrain", f"{run_dir}/config.yaml", "--dry-run")[0] == 0
+
+
+def test_quiet_says_nothing_when_all_is_well(gpt):
+    code, out, err = gpt("pretrain", "tiny.yaml", "--quiet")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert err == ""
+
+
+def test_an_old_run_is_safe(gpt, tmp_path):
+    """The same command typed twice must not train over the first result."""
+    first = gpt("pretrain", "tiny.yaml", "--run-dir", "r")
+    assert first[0] == 0, first[2]
+    before = (tmp_path / "r" / "run.json").read_bytes()
+    code, out, err = gpt("pretrain", "tiny.yaml", "--run-dir", "r")
+    assert (code, out) == (2, "")
+    assert "--resume" in err
+    assert "--overwrite" in err
+    assert (tmp_path / "r" / "run.json").read_bytes() == before
+    assert gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--overwrite")[0] == 0
+    assert len(list(tmp_path.glob("r.old-*"))) == 1
+
+
+def test_resume_needs_a_run(gpt):
+    code, out, err = gpt("pretrain", "tiny.yaml", "--resume")
+    assert (code, out) == (4, "")
+    assert err.startswith("error: ")
+
+
+def test_auto_resume_starts_afresh(gpt):
+    """The command line of a cluster job is the same the first time and after a restart."""
+    code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--auto-resume")
+    assert code == 0, err
+    assert gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--auto-resume")[0] == 0
+
+
+def test_dry_run_writes_nothing(gpt, tmp_path):
+    code, out, err = gpt("pretrain", "tiny.yaml", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "parameters" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_max_time_wins_over_the_file(gpt, tmp_path):
+    """The flag of the command line must not lose to, or clash with, a key that is set."""
+    flags = ("--set", "training.max_time=9h", "--max-time", "1h", "--run-dir", "r")
+    assert gpt("pretrain", "tiny.yaml", *flags)[0] == 0
+    assert "max_time: 1h" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_bad_max_time(gpt):
+    code, _, err = gpt("pretrain", "tiny.yaml", "--max-time", "soon")
+    assert code == 2
+    assert "max_time" in err
+
+
+def test_missing_text(gpt):
+    code, _, err = gpt("pretrain", "tiny.yaml", "--set", "data.train=nowhere.txt")
+    assert code == 3
+    assert "nowhere.txt" in err
+
+
+def test_stop_and_continue(gpt, tmp_path):
+    """SIGTERM saves, ends with 143, and the command that is printed really continues."""
+    process = subprocess.Popen(
+        [*GPT, "pretrain", "tiny.yaml", "--run-dir", "r", "--set", "training.max_steps=1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert out.splitlines()[0] == "r"
+    last = err.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM at step ")
+    step = int(last.split()[5].rstrip(";"))
+    command = last.split("to continue: gpt ")[1].split()
+    code, _, err = gpt(*command, "--set", f"training.max_steps={step + 2}")
+    assert code == 0, err
+    assert err.splitlines()[-1].startswith(f"finished at step {step + 2}: ")

@@ -1,0 +1,84 @@
+"""A config as YAML, and as JSON schema."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptcli.config.load import config_schema, dump_config, load_config
+from gptcli.config.schema import (
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+TRICKY = (
+    "no on true null ~ 1e3 3e-4 017 0o17 0x1f 1_000 .inf 12:30:45 2024-01-01 << = --- ... ? - *"
+    " & ! %YAML 1. +5 5e NULL Yes @ ` | > {{prompt}} [x] #no"
+)
+
+
+def reload(tmp_path: Path, config: Config) -> Config:
+    path = tmp_path / "dump.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    return load_config(str(path)).config
+
+
+def test_a_full_config_comes_back_equal(tmp_path: Path) -> None:
+    """runs/X/config.yaml repeats the run: 1e-10 must not come back as text, nor `json` get lost."""
+    config = Config(
+        name="2024",
+        init="runs/x",
+        data=DataConfig(train=[SourceConfig(path="*.txt"), SourceConfig(path="b", encoding="x")]),
+        model=ModelConfig(preset="gpt2-medium", n_layer=2, norm_eps=1e-10),
+        optimizer=OptimizerConfig(eps=5e-324, lr=1e22, betas=[0.0, 0.5]),
+        training=TrainingConfig(compile="off", tokens_per_step=2048, max_time="600", max_steps=99),
+        generate=GenerateConfig(json=True, seed=-3, prompt_tokens=[1, 2], stop=["\n", ""]),
+        finetune=FinetuneConfig(template="{{ prompt }}:\n\n> "),
+    )
+    assert reload(tmp_path, config) == config
+    assert reload(tmp_path, Config()) == Config()
+
+
+@pytest.mark.parametrize(
+    "text", [*TRICKY, "", " ", "a: b", "x\x85y", "\u2028", "\x00", "é😀", "\r"]
+)
+def test_text_comes_back_as_text(tmp_path: Path, text: str) -> None:
+    """PyYAML leaves 1e3 unquoted, which is a number here, and folds NEL to a space."""
+    config = Config(generate=GenerateConfig(prompt=text, stop=[text]))
+    assert reload(tmp_path, config) == config
+
+
+def test_random_text_comes_back(tmp_path: Path) -> None:
+    """Combinations of YAML's special characters that nobody thought of."""
+    rng = random.Random(0)
+    alphabet = "ab \n\t:#-[]{}'\"\\,&*!|>%@`~?01.e+_\x85\u2028\ufeffé😀\x1b\r\x7f"
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 120))) for _ in range(300)]
+    config = Config(generate=GenerateConfig(stop=texts))
+    assert reload(tmp_path, config) == config
+
+
+def test_other_readers_see_the_same_values() -> None:
+    """Other tools read a run's config with plain PyYAML."""
+    config = Config(generate=GenerateConfig(prompt="on"), training=TrainingConfig(compile="on"))
+    assert yaml.safe_load(dump_config(config)) == config.model_dump(by_alias=True)
+
+
+def test_schema_for_editors() -> None:
+    """An editor must not mark a source that is one string, nor miss keys, presets and defaults."""
+    schema = json.loads(config_schema())
+    definitions = schema["$defs"]
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert schema["additionalProperties"] is False
+    train = definitions["DataConfig"]["properties"]["train"]["anyOf"]
+    assert {"type": "string"} in train
+    assert "gpt2" in definitions["ModelConfig"]["properties"]["preset"]["enum"]
+    assert "json" in definitions["GenerateConfig"]["properties"]
+    assert definitions["OptimizerConfig"]["properties"]["lr"]["default"] == 0.02
