@@ -57,9 +57,12 @@ def evaluate(
         loaded.model, encoded, device, stride=settings.stride, precision=precision
     )
     report = {
-        "run": f"{loaded.name} step {loaded.step}",
+        "run": {
+            "name": f"{loaded.name}, step {loaded.step}, on {name}",
+            "job": "eval",
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
         "command": command,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
             "name": loaded.name,
             "path": str(loaded.path),

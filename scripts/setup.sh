@@ -23,8 +23,9 @@ fingerprint() {
     "$1" -c '
 import hashlib, os, sys
 digest = hashlib.sha256(os.getcwd().encode())
-for path in ("pyproject.toml", "scripts/constraints.txt"):
-    digest.update(open(path, "rb").read())
+for path in ("pyproject.toml", "setup.py", "scripts/constraints.txt"):
+    if os.path.exists(path):
+        digest.update(open(path, "rb").read())
 print(digest.hexdigest())'
 }
 

@@ -31,7 +31,7 @@ def show_config(config: ConfigArgument, overrides: SetOption = None) -> int:
     """Print the whole resolved config as YAML: every key, defaults and preset filled in."""
     from gptcli.config.load import dump_config, load_config
 
-    write_out(dump_config(load_config(config, overrides or []).config))
+    write_out(dump_config(load_config(config, overrides or []).config, loadable=True))
     return 0
 
 

@@ -50,8 +50,9 @@ def evaluate(
     settings = base.model_copy(update={"eval": section})
     from gptcli.evaluate import evaluate as run
 
-    with invocation(context).display.live():
-        result = run(settings, model=section.model, data=data or [], run_dir=run_dir)
+    call = invocation(context)
+    with call.display.live():
+        result = run(settings, data=data, run_dir=run_dir, command=call.command)
     if as_json:
         write_out(json.dumps(result.report, indent=2) + "\n")
     else:

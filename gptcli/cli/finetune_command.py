@@ -9,7 +9,6 @@ from gptcli.cli.run_flags import (
     AutoResumeOption,
     ConfigArgument,
     DataChangeOption,
-    DryRunOption,
     MaxTimeOption,
     OverwriteOption,
     ResumeOption,
@@ -19,7 +18,6 @@ from gptcli.cli.run_flags import (
     end_run,
     load_run_config,
 )
-from gptcli.cli.terminal import write_out
 
 
 def finetune(
@@ -36,19 +34,14 @@ def finetune(
     overwrite: OverwriteOption = False,
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
-    dry_run: DryRunOption = False,
 ) -> int:
     """Train a model further on rows of prompt and response.
 
-    The model is --model, else the config's init. Prints the run directory and its report.
+    The model is --model, else the config's init. Prints the run directory, its report, and the
+    scores on held-out rows before and after.
     """
     flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
     loaded = load_run_config("finetune", config, overrides, max_time)
-    if dry_run:
-        from gptcli.pretrain import describe
-
-        write_out(describe(loaded.config).rstrip("\n") + "\n")
-        return 0
     from gptcli.finetune import finetune as run
 
     call = invocation(context)
@@ -62,6 +55,4 @@ def finetune(
             allow_data_change=flags.allow_data_change,
             command=call.command,
         )
-    for task, scores in result.tasks.items():
-        write_out(f"{task}: {scores}\n")
     return end_run(result)

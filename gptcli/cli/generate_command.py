@@ -247,8 +247,9 @@ def _read_stdin() -> str:
     data = b""
     while sys.stdin is not None and len(data) <= _MAX_STDIN_BYTES:
         # A plain read would begin again after every signal and could not be stopped.
-        if not select.select([sys.stdin], [], [], 0.2)[0]:
-            stop.raise_if_requested()
+        ready = select.select([sys.stdin], [], [], 0.2)[0]
+        stop.raise_if_requested()
+        if not ready:
             continue
         chunk = os.read(sys.stdin.fileno(), 65536)
         if not chunk:

@@ -3,17 +3,17 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gptcli import stop
-from gptcli.cli.terminal import write_error, write_out
+from gptcli.cli.terminal import columns, write_error, write_out
 from gptcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from gptcli.config.load import LoadedConfig
-    from gptcli.pretrain import RunResult
+    from gptcli.training.build import RunResult
 
 log = logging.getLogger("gptcli")
 
@@ -97,6 +97,13 @@ def end_run(result: "RunResult") -> int:
     write_out(f"{result.run_dir}\n")
     if result.report is not None:
         write_out(f"{result.report}\n")
+    if result.tasks:
+        rows = [["TASK", "BEFORE", "AFTER", "ROWS"]]
+        rows += [
+            [name, *(_figure(about.get(key)) for key in ("before", "after", "rows"))]
+            for name, about in result.tasks.items()
+        ]
+        write_out(columns(rows, right=frozenset({1, 2, 3})))
     if result.status == "stopped":
         number = result.signal
         by = f" by {number.name}" if number else ""
@@ -110,3 +117,9 @@ def end_run(result: "RunResult") -> int:
         )
     log.info(summary)
     return 0
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

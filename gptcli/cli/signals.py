@@ -1,4 +1,4 @@
-"""Signal handlers. They only set the flags of `gptcli.stop`, which every loop polls."""
+"""Signal handlers: they set the flags of `gptcli.stop`, which every loop polls, and little else."""
 
 import os
 import signal

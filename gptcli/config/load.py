@@ -12,9 +12,9 @@ import yaml
 from gptcli.config.check import check
 from gptcli.config.overrides import apply_overrides
 from gptcli.config.scalars import resolve
-from gptcli.config.schema import Config
+from gptcli.config.schema import Config, ModelConfig
 from gptcli.config.shipped import shipped_config, shipped_names
-from gptcli.config.tree import MAX_BYTES, Node, Origin, Place, Problem, parse
+from gptcli.config.tree import MAX_BYTES, Entry, Node, Origin, Place, Problem, parse
 from gptcli.errors import ConfigError
 
 _MOST_PROBLEMS = 100
@@ -53,29 +53,24 @@ def load_config(
         root, problems = _read(path)
     if isinstance(root.content, dict):
         problems += apply_overrides(root, overrides)
-    config, found = check(root)
-    problems = sorted(problems + found, key=lambda problem: problem.order)
-    if config is None or problems:
-        lines = list(dict.fromkeys(str(problem) for problem in problems))
-        more = len(lines) - _MOST_PROBLEMS
-        if more > 0:
-            lines[_MOST_PROBLEMS:] = [f"{shown}: and {more} more problems"]
-        raise ConfigError(lines)
-    given = frozenset(_given(root))
-    taken = sorted(key for key in given if key.startswith(("tokenizer", "model.")))
-    taken = [key for key in taken if key != "model.dropout"]
-    if config.init is not None and taken:
-        raise ConfigError(
-            f"{shown}: tokenizer and shape come from init ({config.init}); remove {', '.join(taken)}"
-        )
-    return LoadedConfig(config, shown, given)
+        problems += _settled_by_init(root.content)
+    return LoadedConfig(_checked(root, problems, shown), shown, frozenset(_given(root)))
+
+
+def load_resolved(path: Path) -> Config:
+    """The whole config that `dump_config` wrote, as a checkpoint holds it.
+
+    Beside its `init` it has the tokenizer and shape that came from there. Raises ConfigError.
+    """
+    root, problems = _read(path)
+    return _checked(root, problems, str(path))
 
 
 def dump_config(config: Config, *, loadable: bool = False) -> str:
-    """The whole config as YAML, which loads back to an equal one.
+    """The whole config as YAML, which `load_resolved` reads back to an equal one.
 
-    A config with `init` holds the tokenizer and shape that came from there; `loadable` leaves them
-    out, as `load_config` wants it.
+    A config with `init` holds the tokenizer and shape that came from there, which `load_config`
+    refuses beside it: `loadable` leaves them out.
     """
     values = config.model_dump(by_alias=True)
     if loadable and config.init is not None:
@@ -131,6 +126,32 @@ def _read(path: Path) -> tuple[Node, list[Problem]]:
     if root is None:
         raise ConfigError(f"{path}:1:1: expected a mapping of sections, got an empty file")
     return root, problems
+
+
+def _checked(root: Node, problems: list[Problem], shown: str) -> Config:
+    config, found = check(root)
+    problems = sorted(problems + found, key=lambda problem: problem.order)
+    if config is None or problems:
+        lines = list(dict.fromkeys(str(problem) for problem in problems))
+        more = len(lines) - _MOST_PROBLEMS
+        if more > 0:
+            lines[_MOST_PROBLEMS:] = [f"{shown}: and {more} more problems"]
+        raise ConfigError(lines)
+    return config
+
+
+def _settled_by_init(entries: dict[str, Entry]) -> list[Problem]:
+    """Keys that are refused beside `init`, whose tokenizer and shape are taken."""
+    init = entries.get("init")
+    if init is None or init.node.is_null:
+        return []
+    settled = [("tokenizer", entries["tokenizer"])] if "tokenizer" in entries else []
+    model = entries["model"].node.content if "model" in entries else {}
+    if isinstance(model, dict):
+        known = set(ModelConfig.model_fields) - {"dropout"}
+        settled += [(f"model.{key}", model[key]) for key in model if key in known]
+    message = "comes with the model that init names; remove it"
+    return [Problem(entry.place, f"{key}: {message}") for key, entry in settled]
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptcli.config.load import load_config
+from gptcli.config.load import load_resolved
 from gptcli.config.schema import Config, ModelConfig
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
@@ -160,7 +160,7 @@ def _best_or_newest(run_dir: Path) -> tuple[Path, dict[str, Any]]:
 
 def _read_config(path: Path) -> Config:
     try:
-        return load_config(str(path / CONFIG)).config
+        return load_resolved(path / CONFIG)
     except ConfigError as error:  # not the user's config, so not exit code 2
         raise CheckpointError(error.message, error.hint) from error
 

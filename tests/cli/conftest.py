@@ -1,12 +1,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gptcli import stop
 from gptcli.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -14,14 +13,11 @@ GPT = [sys.executable, "-m", "gptcli"]
 
 
 @pytest.fixture(autouse=True)
-def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No run, terminal setting or stop request of the outside world reaches a test."""
+def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run or setting of the outside world reaches a test."""
     monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
     for name in ("NO_COLOR", "GPT_DEBUG"):
         monkeypatch.delenv(name, raising=False)
-    stop.reset()
-    yield
-    stop.reset()
 
 
 @pytest.fixture

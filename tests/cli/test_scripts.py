@@ -12,13 +12,15 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 
 
 def bash(line: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line after setup.sh, without the choices that the caller's environment makes."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GPT_VENV", "PYTHON")}
     return subprocess.run(
         ["bash", "-c", "set -euo pipefail\n. scripts/setup.sh\n" + line],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=50,
-        env={**os.environ, **environment},
+        env={**clean, **environment},
     )
 
 

@@ -241,6 +241,18 @@ def test_text_that_is_no_config(tmp_path: Path, text: str, problem: str) -> None
     assert problems_of(tmp_path, text)[0].startswith(f"c.yaml:{problem}")
 
 
+def test_init_settles_tokenizer_and_shape(tmp_path: Path) -> None:
+    """A shape beside init was dropped in silence; dropout has none and may change."""
+    text = "init: runs/x\nmodel:\n  dropout: 0.1\n  n_layer: 2\ntokenizer: {kind: bytes}\nseed: x\n"
+    refused = "comes with the model that init names; remove it"
+    assert problems_of(tmp_path, text, "model.n_head=2") == [
+        f"c.yaml:4:3: model.n_layer: {refused}",
+        f"c.yaml:5:1: tokenizer: {refused}",
+        "c.yaml:6:7: seed: expected a whole number, got the text 'x'",
+        f"--set model.n_head=2: model.n_head: {refused}",
+    ]
+
+
 def test_python_tags_run_nothing(tmp_path: Path) -> None:
     """A config from a stranger must not run a command."""
     canary = tmp_path / "canary"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptcli.config.load import config_schema, dump_config, load_config
+from gptcli.config.load import config_schema, dump_config, load_config, load_resolved
 from gptcli.config.schema import (
     Config,
     DataConfig,
@@ -16,8 +16,10 @@ from gptcli.config.schema import (
     ModelConfig,
     OptimizerConfig,
     SourceConfig,
+    TokenizerConfig,
     TrainingConfig,
 )
+from gptcli.errors import ConfigError
 
 TRICKY = (
     "no on true null ~ 1e3 3e-4 017 0o17 0x1f 1_000 .inf 12:30:45 2024-01-01 << = --- ... ? - *"
@@ -35,7 +37,6 @@ def test_a_full_config_comes_back_equal(tmp_path: Path) -> None:
     """runs/X/config.yaml repeats the run: 1e-10 must not come back as text, nor `json` get lost."""
     config = Config(
         name="2024",
-        init="runs/x",
         data=DataConfig(train=[SourceConfig(path="*.txt"), SourceConfig(path="b", encoding="x")]),
         model=ModelConfig(preset="gpt2-medium", n_layer=2, norm_eps=1e-10),
         optimizer=OptimizerConfig(eps=5e-324, lr=1e22, betas=[0.0, 0.5]),
@@ -45,6 +46,27 @@ def test_a_full_config_comes_back_equal(tmp_path: Path) -> None:
     )
     assert reload(tmp_path, config) == config
     assert reload(tmp_path, Config()) == Config()
+
+
+def test_a_config_with_init_leaves_out_what_comes_from_there(tmp_path: Path) -> None:
+    """config.yaml of a finetuned run was refused by the command that should repeat it."""
+    config = Config(init="runs/x", seed=3, model=ModelConfig(dropout=0.1))
+    path = tmp_path / "dump.yaml"
+    path.write_text(dump_config(config, loadable=True))
+    assert load_config(str(path)).config == config
+
+
+def test_a_checkpoint_keeps_the_shape_beside_init(tmp_path: Path) -> None:
+    """A finetuned checkpoint stands alone: its config names init and has the shape all the same."""
+    config = Config(
+        init="runs/x", model=ModelConfig(n_layer=2), tokenizer=TokenizerConfig(kind="bytes")
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_resolved(path) == config
+    path.write_text("seed: x\n")
+    with pytest.raises(ConfigError, match=r"config.yaml:1:7: seed: expected a whole number"):
+        load_resolved(path)
 
 
 @pytest.mark.parametrize(

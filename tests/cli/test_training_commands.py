@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -5,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 GPT = [sys.executable, "-m", "gptcli"]
 CONFIG = """\
@@ -22,14 +22,10 @@ samples: {n: 1, max_new_tokens: 4}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A folder with a config and its text, and one thread, which is fastest for a tiny model."""
+    """A folder with a config and its text."""
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("One day a cat sat on a mat, and then it ran.\n" * 200)
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_run_from_start_to_text(gpt, tmp_path):
@@ -133,3 +129,72 @@ def test_stop_and_continue(gpt, tmp_path):
     code, _, err = gpt(*command, "--set", f"training.max_steps={step + 2}")
     assert code == 0, err
     assert err.splitlines()[-1].startswith(f"finished at step {step + 2}: ")
+
+
+def test_eval_of_the_newest_run(gpt, tmp_path):
+    """The table, the JSON and the file are the same scores, and `runs/` keeps the report."""
+    assert gpt("pretrain", "tiny.yaml", "--run-dir", "runs/r")[0] == 0
+    code, out, err = gpt("eval", "--data", "text.txt", "--max-tokens", "500")
+    assert code == 0, err
+    table = dict(line.split(None, 1) for line in out.splitlines())
+    code, out, err = gpt("eval", "--data", "text.txt", "--max-tokens", "500", "--json")
+    assert code == 0, err
+    scores = json.loads(out)["scores"]
+    assert table["bits_per_byte"] == f"{scores['bits_per_byte']:.4f}"
+    assert table["tokens"] == str(scores["tokens"])
+    (report,) = tmp_path.glob("runs/r/evals/*/report.json")
+    assert json.loads(report.read_text())["scores"]["loss"] == scores["loss"]
+    assert err.splitlines()[-1] == f"report: {report.parent}"
+
+
+def test_eval_section_and_flags(gpt, tmp_path):
+    """Flags win over the section, and both reach the scorer."""
+    assert gpt("pretrain", "tiny.yaml", "--run-dir", "runs/r")[0] == 0
+    (tmp_path / "e.yaml").write_text("eval: {data: text.txt, stride: 8, max_tokens: 300}\n")
+    code, out, _ = gpt("eval", "e.yaml", "--stride", "16", "--json", "--run-dir", "here")
+    assert code == 0
+    scores = json.loads(out)["scores"]
+    assert (scores["stride"], scores["tokens"]) == (16, 300)
+    assert (tmp_path / "here" / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "named"),
+    [
+        (("--stride", "0"), 2, "--stride: "),
+        (("--max-tokens", "-1"), 2, "--max-tokens: "),
+        (("missing.yaml",), 2, "missing.yaml"),
+        (("--model", "nowhere"), 4, "nowhere"),
+        ((), 4, "no run"),
+    ],
+)
+def test_eval_errors(gpt, flags, code, named):
+    found, out, err = gpt("eval", *flags)
+    assert (found, out) == (code, "")
+    assert err.startswith("error: ")
+    assert named in err
+
+
+def test_finetune(gpt, tmp_path):
+    """Rows on top of a run: the scores before and after are a result, so they go to stdout."""
+    assert gpt("pretrain", "tiny.yaml", "--run-dir", "runs/r")[0] == 0
+    rows = [{"prompt": f"q{i % 7}", "response": "abc"[i % 3]} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CONFIG.replace("name: tiny\ntokenizer: {kind: bytes}", "name: tuned")
+    config = config.replace("text.txt, val_fraction: 0.1", "rows.jsonl, val_fraction: 0.2")
+    lines = [line for line in config.splitlines() if not line.startswith("model:")]
+    (tmp_path / "f.yaml").write_text("\n".join(lines) + "\n")
+    flags = ("--model", "runs/r", "--run-dir", "runs/f", "--set", "training.tokens_per_step=256")
+    code, out, err = gpt("finetune", "f.yaml", *flags)
+    assert code == 0, err
+    run_dir, report, header, *tasks = out.splitlines()
+    assert (run_dir, report) == ("runs/f", "runs/f/report.html")
+    assert header.split() == ["TASK", "BEFORE", "AFTER", "ROWS"]
+    assert tasks[0].split()[0] == "exact_match"
+
+
+def test_finetune_needs_a_model(gpt):
+    code, out, err = gpt("finetune", "tiny.yaml")
+    assert (code, out) == (2, "")
+    assert "hint: " in err
+    assert "--model" in err
