@@ -30,14 +30,16 @@ class Device:
     @property
     def torch(self) -> torch.device:
         """The torch device."""
-        return torch.device(self.kind, self.index)
+        return torch.device(self.kind if self.index is None else f"{self.kind}:{self.index}")
 
 
 def resolve_device(name: str) -> Device:
     """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` never fails.
 
+    Every job begins with this, so it also settles the process's memory (`keep_freed_memory`).
     ResourceError when a named one is not here.
     """
+    keep_freed_memory()
     kind, _, index = name.partition(":")
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
@@ -58,7 +60,9 @@ def choose_precision(wanted: str, device: Device) -> str:
     between fp32 and bf16 matrix products, fp32 unless bf16 is faster by 20 %."""
     if wanted != "auto":
         if wanted == "bf16" and not device.bf16:
-            raise ResourceError(f"{device.name} has no bf16; set training.precision to fp16 or fp32")
+            raise ResourceError(
+                f"{device.name} has no bf16; set training.precision to fp16 or fp32"
+            )
         if wanted == "fp16" and device.kind == "cpu":
             raise ResourceError("fp16 training needs a GPU; set training.precision to fp32 or bf16")
         return wanted

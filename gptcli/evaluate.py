@@ -45,7 +45,9 @@ def evaluate(
     loaded = load_model(model if model is not None else settings.model, device.torch)
     block_size = loaded.model.config.block_size
     if settings.stride is not None and settings.stride > block_size:
-        raise ConfigError(f"--stride {settings.stride} is above the model's block_size {block_size}")
+        raise ConfigError(
+            f"--stride {settings.stride} is above the model's block_size {block_size}"
+        )
     sources = [SourceConfig(path=path) for path in data] if data else settings.data
     documents, name = _documents(loaded, sources)
     encoded = encode_documents(documents, loaded.tokenizer, settings.max_tokens)
@@ -53,9 +55,7 @@ def evaluate(
     if config.training.precision != "auto":
         precision = choose_precision(config.training.precision, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
-    scores = perplexity(
-        loaded.model, encoded, device, stride=settings.stride, precision=precision
-    )
+    scores = perplexity(loaded.model, encoded, device, stride=settings.stride, precision=precision)
     report = {
         "run": {
             "name": f"{loaded.name}, step {loaded.step}, on {name}",
@@ -99,7 +99,7 @@ def _documents(
     corpus = open_corpus(loaded.config.data)
     if state["data_fingerprint"] != corpus.fingerprint:
         raise CheckpointError(
-            "the run's own data have changed since training, so its validation part is not the same",
+            "the run's own data have changed since training, and its validation part with them",
             hint="name a text: gpt eval --data FILE",
         )
     return corpus.val_documents, "validation"

@@ -1,6 +1,7 @@
 """Supervised finetuning: a pretrained model learns to answer, scored before and after."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from gptcli.errors import ConfigError, DataError
 from gptcli.evaluation.exact_match import exact_match
 from gptcli.evaluation.perplexity import EncodedDocument
 from gptcli.reports.report import write_report
+from gptcli.runs.load import load_model
 from gptcli.runs.run_dir import read_run_json, update_run_json
 from gptcli.training.build import (
     RunResult,
     build_session,
     check_limits,
+    describe_limits,
     nothing_to_do,
     run_session,
     starting_point,
@@ -57,7 +60,7 @@ def finetune(
         if start.done:
             return nothing_to_do(start)
         config, initial = starting_point(config, start)
-        corpus = open_corpus(config.data, as_rows=True)
+        corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
         if start.contents is not None:
             saved = start.contents.state["data_fingerprint"]
             check_fingerprint(saved, corpus.fingerprint, allow_data_change)
@@ -71,27 +74,48 @@ def finetune(
             raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
         validation = [scored_example(example) for example in held_out]
         session = build_session(config, start, device, tokenizer, corpus, validation, initial)
+        tasks = read_run_json(start.directory).get("tasks", {})
         if start.contents is None:
-            update_run_json(start.directory, tasks=_tasks({}, "before", session, held_out))
+            tasks = _tasks({}, "before", session, held_out)
+            update_run_json(start.directory, tasks=tasks)
         position = session.state.position
+        window = config.data.shuffle_window
         stream = RecordStream(
-            corpus.train,
-            config.seed,
-            config.data.shuffle_window,
-            position["stream"] if position else None,
+            corpus.train, config.seed, window, position["stream"] if position else None
         )
-        result = run_session(session, ExampleRows(stream, encoder), corpus.train_bytes)
+        result = run_session(
+            session,
+            ExampleRows(stream, encoder),
+            corpus.train_bytes,
+            lambda: {"tasks": _tasks(tasks, "after", session, held_out)},
+        )
         if encoder.skipped or encoder.shortened:
             log.warning(
                 f"{encoder.skipped} rows did not fit and were skipped,"
                 f" {encoder.shortened} prompts lost their beginning"
             )
-        tasks = read_run_json(start.directory).get("tasks", {})
-        if result.status == "finished":
-            tasks = _tasks(tasks, "after", session, held_out)
-            update_run_json(start.directory, tasks=tasks)
         write_report(start.directory)
-        return RunResult(**{**result.__dict__, "tasks": tasks})
+        return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))
+
+
+def describe(config: Config) -> str:
+    """What `gpt finetune --dry-run` prints: the model, the rows, the limits. Trains nothing."""
+    if config.init is None:
+        raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
+    check_limits(config)
+    start = load_model(config.init, torch.device("cpu"))
+    corpus = open_corpus(config.data, as_rows=True)
+    block_size = start.model.config.block_size
+    encoder = ExampleEncoder(config.finetune, start.tokenizer, block_size)
+    held_out = encoder.encode_all(corpus.val_rows)
+    lines = {
+        "model": f"{start.path}, {start.model.parameter_count():,} parameters",
+        "rows": f"{corpus.documents:,}",
+        "held out": f"{len(held_out):,} rows ({encoder.skipped} more do not fit)",
+        "tokens per step": f"{config.training.tokens_per_step:,}",
+        "limits": describe_limits(config),
+    }
+    return "".join(f"{name:<16} {value}\n" for name, value in lines.items())
 
 
 def scored_example(example: Example) -> EncodedDocument:

@@ -1,6 +1,5 @@
 """Pretraining: a corpus becomes a measured GPT in a run directory."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gptcli.training.build import (
     RunResult,
     build_session,
     check_limits,
+    describe_limits,
     nothing_to_do,
     run_session,
     starting_point,
@@ -84,16 +84,16 @@ def packed_rows(session: Session, corpus: Corpus) -> PackedRows:
 
 def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> None:
     """DataError unless there is a block of training text and some validation text."""
+    # No tokenizer makes fewer tokens than one in 64 bytes of ordinary text: count only below that.
+    if corpus.train_bytes <= 64 * (block_size + 1):
+        tokens = sum(len(tokenizer.encode(text)) + 1 for text in corpus.train_texts())
+        if tokens <= block_size:
+            raise DataError(
+                f"the training text has {tokens} tokens, less than one block of {block_size} + 1",
+                hint=f"add text, or set model.block_size below {tokens}",
+            )
     if not corpus.val_documents:
         raise DataError("no validation text is left: add text, or set data.val")
-    if corpus.train_bytes > 64 * (block_size + 1):
-        return  # no tokenizer makes fewer tokens than that of ordinary text
-    tokens = sum(len(tokenizer.encode(text)) + 1 for text in corpus.train_texts())
-    if tokens <= block_size:
-        raise DataError(
-            f"the training text has {tokens} tokens, less than one block of {block_size} + 1",
-            hint=f"set model.block_size below {tokens}, or add text",
-        )
 
 
 def describe(config: Config) -> str:
@@ -108,7 +108,6 @@ def describe(config: Config) -> str:
         model = GPT(config.model, tokenizer.vocab_size)
     tokens = sum(len(d.tokens) - d.first for d in validation)
     per_byte = tokens / max(sum(d.bytes for d in validation), 1)
-    limits = config.training.model_dump(include={"max_steps", "max_tokens", "max_epochs", "max_time"})
     lines = {
         "parameters": f"{model.parameter_count():,}",
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
@@ -116,6 +115,6 @@ def describe(config: Config) -> str:
         f" about {int(corpus.train_bytes * per_byte):,} tokens",
         "validation": f"{len(validation):,} documents, {tokens:,} tokens ({corpus.split} split)",
         "tokens per step": f"{config.training.tokens_per_step:,}",
-        "limits": json.dumps({name: value for name, value in limits.items() if value}),
+        "limits": describe_limits(config),
     }
     return "".join(f"{name:<16} {value}\n" for name, value in lines.items())

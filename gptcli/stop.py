@@ -8,7 +8,7 @@ _requested: signal.Signals | None = None
 _save_now = False
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  a request of the user, not an error
     """Raised by work that has nothing to save (tokenising, scanning) when a stop was asked for."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from gptcli.cli.run_flags import (
     AutoResumeOption,
     ConfigArgument,
     DataChangeOption,
+    DryRunOption,
     MaxTimeOption,
     OverwriteOption,
     ResumeOption,
@@ -18,6 +19,7 @@ from gptcli.cli.run_flags import (
     end_run,
     load_run_config,
 )
+from gptcli.cli.terminal import write_out
 
 
 def finetune(
@@ -34,6 +36,7 @@ def finetune(
     overwrite: OverwriteOption = False,
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
+    dry_run: DryRunOption = False,
 ) -> int:
     """Train a model further on rows of prompt and response.
 
@@ -41,14 +44,18 @@ def finetune(
     scores on held-out rows before and after.
     """
     flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
-    loaded = load_run_config("finetune", config, overrides, max_time)
+    start = [f"init={model}"] if model is not None else []  # so init's rules hold for --model too
+    loaded = load_run_config("finetune", config, [*(overrides or []), *start], max_time)
+    from gptcli.finetune import describe
     from gptcli.finetune import finetune as run
 
+    if dry_run:
+        write_out(describe(loaded.config))
+        return 0
     call = invocation(context)
     with call.display.live():
         result = run(
             loaded.config,
-            model=model,
             run_dir=flags.run_dir,
             resume=flags.mode,
             overwrite=flags.overwrite,

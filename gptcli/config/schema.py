@@ -354,12 +354,14 @@ class Config(Section):
         # Each problem names its keys with their sections: load.py leaves out those of bad sections.
         t, m = self.training, self.model
         problems = []
-        if t.tokens_per_step % m.block_size:
+        # With init the shape is not known before that model is read; build.py checks again then.
+        shape_known = self.init is None or m.model_copy(update={"dropout": 0.0}) != ModelConfig()
+        if shape_known and t.tokens_per_step % m.block_size:
             problems.append(
                 f"training.tokens_per_step {t.tokens_per_step} is not a multiple of"
                 f" model.block_size {m.block_size}"
             )
-        elif isinstance(t.micro_batch_size, int):
+        elif shape_known and isinstance(t.micro_batch_size, int):
             rows = t.tokens_per_step // m.block_size
             if rows % t.micro_batch_size:
                 problems.append(
@@ -371,7 +373,7 @@ class Config(Section):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is above"
                 f" training.max_steps {t.max_steps}"
             )
-        if self.eval.stride and self.eval.stride > m.block_size:
+        if shape_known and self.eval.stride and self.eval.stride > m.block_size:
             problems.append(
                 f"eval.stride {self.eval.stride} is above model.block_size {m.block_size}"
             )

@@ -1,0 +1,1 @@
+"""Sources, documents, tokens and packed batches; tokenizers and task formats."""

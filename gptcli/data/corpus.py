@@ -20,9 +20,11 @@ from gptcli.data.readers import (
     Shard,
     Split,
     content_hash,
+    decode,
     file_tail_start,
     read_shards,
     row_bytes,
+    whole_characters,
 )
 from gptcli.errors import DataError
 
@@ -42,7 +44,7 @@ class Document:
 
 @dataclass
 class Corpus:
-    """Training shards, held-out documents (or rows), and what identifies the data.
+    """Training shards, held-out documents (or rows with their places), what identifies the data.
 
     `fingerprint` maps each file to its size and sha256; `documents` counts those of the training
     sources before the split; `train_bytes` is UTF-8 text to train on.
@@ -50,7 +52,7 @@ class Corpus:
 
     train: list[Shard]
     val_documents: list[Document]
-    val_rows: list[dict[str, Any]]
+    val_rows: list[tuple[str, dict[str, Any]]]
     fingerprint: dict[str, dict[str, Any]]
     documents: int
     train_bytes: int
@@ -73,39 +75,40 @@ class _FileScan:
     text_bytes: int = 0
 
 
-def open_corpus(data: DataConfig, *, as_rows: bool = False) -> Corpus:
+def open_corpus(data: DataConfig, fields: tuple[str, ...] | None = None) -> Corpus:
     """Scan the sources once: check every file and row, hash them, choose the validation part.
 
-    `as_rows` keeps rows whole (finetuning). Raises DataError for missing, empty or broken data,
-    `stop.Stopped` when a stop is asked for.
+    With `fields` rows stay whole (finetuning), and each must hold text in them. Raises DataError
+    for missing, empty or broken data, `stop.Stopped` when a stop is asked for.
     """
     problems = Problems()
-    scans = [_scan(file, as_rows, problems) for file in resolve(data.train)]
+    scans = [_scan(file, fields, problems) for file in resolve(data.train)]
     digests = [digest for scan in scans for digest in scan.digests]
     if not digests:
         names = ", ".join(source.path for source in data.train)
-        raise DataError(f"the training data is empty: {names}")
+        left_out = sum(problems.null_rows.values()) + sum(problems.skipped_rows.values())
+        unused = f" ({left_out} rows were left out)" if left_out else ""
+        raise DataError(f"the training data is empty: {names}{unused}")
     fingerprint = {scan.file.path: _identity(scan) for scan in scans}
     if data.val is not None:
-        split, val_scans = _WHOLE, [_scan(file, as_rows, problems) for file in resolve(data.val)]
+        split, val_scans = _WHOLE, [_scan(file, fields, problems) for file in resolve(data.val)]
         fingerprint |= {scan.file.path: _identity(scan) for scan in val_scans}
         shared = {s.sha256 for s in scans} & {s.sha256 for s in val_scans}
         for scan in val_scans:
             if scan.sha256 in shared:
                 log.warning(f"{scan.file.path} is validation and training data at once")
-    elif len(digests) < FEW_DOCUMENTS and not as_rows:
+    elif len(digests) < FEW_DOCUMENTS and fields is None:
         split, val_scans = Split("tail", fraction=data.val_fraction), scans
     else:
         # At least one document is held out even where the fraction would catch none.
         threshold = max(int(data.val_fraction * 2**64), min(digests) + 1)
         split, val_scans = Split("hash", threshold=threshold), scans
-    train = [s for scan in scans for s in _shards(scan, split, as_rows)]
+    train = [s for scan in scans for s in _shards(scan, split, fields)]
     held_out = replace(split, part="val")
-    val = [s for scan in val_scans for s in _shards(scan, held_out, as_rows)]
-    documents, rows = _collect(val, problems)
+    documents, rows = _collect([s for scan in val_scans for s in _shards(scan, held_out, fields)])
     _warn(problems)
     held = sum(len(d.text.encode("utf-8", "replace")) for d in documents)
-    held += sum(row_bytes(row) for row in rows)
+    held += sum(row_bytes(row) for _, row in rows)
     total = sum(scan.text_bytes for scan in scans)
     corpus = Corpus(
         train,
@@ -125,49 +128,51 @@ def open_corpus(data: DataConfig, *, as_rows: bool = False) -> Corpus:
 def read_documents(sources: list[SourceConfig]) -> list[Document]:
     """All documents of the sources, whole, for evaluation."""
     problems = Problems()
-    scans = [_scan(file, False, problems) for file in resolve(sources)]
-    documents, _ = _collect([s for scan in scans for s in _shards(scan, _WHOLE, False)], problems)
+    scans = [_scan(file, None, problems) for file in resolve(sources)]
+    documents, _ = _collect([s for scan in scans for s in _shards(scan, _WHOLE, None)])
     _warn(problems)
     if not documents:
         raise DataError(f"no text in {', '.join(source.path for source in sources)}")
     return documents
 
 
-def _scan(file: SourceFile, as_rows: bool, problems: Problems) -> _FileScan:
-    if as_rows and file.kind == "text":
+def _scan(file: SourceFile, fields: tuple[str, ...] | None, problems: Problems) -> _FileScan:
+    if fields is not None and file.kind == "text":
         raise DataError(f"{file.path}: finetuning reads rows; use .jsonl")
     if file.kind == "text":
-        return _scan_text(file)
+        return _scan_text(file, problems)
     scan = _FileScan(file, *_row_file_identity(file))
-    whole = Shard(file, 0, scan.size, _WHOLE, as_rows=as_rows)
-    for record in read_shards([whole], problems):
+    for record in read_shards([Shard(file, 0, scan.size, _WHOLE, fields=fields)], problems):
         scan.text_bytes += record["bytes"]
         if record["part"] == 0:
-            scan.digests.append(content_hash(record["row"] if as_rows else record["text"]))
+            scan.digests.append(record["digest"])
     skipped = problems.skipped_rows.get(file.path, 0)
-    if skipped > 0.01 * (skipped + len(scan.digests)) and file.source.on_bad_row == "skip":
+    if skipped > 0.01 * (skipped + len(scan.digests)):
         raise DataError(
             f"{file.path}: {skipped} of {skipped + len(scan.digests)} rows cannot be used,"
             " more than 1 %"
         )
-    problems.replaced_bytes.pop(file.path, None)  # counted again when the rows are collected
     return scan
 
 
-def _scan_text(file: SourceFile) -> _FileScan:
-    digest, size, head = hashlib.sha256(), 0, b""
+def _scan_text(file: SourceFile, problems: Problems) -> _FileScan:
+    digest, size, head, rest = hashlib.sha256(), 0, "", b""
     blank = True
     with open_utf8(file) as f:
         f.seek(0)
         while block := f.read(1 << 20):
             stop.raise_if_requested()
-            head = head or block[:PIECE_BYTES]
-            blank = blank and not block.strip()
             digest.update(block)
-            size += len(block)
+            data = rest + block
+            whole = whole_characters(data)
+            text = decode(data[:whole], file, size - len(rest), problems)
+            size, rest = size + len(block), data[whole:]
+            head = head or text[:PIECE_BYTES]
+            blank = blank and not text.strip()
+    decode(rest, file, size - len(rest), problems)
     scan = _FileScan(file, size, digest.hexdigest())
     if not blank:  # a file of blanks only is no document
-        scan.digests.append(content_hash(head.decode("utf-8", "replace")))
+        scan.digests.append(content_hash(head))
         scan.text_bytes = size
     return scan
 
@@ -189,7 +194,7 @@ def _identity(scan: _FileScan) -> dict[str, Any]:
     return {"bytes": scan.size, "sha256": scan.sha256}
 
 
-def _shards(scan: _FileScan, split: Split, as_rows: bool) -> list[Shard]:
+def _shards(scan: _FileScan, split: Split, fields: tuple[str, ...] | None) -> list[Shard]:
     """The file's shards for one part of the split."""
     file = scan.file
     if not scan.digests:
@@ -210,20 +215,18 @@ def _shards(scan: _FileScan, split: Split, as_rows: bool) -> list[Shard]:
     if file.kind == "rows" and not file.seekable:
         step = max(scan.size, 1)
     return [
-        Shard(file, k, min(k + step, scan.size), split, as_rows=as_rows)
+        Shard(file, k, min(k + step, scan.size), split, fields=fields)
         for k in range(0, scan.size, step)
     ]
 
 
-def _collect(
-    shards: list[Shard], problems: Problems
-) -> tuple[list[Document], list[dict[str, Any]]]:
-    """Held-out documents, their pieces joined again, and rows."""
+def _collect(shards: list[Shard]) -> tuple[list[Document], list[tuple[str, dict[str, Any]]]]:
+    """Held-out documents, their pieces joined again, and rows with their places."""
     parts: dict[str, list[str]] = {}
     rows = []
-    for record in read_shards(shards, problems):
+    for record in read_shards(shards):  # problems are counted by the scan
         if "row" in record:
-            rows.append(record["row"])
+            rows.append((record["document"], record["row"]))
         else:
             parts.setdefault(record["document"], []).append(record["text"])
     documents = [Document(name, "".join(texts)) for name, texts in parts.items()]
@@ -231,7 +234,10 @@ def _collect(
 
 
 def _warn(problems: Problems) -> None:
-    for path, count in problems.replaced_bytes.items():
-        log.warning(f"{path}: {count} bytes that are not UTF-8 were read as U+FFFD")
-    for path, count in problems.skipped_rows.items():
-        log.warning(f"{path}: {count} rows without usable text were left out")
+    for counts, what in (
+        (problems.invalid_utf8, "invalid UTF-8 sequences were read as U+FFFD"),
+        (problems.skipped_rows, "rows that cannot be used were left out"),
+        (problems.null_rows, "rows whose text is null were left out"),
+    ):
+        for path, count in counts.items():
+            log.warning(f"{path}: {count} {what}")

@@ -1,8 +1,10 @@
 """Which files a source names, and how they are opened: always as UTF-8 bytes, plain or gzipped."""
 
+import codecs
 import glob
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import BinaryIO, Literal, cast
 
 from gptcli.config.schema import SourceConfig
 from gptcli.data.builtin import BUILTIN_ROWS, stdlib_files
-from gptcli.errors import DataError
+from gptcli.errors import ConfigError, DataError
 
 Kind = Literal["text", "rows", "builtin"]
 _SUFFIXES: dict[str, Kind] = {
@@ -35,9 +37,14 @@ class SourceFile:
     kind: Kind
 
     @property
+    def is_utf8(self) -> bool:
+        """Whether its bytes are read as they are."""
+        return codecs.lookup(self.source.encoding).name in ("utf-8", "utf-8-sig")
+
+    @property
     def seekable(self) -> bool:
         """Whether reading may start in the middle: a plain UTF-8 file."""
-        return not self.path.endswith(".gz") and self.source.encoding == "utf-8"
+        return not self.path.endswith(".gz") and self.is_utf8
 
 
 def resolve(sources: list[SourceConfig]) -> list[SourceFile]:
@@ -48,6 +55,7 @@ def resolve(sources: list[SourceConfig]) -> list[SourceFile]:
     files: list[SourceFile] = []
     missing: list[str] = []
     for source in sources:
+        _check_options(source)
         if source.path.startswith("builtin:"):
             files += _builtin(source)
         else:
@@ -55,6 +63,18 @@ def resolve(sources: list[SourceConfig]) -> list[SourceFile]:
     if missing:
         raise DataError("\n".join(missing))
     return files
+
+
+def _check_options(source: SourceConfig) -> None:
+    if source.document != "file":
+        raise ConfigError(
+            f"{source.path}: document: {source.document} is not read by this version",
+            hint="leave document out: a text file is one document, a row of .jsonl another",
+        )
+    try:
+        codecs.lookup(source.encoding)
+    except LookupError:
+        raise DataError(f"{source.path}: no encoding is called {source.encoding!r}") from None
 
 
 def _builtin(source: SourceConfig) -> list[SourceFile]:
@@ -104,27 +124,39 @@ def open_utf8(file: SourceFile) -> Iterator[BinaryIO]:
     DataError when it is unreadable, a damaged archive, or in another encoding than it says.
     """
     try:
-        raw = gzip.open(file.path) if file.path.endswith(".gz") else open(file.path, "rb")
-        with raw:
-            head = raw.read(3)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") and "16" not in file.source.encoding:
+        with _open_raw(file) as raw:
+            if not file.is_utf8:
+                yield io.BytesIO(_as_utf8(raw.read(), file))
+                return
+            head = raw.read(len(_UTF8_BOM))
+            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise DataError(
                     f"{file.path}: UTF-16 text, not {file.source.encoding}",
                     hint="write the source as {path: ..., encoding: utf-16}",
                 )
             raw.seek(0)
-            if file.source.encoding != "utf-8":
-                text = raw.read().decode(file.source.encoding).removeprefix("\ufeff")
-                yield io.BytesIO(text.encode())
-            elif head == _UTF8_BOM:
-                yield cast(BinaryIO, _Without(cast(BinaryIO, raw), len(_UTF8_BOM)))
-            else:
-                yield cast(BinaryIO, raw)
-    except (EOFError, gzip.BadGzipFile) as error:
+            yield cast(BinaryIO, _Without(raw, len(_UTF8_BOM))) if head == _UTF8_BOM else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file.path}: damaged or truncated archive: {error}") from error
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, LookupError) as error:
+
+
+def byte_order_mark(file: SourceFile) -> int:
+    """Bytes of the mark that `open_utf8` leaves out."""
+    with _open_raw(file) as raw:
+        return len(_UTF8_BOM) if raw.read(len(_UTF8_BOM)) == _UTF8_BOM else 0
+
+
+def _open_raw(file: SourceFile) -> BinaryIO:
+    opener = gzip.open if file.path.endswith(".gz") else open
+    return cast(BinaryIO, opener(file.path, "rb"))
+
+
+def _as_utf8(data: bytes, file: SourceFile) -> bytes:
+    try:
+        return data.decode(file.source.encoding).removeprefix("\ufeff").encode()
+    except (UnicodeError, LookupError) as error:  # LookupError: a codec that makes no text
         raise DataError(f"{file.path}: not {file.source.encoding} text: {error}") from error
 
 

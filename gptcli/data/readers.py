@@ -6,17 +6,14 @@ one document each, cut into pieces at line ends; JSON lines are one document a r
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
 from gptcli import stop
 from gptcli.data.builtin import builtin_rows
-from gptcli.data.files import SourceFile, open_utf8
+from gptcli.data.files import SourceFile, byte_order_mark, open_utf8
 from gptcli.errors import DataError
-
-log = logging.getLogger("gptcli")
 
 PIECE_BYTES = 64 * 1024
 SHARD_PIECES = 16  # 1 MiB
@@ -42,7 +39,8 @@ class Split:
 @dataclass(frozen=True)
 class Shard:
     """A range of one file: pieces [start, stop) of the bytes [low, high) for text, bytes
-    [start, stop) for rows, row numbers for a builtin."""
+    [start, stop) for rows, row numbers for a builtin. With `fields`, rows stay whole (finetuning)
+    and hold text in each of them."""
 
     file: SourceFile
     start: int
@@ -50,20 +48,23 @@ class Shard:
     split: Split
     low: int = 0
     high: int = 0
-    as_rows: bool = False
+    fields: tuple[str, ...] | None = None
 
 
 @dataclass
 class Problems:
-    """What was repaired or left out while reading, by file."""
+    """What was repaired or left out while reading, by file: invalid UTF-8 sequences read as U+FFFD,
+    rows that could not be used, and rows whose text is null."""
 
-    replaced_bytes: dict[str, int] = field(default_factory=dict)
+    invalid_utf8: dict[str, int] = field(default_factory=dict)
     skipped_rows: dict[str, int] = field(default_factory=dict)
+    null_rows: dict[str, int] = field(default_factory=dict)
 
 
 def read_shards(shards: list[Shard], problems: Problems | None = None) -> Iterator[dict[str, Any]]:
-    """Records of the shards in order: {"document": id, "part": piece number, "bytes": UTF-8 size}
-    with "text", or with "row" (a mapping) for shards read `as_rows`."""
+    """Records of the shards in order: {"document": name, "part": piece number, "bytes": UTF-8 size}
+    with "text", or with "row" (a mapping) for shards with `fields`. Rows come with the "digest" by
+    which they are split."""
     problems = problems if problems is not None else Problems()
     for shard in shards:
         if shard.file.kind == "text":
@@ -90,8 +91,9 @@ def row_bytes(row: dict[str, Any]) -> int:
 
 def tail_start(data: bytes, fraction: float) -> int:
     """Where the last `fraction` of UTF-8 text `data` begins: after a line end or space nearby,
-    never later than the exact place."""
-    return _cut(data, int(len(data) * (1.0 - fraction)))
+    never later than the exact place, and never so early that the part becomes twice as long."""
+    place = int(len(data) * (1.0 - fraction))
+    return _cut(data, place, len(data) - place)
 
 
 def file_tail_start(file: SourceFile, size: int, fraction: float) -> int:
@@ -100,13 +102,13 @@ def file_tail_start(file: SourceFile, size: int, fraction: float) -> int:
     low = max(0, place - 4096)
     with open_utf8(file) as f:
         f.seek(low)
-        return low + _cut(f.read(place - low + 1), place - low)
+        return low + _cut(f.read(place - low + 1), place - low, size - place)
 
 
-def _cut(data: bytes, place: int) -> int:
-    """The last line end in the 4096 bytes before `place`, else the last space in 256, else the
-    start of the character at `place`."""
-    for mark, reach in ((b"\n", 4096), (b" ", 256)):
+def _cut(data: bytes, place: int, most: int) -> int:
+    """The last line end in the 4096 bytes before `place`, else the last space in 256, both at most
+    `most` before it, else the start of the character at `place`."""
+    for mark, reach in ((b"\n", min(4096, most)), (b" ", min(256, most))):
         found = data.rfind(mark, max(0, place - reach), place)
         if found > 0:
             return found + 1
@@ -118,26 +120,20 @@ def _cut(data: bytes, place: int) -> int:
 def _pieces(shard: Shard, problems: Problems) -> Iterator[dict[str, Any]]:
     """Text pieces: piece k ends at the last line end of the k-th 64 KiB, or within a character
     of its end where there is none, so every piece is found without reading those before it."""
-    with open_utf8(shard.file) as f:
+    file = shard.file
+    with open_utf8(file) as f:
         begin = _piece_end(f, shard, shard.start - 1) if shard.start else shard.low
         f.seek(begin)
+        data = b""  # from `begin` on; what is behind a piece's end stays for the next one
         for number in range(shard.start, shard.stop):
             stop.raise_if_requested()
             grid = min(shard.low + (number + 1) * PIECE_BYTES, shard.high)
-            data = f.read(grid - begin)
-            end = begin + _last_end(data, max(0, grid - PIECE_BYTES - begin), grid == shard.high)
-            if end < grid:
-                f.seek(end)
-            data = data[: end - begin]
-            if data:
-                text = _decode(data, shard, begin, problems)
-                yield {
-                    "document": shard.file.path,
-                    "part": number,
-                    "bytes": len(data),
-                    "text": text,
-                }
-            begin = end
+            data += f.read(grid - begin - len(data))
+            end = _last_end(data, max(0, grid - PIECE_BYTES - begin), grid == shard.high)
+            if end:
+                text = decode(data[:end], file, begin, problems)
+                yield {"document": file.path, "part": number, "bytes": end, "text": text}
+            begin, data = begin + end, data[end:]
 
 
 def _piece_end(f: BinaryIO, shard: Shard, number: int) -> int:
@@ -153,30 +149,41 @@ def _last_end(data: bytes, after: int, final: bool) -> int:
     if final:
         return len(data)
     newline = data.rfind(b"\n", after)
-    if newline >= 0:
-        return newline + 1
-    for back in range(1, min(4, len(data)) + 1):  # a lead byte whose character is not whole
+    return newline + 1 if newline >= 0 else whole_characters(data)
+
+
+def whole_characters(data: bytes) -> int:
+    """Length of UTF-8 `data` without a character that is cut short at its end."""
+    for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
-        if byte & 0xC0 != 0x80:
+        if byte & 0xC0 != 0x80:  # where a character begins
             width = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return len(data) - back if width > back else len(data)
     return len(data)
 
 
-def _decode(data: bytes, shard: Shard, offset: int, problems: Problems) -> str:
+def decode(data: bytes, file: SourceFile, offset: int, problems: Problems) -> str:
+    """Text of `data`, which stands at `offset` of the file's content.
+
+    Invalid UTF-8 is a DataError with its place, or becomes U+FFFD and is counted.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        path = shard.file.path
-        if shard.file.source.on_bad_text == "error":
+        if file.source.on_bad_text == "error":
+            place = offset + error.start + byte_order_mark(file)
             raise DataError(
-                f"{path}: invalid UTF-8 at byte {offset + error.start}",
+                f"{file.path}: invalid UTF-8 at byte {place}",
                 hint="on_bad_text: replace reads it with U+FFFD",
             ) from error
         text = data.decode("utf-8", "replace")
         bad = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
-        problems.replaced_bytes[path] = problems.replaced_bytes.get(path, 0) + bad
+        _count(problems.invalid_utf8, file, bad)
         return text
+
+
+def _count(counts: dict[str, int], file: SourceFile, more: int = 1) -> None:
+    counts[file.path] = counts.get(file.path, 0) + more
 
 
 def _json_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -197,11 +204,9 @@ def _json_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str
             offset += len(line)
 
 
-def _json_row(
-    line: bytes, shard: Shard, offset: int, problems: Problems
-) -> dict[str, Any] | None:
+def _json_row(line: bytes, shard: Shard, offset: int, problems: Problems) -> dict[str, Any] | None:
     try:
-        row = json.loads(_decode(line, shard, offset, problems))
+        row = json.loads(decode(line, shard.file, offset, problems))
         if isinstance(row, dict):
             return row
         problem = f"a row must be a JSON object, not {type(row).__name__}"
@@ -211,13 +216,16 @@ def _json_row(
     return None
 
 
-def _bad_row(problem: str, shard: Shard, number: int, problems: Problems) -> None:
+def _bad_row(
+    problem: str, shard: Shard, number: int, problems: Problems, hint: str | None = None
+) -> None:
+    """Count the row where the source allows that, else raise DataError."""
     if shard.file.source.on_bad_row == "skip":
-        path = shard.file.path
-        problems.skipped_rows[path] = problems.skipped_rows.get(path, 0) + 1
+        _count(problems.skipped_rows, shard.file)
         return
     raise DataError(
-        f"{row_place(shard.file, number)}: {problem}", hint="on_bad_row: skip leaves such rows out"
+        f"{row_place(shard.file, number)}: {problem}",
+        hint=hint or "on_bad_row: skip leaves such rows out",
     )
 
 
@@ -234,48 +242,65 @@ def row_place(file: SourceFile, number: int) -> str:
 def _from_rows(
     shard: Shard, rows: Iterator[tuple[int, dict[str, Any]]], problems: Problems
 ) -> Iterator[dict[str, Any]]:
+    """Records of numbered rows, as far as they are in the shard's part of the split."""
+    split = shard.split
     for number, row in rows:
         stop.raise_if_requested()
-        document = f"{shard.file.path}:{number}"
-        if shard.as_rows:
-            if shard.split.kind == "none" or shard.split.has(content_hash(row)):
-                yield {"document": document, "part": 0, "bytes": row_bytes(row), "row": row}
+        where = (
+            f"{shard.file.path}, row {'' if shard.file.kind == 'builtin' else 'at byte '}{number}"
+        )
+        if shard.fields is not None:
+            problem = next(filter(None, (_not_text(row, name) for name in shard.fields)), None)
+            if problem is not None:
+                hint = "name the fields in finetune.fields: {prompt: ..., response: ...}"
+                _bad_row(problem, shard, number, problems, hint)
+                continue
+            digest = content_hash(row)
+            if split.kind == "none" or split.has(digest):
+                size = row_bytes(row)
+                yield {"document": where, "part": 0, "bytes": size, "row": row, "digest": digest}
             continue
         text = _text_field(shard, number, row, problems)
-        if text is None or (shard.split.kind == "hash" and not shard.split.has(content_hash(text))):
+        if not text:
             continue
-        if shard.split.kind == "tail":
-            data = text.encode("utf-8", "replace")
-            cut = tail_start(data, shard.split.fraction)
-            data = data[:cut] if shard.split.part == "train" else data[cut:]
-            text = data.decode("utf-8", "replace")
-        yield from _cut_text(document, text)
+        digest = content_hash(text)
+        if split.kind == "hash" and not split.has(digest):
+            continue
+        data = text.encode("utf-8", "replace")
+        if split.kind == "tail":
+            cut = tail_start(data, split.fraction)
+            data = data[:cut] if split.part == "train" else data[cut:]
+        yield from _cut_text(where, data, digest)
 
 
-def _text_field(
-    shard: Shard, number: int, row: dict[str, Any], problems: Problems
-) -> str | None:
+def _text_field(shard: Shard, number: int, row: dict[str, Any], problems: Problems) -> str | None:
+    """The row's text; None for null (counted) and for a bad row that may be skipped."""
     name = shard.file.source.text_field
-    value = row.get(name)
-    if isinstance(value, str):
-        return value or None
-    if name in row and value is None:
-        path = shard.file.path
-        problems.skipped_rows[path] = problems.skipped_rows.get(path, 0) + 1
+    if name in row and row[name] is None:
+        _count(problems.null_rows, shard.file)
         return None
-    problem = f"field {name!r} is not text but {type(value).__name__}"
-    if name not in row:
-        problem = f"no field {name!r} (has: {', '.join(row)}); set data.train[0].text_field"
-    _bad_row(problem, shard, number, problems)
+    problem = _not_text(row, name)
+    if problem is None:
+        return str(row[name])
+    _bad_row(problem, shard, number, problems, "set text_field of the source to the text's field")
     return None
 
 
-def _cut_text(document: str, text: str) -> Iterator[dict[str, Any]]:
-    """A row's text as pieces of at most about 64 KiB, cut at line ends."""
+def _not_text(row: dict[str, Any], name: str) -> str | None:
+    """What is wrong with a field that must hold text."""
+    if name not in row:
+        return f"no field {name!r} (has: {', '.join(row) or 'none'})"
+    if isinstance(row[name], str):
+        return None
+    kind = "null" if row[name] is None else type(row[name]).__name__
+    return f"field {name!r} is not text but {kind}"
+
+
+def _cut_text(document: str, data: bytes, digest: int) -> Iterator[dict[str, Any]]:
+    """A row's UTF-8 text as pieces of at most 64 KiB, cut at line ends."""
     part = 0
-    data = text.encode("utf-8", "replace")
     while data:
         end = _last_end(data[:PIECE_BYTES], 0, final=len(data) <= PIECE_BYTES)
-        piece, data = data[:end], data[end:]
-        yield {"document": document, "part": part, "bytes": len(piece), "text": piece.decode()}
+        piece, data = data[:end].decode(), data[end:]
+        yield {"document": document, "part": part, "bytes": end, "text": piece, "digest": digest}
         part += 1

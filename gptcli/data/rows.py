@@ -27,14 +27,18 @@ class RowSource(Protocol):
     """Rows without end, with the place behind the last one."""
 
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Number of the epoch that the last row came from."""
 
     @property
-    def epoch_bytes(self) -> float: ...
+    def epoch_bytes(self) -> float:
+        """Bytes of that epoch up to the last row."""
 
-    def next(self) -> Row: ...
+    def next(self) -> Row:
+        """The next row."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """The place behind the last row, JSON-able."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Prefetch:
         while not self._closed.is_set():
             try:
                 item = next(batches)
-            except BaseException as error:  # noqa: BLE001  handed to the consumer, not swallowed
+            except BaseException as error:  # handed to the consumer, not swallowed
                 item = error
             while not self._closed.is_set():
                 try:

@@ -20,7 +20,9 @@ WINDOW_BYTES = 64 * 1024 * 1024
 
 def permutation(n: int, *key: int) -> list[int]:
     """A permutation of range(n) that depends on the key only (Philox counter generator)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(n).tolist()  # type: ignore[no-any-return]
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    order: list[int] = generator.permutation(n).tolist()
+    return order
 
 
 class RecordStream:
@@ -57,7 +59,7 @@ class RecordStream:
         return record
 
     def state(self) -> dict[str, Any]:
-        """The place behind the last record, JSON-able: cursor before its window, and where in it."""
+        """The place behind the last record, JSON-able: cursor before its window, and how far in."""
         if self._position == len(self._records):
             start = self._mark()
             return {**start, "position": 0}
@@ -68,9 +70,7 @@ class RecordStream:
         if self._window:
             order = permutation(len(shards), self._seed, self.epoch)
             shards = [shards[i] for i in order]
-        self._dataset = IterableDataset.from_generator(
-            read_shards, gen_kwargs={"shards": shards}
-        )
+        self._dataset = IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
         if cursor is not None:
             self._dataset.load_state_dict(cursor)
         self._cursor: Iterator[dict[str, Any]] = iter(self._dataset)

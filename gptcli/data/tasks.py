@@ -47,12 +47,17 @@ class ExampleEncoder:
             raise ConfigError(f"finetune.template: {error}") from error
 
     def encode(self, row: dict[str, Any], where: str) -> Example | None:
-        """One row; `where` names it in errors. DataError when a field is missing or not text."""
-        values = {name: _text(row, field, where) for name, field in self._fields.items()}
+        """One row, whose fields hold text (`open_corpus` has looked); `where` names it in errors.
+
+        DataError when the template cannot be filled from it.
+        """
+        values = {name: row[field] for name, field in self._fields.items()}
         try:
             prompt_text = self._template.render({**row, **values})
         except jinja2.TemplateError as error:
-            raise DataError(f"{where}: finetune.template: {error} (has: {', '.join(row)})") from error
+            raise DataError(
+                f"{where}: finetune.template: {error} (has: {', '.join(row)})"
+            ) from error
         response = self.tokenizer.encode(values["response"])
         prompt = [t for t in [self.tokenizer.start] if t is not None]
         room = self.block_size - len(prompt) - len(response)  # eot is a target only
@@ -65,9 +70,9 @@ class ExampleEncoder:
             body = body[len(body) - room :]
         return Example(prompt + body, response, values["response"])
 
-    def encode_all(self, rows: Iterable[dict[str, Any]]) -> list[Example]:
-        """The examples of all rows that fit."""
-        encoded = (self.encode(row, f"row {i + 1}") for i, row in enumerate(rows))
+    def encode_all(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Example]:
+        """The examples of all rows that fit; each comes with its place."""
+        encoded = (self.encode(row, where) for where, row in rows)
         return [example for example in encoded if example is not None]
 
 
@@ -113,15 +118,3 @@ class ExampleRows:
     def state(self) -> dict[str, Any]:
         """The place behind the last row, JSON-able."""
         return {"stream": self._stream.state()}
-
-
-def _text(row: dict[str, Any], field: str, where: str) -> str:
-    value = row.get(field)
-    if isinstance(value, str):
-        return value
-    if field not in row:
-        raise DataError(
-            f"{where}: no field {field!r} (has: {', '.join(row)})",
-            hint="name the fields in finetune.fields: {prompt: ..., response: ...}",
-        )
-    raise DataError(f"{where}: field {field!r} is not text but {type(value).__name__}")

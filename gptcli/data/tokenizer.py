@@ -73,7 +73,9 @@ class Tokenizer:
                 return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot write
-            return self.encode_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            return self.encode_numpy(
+                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            )
         return ids.astype(np.uint32, copy=False)
 
     def token_bytes(self, token: int) -> bytes:

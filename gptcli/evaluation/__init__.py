@@ -1,0 +1,1 @@
+"""Scores of models: perplexity, exact match, and their statistics."""

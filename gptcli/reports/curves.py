@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def thin(full: Curve, limit: int = MAX_POINTS) -> Curve:
         return full
     edges = np.linspace(0, len(full), limit // 2 + 1).astype(int)
     keep: set[int] = set()
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         stretch = full.y[start:end]
         valid = np.flatnonzero(np.isfinite(stretch))
         if len(valid):

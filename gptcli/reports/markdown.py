@@ -5,9 +5,9 @@ import re
 from gptcli.reports.page import Page, SampleStep, Table
 from gptcli.reports.text import visible
 
-# What begins markup, links or HTML inside a line or a cell, or (the last part) a block at its start.
-# Underscores inside words are literal in this flavour and stay readable.
-_MARKUP = re.compile(r"([\\`*\[\]<|~&$]|(?<!\w)_|_(?!\w)|^[#>+=-])")
+# What begins markup, links or HTML inside a line or a cell. Underscores inside words are literal
+# in this flavour and stay readable.
+_MARKUP = re.compile(r"([\\`*\[\]<|~&$]|(?<!\w)_|_(?!\w))")
 
 
 def render_markdown(page: Page) -> str:
@@ -15,7 +15,7 @@ def render_markdown(page: Page) -> str:
     status = f" ({line_text(page.status)})" if page.status else ""
     blocks = [f"# {page.kind}: {line_text(page.title)}{status}"]
     if page.subtitle:
-        blocks.append(line_text(" · ".join(page.subtitle)))
+        blocks.append(f"*{line_text(' · '.join(page.subtitle))}*")
     blocks += [f"> **Note:** {line_text(note)}" for note in page.notes]
     rows = [[h.label, f"**{line_text(h.value)}**", line_text(h.note)] for h in page.headlines]
     blocks.append(_rows(["", "", ""], rows))
@@ -27,9 +27,7 @@ def render_markdown(page: Page) -> str:
         blocks += ["## Where the training time went", _rows(["part", "time", "share"], rows)]
     blocks += _table(page.events)
     if page.samples:
-        blocks.append("## Samples")
-        for step in page.samples:
-            blocks += _samples(step)
+        blocks += ["## Samples", *_samples(page.samples[0])]
     for table in page.facts:
         blocks += _table(table)
     if page.commands:
@@ -58,9 +56,7 @@ def _samples(step: SampleStep) -> list[str]:
     for sample in step.samples:
         blocks += [f"Sample {line_text(sample.index)}, prompt:", fenced(sample.prompt, "text")]
         blocks += ["Continuation:", fenced(sample.text, "text")]
-    if step.left_out:
-        blocks.append(f"{step.left_out} more of this step are in samples.jsonl.")
-    return blocks
+    return [*blocks, "All samples are in samples.jsonl, those of earlier steps too."]
 
 
 def _table(table: Table | None) -> list[str]:

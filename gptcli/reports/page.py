@@ -39,6 +39,8 @@ PART_LABELS = {
     "optimizer_seconds": "optimizer",
     "other_seconds": "other",
 }
+SHAPE = (("n_layer", "layers"), ("n_embd", "wide"))
+RESUME_LABEL = "Continue this run (a finished one: add a larger --set training.max_steps=N)"
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,11 @@ def _subtitle(report: dict[str, Any]) -> list[str]:
         parts.append(f"{model['preset']} model")
     if training.get("tokens"):
         parts.append(f"{compact(training['tokens'])} tokens seen")
-    device = machine.get("device") or machine.get("cpu")
+    device = machine.get("device_name") if machine.get("device") != "cpu" else None
+    device = device or machine.get("device")
     if device:
-        parts.append(str(device))
+        threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+        parts.append(f"{device}{threads if device == 'cpu' else ''}")
     if created:
         parts.append(moment(created))
     return parts
@@ -163,7 +167,7 @@ def _subtitle(report: dict[str, Any]) -> list[str]:
 
 def _run_headlines(report: dict[str, Any]) -> list[Headline]:
     training, model = report["training"], report.get("model") or {}
-    shape = [f"{number(model[k])} {w}" for k, w in _SHAPE if finite(model.get(k)) is not None]
+    shape = [f"{number(model[k])} {w}" for k, w in SHAPE if finite(model.get(k)) is not None]
     done = [
         f"{number(training.get('steps'))} steps" if training.get("steps") is not None else "",
         f"{compact(training['tokens'])} tokens" if training.get("tokens") else "",
@@ -176,9 +180,6 @@ def _run_headlines(report: dict[str, Any]) -> list[Headline]:
     ]
 
 
-_SHAPE = (("n_layer", "layers"), ("n_embd", "wide"))
-
-
 def _score_headlines(report: dict[str, Any]) -> list[Headline]:
     """Bits per byte, perplexity and accuracy: the final ones, else those of the last evaluation."""
     scores, last = report["scores"], report.get("last_eval")
@@ -186,10 +187,9 @@ def _score_headlines(report: dict[str, Any]) -> list[Headline]:
     shown = scores if final or not last else last
     when = "" if shown is scores else f"at step {number(last['step'])}" if last else ""
     interval = scores.get("bits_per_byte_ci95")
-    if final and isinstance(interval, list | tuple) and len(interval) == 2:
+    spread = "no interval" if finite(shown.get("bits_per_byte")) is not None else "not evaluated"
+    if final and isinstance(interval, list) and len(interval) == 2:
         spread = f"95 % interval {decimals(interval[0], 3)} – {decimals(interval[1], 3)}"
-    else:
-        spread = "no interval"
     loss = finite(shown.get("loss"))
     perplexity = finite(shown.get("perplexity"))
     # exp(loss) beyond the range of a float is null in JSON though the loss is known.
@@ -225,7 +225,11 @@ def _tasks(tasks: dict[str, Any]) -> Table | None:
     rows = []
     for name, entry in entries.items():
         before, after = finite(entry.get("before")), finite(entry.get("after"))
-        change = NOTHING if before is None or after is None else f"{after - before:+.4g}"
+        change = (
+            NOTHING
+            if before is None or after is None
+            else f"{after - before:+.4g}".replace("-", "−")
+        )
         shown = [field(key, entry.get(key)) for key in ("before", "after")]
         rows.append([str(name), *shown, change, *(field(key, entry.get(key)) for key in extra)])
     return Table("Tasks", ["task", "before", "after", "change", *extra], rows)
@@ -245,13 +249,14 @@ def _evals(lines: list[dict[str, Any]]) -> Table | None:
             decimals(line.get("loss"), 4),
             _perplexity(line.get("perplexity")),
             decimals(line.get("bits_per_byte"), 4),
+            percent(line.get("accuracy")),
         ]
         for line in kept
     ]
     note = f"{len(kept)} of {len(lines)} evaluations; all are in metrics.jsonl."
     return Table(
         "Evaluations",
-        ["step", "tokens", "loss", "perplexity", "bits per byte"],
+        ["step", "tokens", "loss", "perplexity", "bits per byte", "accuracy"],
         rows,
         frozenset(i for i, line in enumerate(kept) if line is lowest),
         note if len(kept) < len(lines) else "",
@@ -314,7 +319,7 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
         _facts("Versions", report.get("versions")),
         _facts("Timings", report.get("timings")),
         _facts("Seeds", report.get("seeds")),
-        _facts("Text left out", report.get("skipped_text")),
+        _facts("Text left out or replaced", report.get("skipped_text")),
         _facts("Fingerprints", report.get("fingerprints")),
     ]
     return [table for table in tables if table is not None]
@@ -322,28 +327,27 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
 
 def _data(data: dict[str, Any]) -> Table | None:
     """Parts of the data side by side; what is said of the whole stands below."""
-    parts = {name: part for name, part in data.items() if isinstance(part, dict)}
+    parts = {name: part for name, part in data.items() if isinstance(part, dict) and part}
     if not parts:
         return _facts("Data", data)
     keys = list(dict.fromkeys(str(key) for part in parts.values() for key in part))
     rows = [[key, *(field(key, part.get(key)) for part in parts.values())] for key in keys]
-    whole = {name: value for name, value in data.items() if name not in parts}
+    whole = {name: value for name, value in data.items() if name not in parts and value}
     blank = [""] * (len(parts) - 1)
     rows += [[str(name), field(str(name), value), *blank] for name, value in whole.items()]
     return Table("Data", ["", *parts], rows)
 
 
-def _facts(title: str, facts: Any) -> Table | None:
+def _facts(title: str, facts: dict[str, Any] | None) -> Table | None:
     """Names and values of an object that has any; a name keeps the spelling of the JSON."""
     if not facts:
         return None
-    items = facts.items() if isinstance(facts, dict) else [(title.lower(), facts)]
-    rows = [[str(k), field(str(k), value)] for k, value in items if value is not None]
+    rows = [[str(k), field(str(k), value)] for k, value in facts.items() if value is not None]
     return Table(title, ["", ""], rows) if rows else None
 
 
 def _labelled(commands: dict[str, Any]) -> dict[str, Any]:
-    labels = {"reproduce": "Repeat from the resolved config", "resume": "Continue this run"}
+    labels = {"reproduce": "Repeat from the resolved config", "resume": RESUME_LABEL}
     return {labels.get(key, key): line for key, line in commands.items()}
 
 

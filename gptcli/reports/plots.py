@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from gptcli.reports.curves import Curve, best, by_time, curve, lines_of, smooth, thin
+from gptcli.reports.curves import Array, Curve, by_time, curve, lines_of, smooth, thin
 from gptcli.reports.text import compact, decimals
 
 # Colours that occur nowhere else, and the CSS variables that the SVG gets instead.
@@ -49,6 +49,8 @@ STYLE = {
 }
 # Points (1/72 inch): what the SVG's viewBox is in. Two large figures, or three small ones, a row.
 LARGE, SMALL = (400, 235), (270, 165)
+# Tick distances that people count in.
+ROUND = [1, 2, 5, 10]
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,16 @@ def _loss_plot(
 
     def draw(axes: Axes) -> None:
         noisy = len(train) >= 50  # below that the line itself is readable
-        shown = thin(smooth(train, len(train) // 40)) if noisy else train
+        shown = thin(smooth(train, len(train) // 20)) if noisy else train
         if noisy:
             raw = thin(train)
             axes.plot(raw.x, raw.y, color=TRAIN, linewidth=0.8, alpha=0.3)
         if len(train):
-            axes.plot(shown.x, shown.y, color=TRAIN, label="training")
+            axes.plot(shown.x, shown.y, color=TRAIN, label="training", marker=_dot(shown), ms=3)
         if len(val):
-            few = len(val) <= 40
             points = thin(val)
             axes.plot(
-                points.x, points.y, color=VAL, label="validation", marker="o" if few else "", ms=3
+                points.x, points.y, color=VAL, label="validation", marker=_dot(points, 40), ms=3
             )
             _mark_best(axes, val)
         for step in resumed:
@@ -119,34 +120,39 @@ def _loss_plot(
     return Plot(name, title, description, _svg(name, LARGE, draw), large=True)
 
 
+def _dot(points: Curve, most: int = 1) -> str:
+    """A marker for curves of few points; a single one would draw no line at all."""
+    return "o" if len(points) <= most else ""
+
+
 def _mark_best(axes: Axes, val: Curve) -> None:
     """A ring and the value at the lowest validation loss."""
     if not np.isfinite(val.y).any():
         return
     i = int(np.nanargmin(val.y))
     x, y = float(val.x[i]), float(val.y[i])
-    axes.plot([x], [y], marker="o", ms=6.5, mfc=SURFACE, mec=VAL, mew=1.6, linestyle="none")
+    axes.plot([x], [y], marker="o", ms=6, mfc=SURFACE, mec=VAL, mew=1.6, ls="", clip_on=False)
     axes.annotate(
         f"best {decimals(y, 3)}",
         (x, y),
-        xytext=(0, -8),
+        xytext=(0, 8),
         textcoords="offset points",
         ha="right" if x > 0.6 * val.x.max() else "left",
-        va="top",
+        va="bottom",
         color=VAL,
         fontweight="bold",
     )
 
 
-def _limits(*losses: np.ndarray) -> tuple[float, float]:
+def _limits(*losses: Array) -> tuple[float, float]:
     """Room for all but single spikes: a diverged step must not flatten the whole curve."""
     values = np.concatenate([y[np.isfinite(y)] for y in losses])
     low, high = float(values.min()), float(values.max())
     usual = float(np.quantile(values, 0.98))
-    first = max((float(y[np.isfinite(y)][0]) for y in losses if np.isfinite(y).any()), default=high)
+    first = max(float(y[np.isfinite(y)][0]) for y in losses if np.isfinite(y).any())
     high = min(high, max(first, usual + (usual - low)))
     room = (high - low) or max(abs(high), 1.0)
-    return low - 0.16 * room, high + 0.06 * room
+    return low - 0.08 * room, high + 0.06 * room
 
 
 def _small_plot(key: str, title: str, points: Curve) -> Plot | None:
@@ -155,10 +161,10 @@ def _small_plot(key: str, title: str, points: Curve) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         shown = thin(points)
-        axes.plot(shown.x, shown.y, color=TRAIN, linewidth=1.2)
+        axes.plot(shown.x, shown.y, color=TRAIN, linewidth=1.2, marker=_dot(shown), ms=3)
         low, high = _limits(points.y)
         axes.set_ylim(low if float(np.nanmin(points.y)) < 0 else 0.0, high)
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=ROUND))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value)))
         _step_axis(axes, points)
 
@@ -167,7 +173,7 @@ def _small_plot(key: str, title: str, points: Curve) -> Plot | None:
 
 def _step_axis(axes: Axes, *curves: Curve) -> None:
     axes.set_xlim(0, max(float(c.x.max()) for c in curves if len(c)) or 1.0)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=ROUND, integer=True))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel("step")
 
@@ -177,11 +183,16 @@ def _time_axis(axes: Axes, *curves: Curve) -> None:
     last = max(float(c.x.max()) for c in curves if len(c)) or 1.0
     unit, word = next(
         (unit, word)
-        for unit, word in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        for unit, word in (
+            (86400.0, "days"),
+            (3600.0, "hours"),
+            (60.0, "minutes"),
+            (1.0, "seconds"),
+        )
         if last >= 2 * unit or unit == 1.0
     )
     axes.set_xlim(0, last)
-    steps = ticker.MaxNLocator(5).tick_values(0, last / unit) * unit
+    steps = ticker.MaxNLocator(5, steps=ROUND).tick_values(0, last / unit) * unit
     axes.set_xticks([tick for tick in steps if 0 <= tick <= last])
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value / unit)))
     axes.set_xlabel(word)

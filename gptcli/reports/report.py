@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.html import render_html
 from gptcli.reports.markdown import render_markdown
@@ -68,9 +68,12 @@ def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
     `report` has the keys of report.json that apply: model, data, scores, tasks, and if known run
     (its name is the title), command, machine, versions. Raises ResourceError when the disk refuses.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    given = {key: value for key, value in report.items() if value is not None}
-    full = _strict({"run": {"name": directory.name}, **given})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot make {directory}: {error.strerror}") from error
+    full = _strict(report)
+    full["run"] = {"name": directory.name} | _mapping(full, "run")
     full["scores"] = dict.fromkeys(SCORE_KEYS) | _mapping(full, "scores")
     page = build_page(full, [], [], None)
     _write(directory, full, render_html(page, []), render_markdown(page))
@@ -81,7 +84,6 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
     run = files.run
     evals = lines_of(files.metrics, "eval")
     scores = dict.fromkeys(SCORE_KEYS) | _mapping(run, "scores")
-    status = str(run.get("status") or "unknown")
     report = {
         "run": {
             "name": run.get("name") or run_dir.name,
@@ -89,9 +91,9 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
             "created": run.get("created"),
             "directory": run_dir.name,
         },
-        "status": status,
+        "status": str(run.get("status") or "unknown"),
         "command": run.get("command"),
-        "commands": _commands(run_dir, _job(run)),
+        "commands": _commands(run_dir, _job(run)) if files.config is not None else {},
         "model": _mapping(run, "model"),
         "data": _mapping(run, "data"),
         "scores": scores,
@@ -99,8 +101,8 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
         "training": _training(run, files.metrics),
         "last_eval": evals[-1] if evals else None,
         "best_eval": best(evals),
-        **{key: run.get(key) or {} for key in COPIED},
-        "notes": _notes(status, scores, evals) + files.problems,
+        **{key: _mapping(run, key) for key in COPIED},
+        "notes": _notes(run, evals) + files.problems,
     }
     return _strict(report)
 
@@ -146,22 +148,33 @@ def _training(run: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, A
     return implied | stated
 
 
-def _notes(status: str, scores: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
+def _notes(run: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
     """What the reader must know before reading the figures."""
     notes = []
+    status, scores, training = run.get("status"), _mapping(run, "scores"), _mapping(run, "training")
     if status == "running":
         notes.append("This run was still training, or was killed, when this report was written.")
     elif status == "failed":
         notes.append("This run failed; log.txt says why.")
-    if finite(scores["loss"]) is None and finite(scores["bits_per_byte"]) is None:
-        last = f"the evaluation at step {evals[-1]['step']:,} stands in" if evals else "none ran"
-        notes.append(f"There is no final evaluation: {last}.")
+    elif status == "stopped":
+        notes.append("This run was stopped before its limit and can be continued.")
+    last = evals[-1]["step"] if evals else None
+    if all(finite(scores.get(key)) is None for key in ("loss", "bits_per_byte")):
+        found = "none ran" if last is None else f"the evaluation at step {last:,} stands in"
+        notes.append(f"There is no final evaluation: {found}.")
+    elif last is not None and last != training.get("steps", last):
+        notes.append(f"The scores are those of step {last:,}, the last that was evaluated.")
+    if finite(training.get("skipped_steps")):
+        skipped = f"{training['skipped_steps']:,} updates"
+        notes.append(f"{skipped} had a loss or gradient that was not finite and were not applied.")
+    if run.get("skipped_text"):
+        notes.append("Some text was left out or replaced; the counts are listed by file.")
     return notes
 
 
 def _job(run: dict[str, Any]) -> str:
-    words = str(run.get("command") or "").split()
-    return next((word for word in words if word in ("pretrain", "finetune")), "pretrain")
+    """The subcommand that made the run."""
+    return "finetune" if run.get("job") == "finetune" else "pretrain"
 
 
 def _commands(run_dir: Path, job: str) -> dict[str, str]:

@@ -79,15 +79,16 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     return _read(run_dir / SAMPLES)
 
 
-def truncate_after(run_dir: Path, step: int) -> None:
+def truncate_after(run_dir: Path, step: int, evaluated_step: int | None = None) -> None:
     """Drop the records with a step above `step` and broken lines from both files.
 
-    What is dropped is appended to metrics.jsonl.bak and samples.jsonl.bak. ResourceError when
-    the disk takes no files.
+    What evaluations wrote (their scores, all samples) is kept up to `evaluated_step` only, where
+    that is given: one that the checkpoint of `step` does not know is done again. What is dropped is
+    appended to metrics.jsonl.bak and samples.jsonl.bak. ResourceError when the disk takes no files.
     """
     for filename in (METRICS, SAMPLES):
         path = run_dir / filename
-        kept, dropped = _split(path, step)
+        kept, dropped = _split(path, step, step if evaluated_step is None else evaluated_step)
         if not dropped and not _is_cut(path):
             continue
         if dropped:
@@ -97,13 +98,14 @@ def truncate_after(run_dir: Path, step: int) -> None:
         write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
-def _split(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
+def _split(path: Path, step: int, evaluated_step: int) -> tuple[list[bytes], list[bytes]]:
     kept: list[bytes] = []
     dropped: list[bytes] = []
     for line in _lines(path):
         record = _parse(line)
         at = record.get("step", 0) if record is not None else None
-        keep = isinstance(at, int) and at <= step
+        evaluated = path.name == SAMPLES or (record is not None and record.get("event") == "eval")
+        keep = isinstance(at, int) and at <= (evaluated_step if evaluated else step)
         (kept if keep else dropped).append(line)
     return kept, dropped
 

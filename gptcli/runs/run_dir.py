@@ -23,6 +23,7 @@ log = logging.getLogger("gptcli")
 CHECKPOINTS = "checkpoints"
 _RUN_JSON, _LOCK = "run.json", ".lock"
 _RUN_JSON_BYTES = 16 * 2**20  # far above what a run writes; keeps a hostile file out of memory
+_BEFORE_A_CHECKPOINT = ("run.json", "config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl")
 _HOLDS_A_RUN = "{} holds a run; use --resume to continue or --overwrite to move it aside"
 _STAMP = "%Y%m%d-%H%M%S"
 _MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
@@ -228,13 +229,21 @@ def _finite(obj: Any) -> Any:
 
 
 def _clear(path: Path, overwrite: bool) -> None:
-    """Make sure that `path` can become a fresh run directory; hidden files alone do not count."""
+    """Make sure that `path` can become a fresh run directory.
+
+    Hidden files do not count, nor does a run that ended before its first checkpoint.
+    """
     if os.path.lexists(path) and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is not a directory")
     if not path.is_dir() or not any(not p.name.startswith(".") for p in path.iterdir()):
         return
     if not is_run_dir(path):
         raise ConfigError(f"--run-dir {path} holds other files and no run; choose a new directory")
+    if not has_checkpoint(path):  # it failed before it had anything to lose
+        with RunLock(path):
+            for name in _BEFORE_A_CHECKPOINT:
+                (path / name).unlink(missing_ok=True)
+        return
     if not overwrite:
         raise ConfigError(_HOLDS_A_RUN.format(path))
     path = Path(os.path.abspath(path))  # `.` has no name to extend

@@ -1,0 +1,1 @@
+"""The training loop, optimizers, schedules, and how a run begins and resumes."""

@@ -19,13 +19,12 @@ from gptcli.device import Device
 from gptcli.errors import ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
 from gptcli.model.gpt import GPT, initialise
-from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel, load_model, load_weights
 from gptcli.training.choices import choose, choose_again
 from gptcli.training.loop import train
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
-from gptcli.training.start import Start, machine, resume_command
+from gptcli.training.start import LIMITS, Start, machine, resume_command
 
 log = logging.getLogger("gptcli")
 
@@ -51,6 +50,12 @@ def check_limits(config: Config) -> None:
         raise ConfigError(
             "training has no limit: set training.max_steps, max_tokens, max_epochs or max_time"
         )
+
+
+def describe_limits(config: Config) -> str:
+    """The limits that are set, for people."""
+    limits = config.training.model_dump(include=set(LIMITS))
+    return ", ".join(f"{name} {limits[name]}" for name in LIMITS if limits[name] is not None)
 
 
 def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | None]:
@@ -115,26 +120,42 @@ def build_session(
             **config.model.model_dump(),
         },
         data=_data_facts(corpus, validation),
+        skipped_text=_left_out(corpus),
     )
     return session
 
 
-def run_session(session: Session, rows: RowSource, epoch_bytes: int) -> RunResult:
-    """Train to the end or to a stop; the last checkpoint is saved and run.json is up to date."""
+def run_session(
+    session: Session,
+    rows: RowSource,
+    epoch_bytes: int,
+    finish: Callable[[], dict[str, Any]] = dict,
+) -> RunResult:
+    """Train to the end or to a stop; the last checkpoint is saved and run.json is up to date.
+
+    `finish` is called at the end of the training and gives facts for run.json; the run counts as
+    finished after it, and a resume calls it again where a stop came between.
+    """
     config = session.config
     per_step = config.training.tokens_per_step // config.model.block_size
     log.info(
-        f"{session.model.parameter_count():,} parameters, vocabulary {session.tokenizer.vocab_size:,},"
+        f"{session.model.parameter_count():,} parameters,"
+        f" vocabulary {session.tokenizer.vocab_size:,},"
         f" {session.choices.precision} on {session.device.kind}"
         f" ({session.choices.threads} threads), writing to {session.directory}"
     )
-    status = "failed"
+    status, facts = "failed", dict[str, Any]()
     try:
         with Prefetch(step_batches(rows, per_step, epoch_bytes)) as batches:
             train(session, batches)
-        status = "finished" if session.progress >= 1.0 else "stopped"
+        status = "stopped"
+        if session.finished:
+            facts = finish()
+            status = "finished"
+    except stop.Stopped:
+        log.info("stopped before the end of the last scoring")
     finally:
-        session.write_run_json(status=status)
+        session.write_run_json(status=status, **facts)
         session.close()
     return RunResult(
         status=status,
@@ -168,7 +189,8 @@ def _with_shape(config: Config, shape: ModelConfig) -> Config:
     try:
         return Config.model_validate({**dict(config), "model": model})
     except ValidationError as error:
-        raise ConfigError([item["msg"].removeprefix("Value error, ") for item in error.errors()]) from error
+        problems = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise ConfigError(problems) from error
 
 
 def _scorer(
@@ -188,6 +210,15 @@ def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, 
             "bytes": sum(d.bytes for d in validation),
             "split": corpus.split,
         },
-        "replaced_bytes": corpus.problems.replaced_bytes,
-        "skipped_rows": corpus.problems.skipped_rows,
     }
+
+
+def _left_out(corpus: Corpus) -> dict[str, dict[str, int]]:
+    """By file, for the report: what of the text is not as it was."""
+    problems = corpus.problems
+    found = {
+        "invalid_utf8": problems.invalid_utf8,
+        "skipped_rows": problems.skipped_rows,
+        "null_rows": problems.null_rows,
+    }
+    return {name: counts for name, counts in found.items() if counts}

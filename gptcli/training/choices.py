@@ -34,10 +34,11 @@ def choose(config: Config, device: Device, vocab_size: int) -> Choices:
     """The choices for a fresh run on `device`."""
     training = config.training
     rows = training.tokens_per_step // config.model.block_size
-    micro = training.micro_batch_size
-    if micro == "auto":
+    if training.micro_batch_size == "auto":
         most = max(1, _LOGITS[device.kind] // (vocab_size * config.model.block_size))
         micro = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+    else:
+        micro = training.micro_batch_size
     # Compiling takes about half a minute, which short runs on a CPU do not earn back.
     compiles = training.compile == "on" or (training.compile == "auto" and device.kind == "cuda")
     return Choices(

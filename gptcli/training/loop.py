@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptcli import stop
 from gptcli.config.units import parse_seconds
 from gptcli.data.rows import Prefetch, StepBatch
 from gptcli.device import autocast
@@ -33,7 +34,10 @@ def train(session: Session, batches: Prefetch) -> None:
     while session.between_steps():
         start = time.perf_counter()
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
-        batch = batches.next()
+        try:
+            batch = batches.next()
+        except stop.Stopped:  # the reader saw the request first; between_steps saves
+            continue
         got = time.perf_counter()
         loss, grad_norm = forward_backward(session, batch, loss_of)
         computed = time.perf_counter()
@@ -52,17 +56,17 @@ def train(session: Session, batches: Prefetch) -> None:
             _add(state.interval, {"loss": loss, "steps": 1})
         else:
             _not_applied(session, loss, grad_norm)
-        _add(
-            state.interval,
-            dict(zip(_TIMES, (got - start, computed - got, updated - computed), strict=False)),
-        )
         state.interval["tokens"] = state.interval.get("tokens", 0) + batch.targets.numel()
+        parts = (got - start, computed - got, updated - computed)
+        _add(state.interval, dict(zip(_TIMES, parts, strict=False)))
+        state.seconds += updated - start
         session.tick()
-        other = time.perf_counter() - updated
-        _add(state.interval, {"other_seconds": other})
-        state.seconds += time.perf_counter() - start
         if state.step % session.config.training.log_every == 0 or session.progress >= 1.0:
             _log_interval(session, ratio, grad_norm)
+        # All that is left of the step, logging included, which the next line reports.
+        other = time.perf_counter() - updated
+        _add(state.interval, {"other_seconds": other})
+        state.seconds += other
 
 
 def forward_backward(
@@ -79,15 +83,18 @@ def forward_backward(
     count = max(int((batch.targets != IGNORED).sum()), 1)
     scale = state.loss_scale if session.choices.precision == "fp16" else 1.0
     total = torch.zeros((), device=device)
-    for tokens, targets in zip(batch.tokens.split(size), batch.targets.split(size), strict=True):
+    parts = zip(torch.split(batch.tokens, size), torch.split(batch.targets, size), strict=True)
+    for tokens, targets in parts:
         tokens, targets = tokens.to(device), targets.to(device)
         with autocast(session.device, session.choices.precision):
             loss = loss_of(tokens, targets) / count
-        (loss * scale).backward()
+        torch.autograd.backward(loss * scale)
         total += loss.detach()
-    parameters = [p for p in session.model.parameters() if p.grad is not None]
+    parameters = list(session.model.parameters())
     if scale != 1.0:
-        torch._foreach_div_([p.grad for p in parameters], scale)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     return float(total), float(norm)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptcli.config.schema import OptimizerConfig
 from gptcli.errors import CheckpointError
-from gptcli.model.gpt import GPT
+from gptcli.model.gpt import GPT, Block
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -97,6 +97,7 @@ def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:
     heights = {}
     for name in names:
         block = model.blocks[int(name.split(".")[1])]
+        assert isinstance(block, Block)
         rows = model.get_parameter(name).size(0)
         if name.endswith("qkv.weight"):
             heights[name] = list(block.attn.widths)

@@ -64,6 +64,11 @@ class Session:
         """Share of the run that is done, in [0, 1]."""
         return progress(self.state, self.config.training)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the limit is reached and the model that the run ends with is evaluated."""
+        return self.progress >= 1.0 and self.state.evaluated_step == self.state.step
+
     def tick(self) -> None:
         """Bring the elapsed time up to now."""
         now = time.monotonic()
@@ -83,12 +88,15 @@ class Session:
         if (done or step % training.eval_every == 0) and self.state.evaluated_step != step:
             try:
                 improved = self._evaluate()
+                self.saved_step = -1  # a checkpoint of this step, if there, lacks these scores
             except stop.Stopped:
                 log.info("evaluation interrupted")
         stopping = done or stop.requested() is not None
-        before_decay = self._decay_begins()
         due = step % training.save_every == 0 or stop.take_save_request() or self._minutes_due()
-        if (due or stopping or improved or before_decay) and self.saved_step != step:
+        due = due or improved or self._decay_begins()
+        if self.state.bad_steps:
+            due = False  # the checkpoint before them is the one to keep
+        if (due or stopping) and self.saved_step != step:
             self.save(must=stopping or step == 0)
         if improved:
             self._point_at_best()

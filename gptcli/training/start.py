@@ -1,4 +1,4 @@
-"""How a run begins: afresh in a new directory, or from the newest valid checkpoint of an old one."""
+"""How a run begins: afresh in a new directory, or from the newest valid checkpoint of one."""
 
 import logging
 import os
@@ -28,19 +28,21 @@ from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
     RunLock,
     has_checkpoint,
-    newest_unfinished,
     new_run_dir,
+    newest_unfinished,
     read_run_json,
     runs_root,
     update_run_json,
     write_atomic,
     write_json_atomic,
 )
+from gptcli.training.schedule import learning_rate
 from gptcli.training.state import TrainState, progress
 
 log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
+LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_time")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Start:
     directory: Path
     contents: Contents | None
     state: TrainState
-    done: bool  # the limit is reached already
+    done: bool  # the run has finished and its limit is as it was
 
     @property
     def saved_config(self) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def starting(
 @contextmanager
 def log_file(directory: Path) -> Iterator[None]:
     """Write the library's log records to log.txt in `directory`; a full disk ends no run."""
-    handler = logging.FileHandler(directory / "log.txt", encoding="utf-8", errors="backslashreplace")
+    path = directory / "log.txt"
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     log.addHandler(handler)
@@ -169,25 +172,19 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     contents = checkpoint.read(newest, with_optimizer=True)
     _check_config(contents, config)
     state = TrainState(**contents.state["train"])
-    if progress(state, config.training) >= 1.0:
+    finished = read_run_json(directory).get("status") == "finished"
+    if finished and progress(state, config.training) >= 1.0:
         return contents, state, True
     if contents.state["decaying"] and _limits(contents) != _limits_of(config):
-        for path in reversed(checkpoint.list_checkpoints(directory)):
-            older = _read_or_none(path)
-            if older is not None and not older.state["decaying"]:
-                before = TrainState(**older.state["train"])
-                log.warning(
-                    f"the limit has changed and the decay had begun: going on from step"
-                    f" {before.step}, before the decay, instead of step {state.step}"
-                )
-                checkpoint.set_aside_after(directory, before.step)
-                return older, before, False
+        contents, state = _before_decay(directory, contents, state)
+    _show_rate(contents, config, state)
     return contents, state, False
 
 
 def prepare_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
-    """Cut the logs back to the checkpoint's step and note the resume."""
-    truncate_after(directory, state.step)
+    """Cut the logs and best.json back to the checkpoint's step and note the resume."""
+    truncate_after(directory, state.step, state.evaluated_step)
+    _restore_best(directory, state)
     write_config(directory, config)
     about = read_run_json(directory)
     resumes = [*about.get("resumes", []), {"at": _now(), "step": state.step, "command": command}]
@@ -258,6 +255,42 @@ def _check_config(contents: Contents, config: Config) -> None:
         log.warning(f"changed since the run began: {text}")
 
 
+def _before_decay(
+    directory: Path, contents: Contents, state: TrainState
+) -> tuple[Contents, TrainState]:
+    """The last checkpoint before the decay, which becomes the newest; the given one if none is."""
+    for path in reversed(checkpoint.list_checkpoints(directory)):
+        older = _read_or_none(path)
+        if older is not None and not older.state["decaying"]:
+            before = TrainState(**older.state["train"])
+            log.warning(
+                f"the limit has changed and the decay had begun: going on from step"
+                f" {before.step}, before the decay, instead of step {state.step}"
+            )
+            checkpoint.set_aside_after(directory, before.step)
+            return older, before
+    return contents, state
+
+
+def _show_rate(contents: Contents, config: Config, state: TrainState) -> None:
+    """Warn where changed settings make the learning rate of the next step another one."""
+    saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
+    old, new = (
+        learning_rate(state.step, progress(state, c.training), c.schedule, c.optimizer.lr)
+        for c in (saved, config)
+    )
+    if old != new:
+        log.warning(f"the learning rate at step {state.step} was {old:.3g} and is now {new:.3g}")
+
+
+def _restore_best(directory: Path, state: TrainState) -> None:
+    """best.json as the checkpoint knows it: a kill between the two leaves it behind."""
+    step, loss = state.best_step, state.best_loss
+    if step is None or loss is None or not checkpoint.checkpoint_dir(directory, step).is_dir():
+        return
+    checkpoint.write_best(directory, step, loss)
+
+
 def _flat(config_yaml: str) -> dict[str, Any]:
     sections = yaml.safe_load(config_yaml)
     flat: dict[str, Any] = {}
@@ -271,12 +304,11 @@ def _flat(config_yaml: str) -> dict[str, Any]:
 
 def _limits(contents: Contents) -> list[Any]:
     flat = _flat(contents.config_yaml)
-    return [flat.get(f"training.{k}") for k in ("max_steps", "max_tokens", "max_epochs", "max_time")]
+    return [flat.get(f"training.{name}") for name in LIMITS]
 
 
 def _limits_of(config: Config) -> list[Any]:
-    t = config.training
-    return [t.max_steps, t.max_tokens, t.max_epochs, t.max_time]
+    return [getattr(config.training, name) for name in LIMITS]
 
 
 def _read_or_none(path: Path) -> Contents | None:
