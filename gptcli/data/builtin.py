@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +13,11 @@ from gptcli.errors import DataError
 BUILTIN_ROWS = ("web-bible", "web-verses")
 
 
-def builtin_rows(name: str) -> list[dict[str, Any]]:
+def builtin_rows(name: str) -> tuple[dict[str, Any], ...]:
     """Rows of a builtin corpus: web-bible {"text"} a chapter, web-verses {"reference", "book",
     "verse"} a verse. Both are the World English Bible (public domain)."""
     chapters, verses = _web_bible()
-    return list(chapters if name == "web-bible" else verses)
+    return chapters if name == "web-bible" else verses
 
 
 def stdlib_files() -> list[Path]:
@@ -59,6 +60,11 @@ def _web_bible() -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]
         spans[chapter] = (spans.get(chapter, (start, end))[0], end)
         book = books[verse // 1_000_000]
         reference = f"{book} {chapter % 1000}:{verse % 1000}"
-        verses.append({"reference": reference, "book": book, "verse": text[start:end].strip()})
-    chapters = tuple({"text": text[start:end].strip()} for start, end in spans.values())
+        verses.append(
+            {"reference": reference, "book": book, "verse": " ".join(text[start:end].split())}
+        )
+    # Lines of poetry stand in the source behind runs of spaces.
+    chapters = tuple(
+        {"text": re.sub(r" {2,}", "\n", text[start:end].strip())} for start, end in spans.values()
+    )
     return chapters, tuple(v for v in verses if v["verse"])

@@ -222,14 +222,16 @@ def _shards(scan: _FileScan, split: Split, fields: tuple[str, ...] | None) -> li
 
 def _collect(shards: list[Shard]) -> tuple[list[Document], list[tuple[str, dict[str, Any]]]]:
     """Held-out documents, their pieces joined again, and rows with their places."""
-    parts: dict[str, list[str]] = {}
+    parts: list[tuple[str, list[str]]] = []
     rows = []
     for record in read_shards(shards):  # problems are counted by the scan
         if "row" in record:
             rows.append((record["document"], record["row"]))
+        elif record["part"] == 0:
+            parts.append((record["document"], [record["text"]]))
         else:
-            parts.setdefault(record["document"], []).append(record["text"])
-    documents = [Document(name, "".join(texts)) for name, texts in parts.items()]
+            parts[-1][1].append(record["text"])
+    documents = [Document(name, "".join(texts)) for name, texts in parts]
     return [d for d in documents if d.text.strip()], rows
 
 

@@ -4,6 +4,7 @@ import codecs
 import glob
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,21 +90,22 @@ def _builtin(source: SourceConfig) -> list[SourceFile]:
 
 def _local(source: SourceConfig, missing: list[str]) -> list[SourceFile]:
     text = source.path
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if text.startswith("hub:"):
         raise DataError(f"{text}: hub corpora are not read by this version; name local files")
-    if path.is_dir():
+    exists = os.path.exists(path)  # os.path: a name too long for the file system is just missing
+    if os.path.isdir(path):
         names = sorted(str(p) for p in path.rglob("*") if p.is_file() and _kind(str(p)))
         if not names:
             missing.append(f"{text}: no file in this directory is one of {_READABLE}")
-    elif glob.has_magic(text) and not path.exists():
+    elif glob.has_magic(text) and not exists:
         names = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not names:
             missing.append(f"{text}: the pattern matches no files")
     else:
         names = [str(path)]
-        if not path.is_file():
-            missing.append(f"{text}: {'not a regular file' if path.exists() else 'no such file'}")
+        if not os.path.isfile(path):
+            missing.append(f"{text}: {'not a regular file' if exists else 'no such file'}")
     files = []
     for name in names if not missing else []:
         kind = _kind(name)

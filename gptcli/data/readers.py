@@ -6,6 +6,7 @@ one document each, cut into pieces at line ends; JSON lines are one document a r
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
@@ -53,8 +54,8 @@ class Shard:
 
 @dataclass
 class Problems:
-    """What was repaired or left out while reading, by file: invalid UTF-8 sequences read as U+FFFD,
-    rows that could not be used, and rows whose text is null."""
+    """What was repaired or left out while reading, by file: invalid UTF-8 sequences (and lone
+    surrogates) read as U+FFFD, rows that could not be used, and rows whose text is null."""
 
     invalid_utf8: dict[str, int] = field(default_factory=dict)
     skipped_rows: dict[str, int] = field(default_factory=dict)
@@ -73,8 +74,8 @@ def read_shards(shards: list[Shard], problems: Problems | None = None) -> Iterat
             yield from _from_rows(shard, _json_rows(shard, problems), problems)
         else:
             name = shard.file.path.removeprefix("builtin:")
-            rows = list(enumerate(builtin_rows(name)))[shard.start : shard.stop]
-            yield from _from_rows(shard, iter(rows), problems)
+            rows = builtin_rows(name)[shard.start : shard.stop]
+            yield from _from_rows(shard, enumerate(rows, shard.start), problems)
 
 
 def content_hash(content: str | dict[str, Any]) -> int:
@@ -206,7 +207,7 @@ def _json_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str
 
 def _json_row(line: bytes, shard: Shard, offset: int, problems: Problems) -> dict[str, Any] | None:
     try:
-        row = json.loads(decode(line, shard.file, offset, problems))
+        row = json.loads(decode(line, shard.file, offset, problems).strip())
         if isinstance(row, dict):
             return row
         problem = f"a row must be a JSON object, not {type(row).__name__}"
@@ -261,12 +262,13 @@ def _from_rows(
                 yield {"document": where, "part": 0, "bytes": size, "row": row, "digest": digest}
             continue
         text = _text_field(shard, number, row, problems)
-        if not text:
+        if text is None or not text.strip():  # blanks only are no document
             continue
+        text = _without_surrogates(text, shard, number, problems)
         digest = content_hash(text)
         if split.kind == "hash" and not split.has(digest):
             continue
-        data = text.encode("utf-8", "replace")
+        data = text.encode()
         if split.kind == "tail":
             cut = tail_start(data, split.fraction)
             data = data[:cut] if split.part == "train" else data[cut:]
@@ -284,6 +286,20 @@ def _text_field(shard: Shard, number: int, row: dict[str, Any], problems: Proble
         return str(row[name])
     _bad_row(problem, shard, number, problems, "set text_field of the source to the text's field")
     return None
+
+
+def _without_surrogates(text: str, shard: Shard, number: int, problems: Problems) -> str:
+    r"""Lone surrogates, which JSON can spell (`\ud83d`) and UTF-8 cannot, as U+FFFD, counted."""
+    whole, count = re.subn(r"[\ud800-\udfff]", "\ufffd", text)
+    if not count:
+        return text
+    if shard.file.source.on_bad_text == "error":
+        raise DataError(
+            f"{row_place(shard.file, number)}: the text has a lone surrogate",
+            hint="on_bad_text: replace reads it with U+FFFD",
+        )
+    _count(problems.invalid_utf8, shard.file, count)
+    return whole
 
 
 def _not_text(row: dict[str, Any], name: str) -> str | None:

@@ -73,6 +73,8 @@ class RecordStream:
         self._dataset = IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
         if cursor is not None:
             self._dataset.load_state_dict(cursor)
+        # The dataset takes a cursor only with its first record; before, its state is the beginning.
+        self._unread = None
         self._cursor: Iterator[dict[str, Any]] = iter(self._dataset)
         self._records, self._position = [], 0
 
@@ -81,7 +83,7 @@ class RecordStream:
             "epoch": self.epoch,
             "epoch_bytes": self.epoch_bytes,
             "window": self._number,
-            "cursor": self._dataset.state_dict(),
+            "cursor": self._unread or self._dataset.state_dict(),
         }
 
     def _read_window(self) -> None:
@@ -90,6 +92,7 @@ class RecordStream:
         size, limit = 0, max(self._window, 1)
         while len(records) < limit and size < WINDOW_BYTES:
             stop.raise_if_requested()
+            self._unread = None
             record = next(self._cursor, None)
             if record is None:
                 break

@@ -89,18 +89,13 @@ def _loss_plot(
     axis: Callable[..., None],
     resumed: list[float],
 ) -> Plot | None:
-    """Training loss faint with its moving mean, validation loss with its best point marked."""
+    """Training loss with its moving mean, validation loss with its best point marked."""
     if not (np.isfinite(train.y).any() or np.isfinite(val.y).any()):
         return None
 
     def draw(axes: Axes) -> None:
-        noisy = len(train) >= 50  # below that the line itself is readable
-        shown = thin(smooth(train, len(train) // 20)) if noisy else train
-        if noisy:
-            raw = thin(train)
-            axes.plot(raw.x, raw.y, color=TRAIN, linewidth=0.8, alpha=0.3)
         if len(train):
-            axes.plot(shown.x, shown.y, color=TRAIN, label="training", marker=_dot(shown), ms=3)
+            _noisy_line(axes, train, "training")
         if len(val):
             points = thin(val)
             axes.plot(
@@ -118,6 +113,15 @@ def _loss_plot(
     if resumed:
         description += " Dotted lines: resumed from a checkpoint."
     return Plot(name, title, description, _svg(name, LARGE, draw), large=True)
+
+
+def _noisy_line(axes: Axes, points: Curve, label: str) -> None:
+    """The points faint behind their moving mean; few points are readable as they are."""
+    shown = points
+    if len(points) >= 50:
+        raw, shown = thin(points), thin(smooth(points, len(points) // 20))
+        axes.plot(raw.x, raw.y, color=TRAIN, linewidth=0.8, alpha=0.3)
+    axes.plot(shown.x, shown.y, color=TRAIN, label=label, marker=_dot(shown), ms=3)
 
 
 def _dot(points: Curve, most: int = 1) -> str:
@@ -160,8 +164,11 @@ def _small_plot(key: str, title: str, points: Curve) -> Plot | None:
         return None
 
     def draw(axes: Axes) -> None:
-        shown = thin(points)
-        axes.plot(shown.x, shown.y, color=TRAIN, linewidth=1.2, marker=_dot(shown), ms=3)
+        if key == "lr":  # exact, and its corners mean something
+            shown = thin(points)
+            axes.plot(shown.x, shown.y, color=TRAIN, marker=_dot(shown), ms=3)
+        else:
+            _noisy_line(axes, points, title)
         low, high = _limits(points.y)
         axes.set_ylim(low if float(np.nanmin(points.y)) < 0 else 0.0, high)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=ROUND))
@@ -192,8 +199,8 @@ def _time_axis(axes: Axes, *curves: Curve) -> None:
         if last >= 2 * unit or unit == 1.0
     )
     axes.set_xlim(0, last)
-    steps = ticker.MaxNLocator(5, steps=ROUND).tick_values(0, last / unit) * unit
-    axes.set_xticks([tick for tick in steps if 0 <= tick <= last])
+    ticks = np.asarray(ticker.MaxNLocator(5, steps=ROUND).tick_values(0, last / unit)) * unit
+    axes.set_xticks(ticks[(ticks >= 0) & (ticks <= last)])
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value / unit)))
     axes.set_xlabel(word)
 

@@ -47,7 +47,7 @@ class RunFiles:
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
-    """Write report.json, report.md and report.html into `run_dir` from its files; return the object.
+    """Write report.json, report.md and report.html of a run from its files; return the object.
 
     A run that still trains or was killed gets a report of what is there, with the rest named in
     `notes`. The same files give the same bytes. Raises CheckpointError when there is no such

@@ -7,9 +7,9 @@ from typing import Any
 
 NOTHING = "–"
 
-# All but tab, newline and the CR of a CRLF: C0, DEL, C1 (terminal commands), bidi embeddings, overrides and isolates
-# (text that reads in another order than it is stored), line separators, BOM, surrogates left alone
-# by a cut JSON escape (they cannot be encoded).
+# All but tab, newline and the CR of a CRLF: C0, DEL, C1 (terminal commands); bidi embeddings,
+# overrides and isolates (text that reads in another order than it is stored); line separators, BOM;
+# surrogates left alone by a cut JSON escape (they cannot be encoded).
 _CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]|\r(?!\n)"
 )

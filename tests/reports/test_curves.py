@@ -21,7 +21,7 @@ def test_thinning_keeps_spikes_and_gaps() -> None:
     thinned = thin(Curve(np.arange(100_000.0), y), 2000)
     assert len(thinned) <= 2000
     assert np.nanmax(thinned.y) == 99.0
-    assert np.isnan(thinned.y).sum() > 100
+    assert np.isnan(thinned.y).sum() >= 99  # one for each stretch without a value
     assert (np.diff(thinned.x) > 0).all()
 
 

@@ -102,7 +102,7 @@ class _Elements(HTMLParser):
 
 
 def test_report_json_keeps_the_contract(tmp_path: Path) -> None:
-    """Guards the names that scripts read from report.json, and that the file is what is returned."""
+    """Guards the names that scripts read; the file holds what is returned."""
     report = write_report(_run(tmp_path / "run"))
     assert json.loads((tmp_path / "run/report.json").read_text()) == report
     assert report["scores"] == _scores()

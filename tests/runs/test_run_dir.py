@@ -42,11 +42,22 @@ def test_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs_root() == Path("runs")
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_is_no_obstacle(tmp_path: Path) -> None:
+    """A typing error in data.train once blocked --run-dir for the corrected command."""
+    run = new_run_dir("a", tmp_path / "run", overwrite=False)
+    (run / "log.txt").write_text("failed")
+    assert new_run_dir("a", run, overwrite=False) == run
+    assert not (run / "log.txt").exists()
+
+
 def test_existing_run_is_kept(tmp_path: Path) -> None:
     """Guards against mixing two runs, or losing the first, when a command is given twice."""
     run = tmp_path / "run"
     assert new_run_dir("a", run, overwrite=False) == run
     (run / "metrics.jsonl").write_text("old")
+    saved = run / "checkpoints" / "step-00000000"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"use --resume to continue or --overwrite") as caught:
         new_run_dir("b", run, overwrite=False)
     assert caught.value.exit_code == 2
