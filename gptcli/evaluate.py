@@ -1,5 +1,7 @@
 """Evaluation: a model's perplexity on text, with a report."""
 
+import hashlib
+import json
 import logging
 import re
 from dataclasses import asdict, dataclass
@@ -7,14 +9,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gptcli.config.schema import Config, SourceConfig
-from gptcli.data.corpus import Document, open_corpus, read_documents
-from gptcli.device import choose_precision, resolve_device
+from gptcli.config.schema import Config, EvalConfig, SourceConfig
+from gptcli.data.corpus import open_corpus, read_documents
+from gptcli.data.tasks import ExampleEncoder
+from gptcli.device import Device, choose_precision, resolve_device
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
-from gptcli.evaluation.perplexity import Scores, encode_documents, perplexity
-from gptcli.reports.report import write_eval_report
+from gptcli.evaluation.perplexity import (
+    EncodedDocument,
+    Scores,
+    encode_documents,
+    encode_examples,
+    perplexity,
+)
+from gptcli.reports.report import TRAINING_KEYS, write_eval_report
 from gptcli.runs.checkpoint import read_state
 from gptcli.runs.load import LoadedModel, load_model
+from gptcli.runs.run_dir import read_run_json
+from gptcli.training.start import machine, versions
 
 log = logging.getLogger("gptcli")
 
@@ -49,13 +60,11 @@ def evaluate(
             f"--stride {settings.stride} is above the model's block_size {block_size}"
         )
     sources = [SourceConfig(path=path) for path in data] if data else settings.data
-    documents, name = _documents(loaded, sources)
-    encoded = encode_documents(documents, loaded.tokenizer, settings.max_tokens)
-    precision = "fp32"
-    if config.training.precision != "auto":
-        precision = choose_precision(config.training.precision, device)
+    encoded, name = _documents(loaded, sources, settings.max_tokens)
+    precision = _precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
     scores = perplexity(loaded.model, encoded, device, stride=settings.stride, precision=precision)
+    trained = read_run_json(loaded.run_dir) if loaded.run_dir is not None else {}
     report = {
         "run": {
             "name": f"{loaded.name}, step {loaded.step}, on {name}",
@@ -73,9 +82,12 @@ def evaluate(
         "data": {"eval": {"source": name, "documents": scores.documents, "bytes": scores.bytes}},
         "scores": asdict(scores),
         "tasks": {},
+        "training": trained.get("training") or dict.fromkeys(TRAINING_KEYS),
         "choices": {"device": device.kind, "precision": precision},
+        "machine": machine(device),
+        "versions": versions(),
     }
-    directory = _directory(loaded, run_dir, name)
+    directory = _directory(loaded, run_dir, name, settings)
     if directory is not None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -86,29 +98,47 @@ def evaluate(
 
 
 def _documents(
-    loaded: LoadedModel, sources: list[SourceConfig] | None
-) -> tuple[list[Document], str]:
+    loaded: LoadedModel, sources: list[SourceConfig] | None, max_tokens: int | None
+) -> tuple[list[EncodedDocument], str]:
+    """What to score, and its name: `sources`, else the validation part of the model's own run."""
     if sources:
-        return read_documents(sources), ", ".join(source.path for source in sources)
-    state = read_state(loaded.path)
-    if state["job"] != "pretrain":
-        raise ConfigError(
-            "this model was finetuned on rows; name a text to score it on",
-            hint="gpt eval --data FILE",
-        )
-    corpus = open_corpus(loaded.config.data)
+        names = ", ".join(source.path for source in sources)
+        return encode_documents(read_documents(sources), loaded.tokenizer, max_tokens), names
+    state, config = read_state(loaded.path), loaded.config
+    finetuned = state["job"] == "finetune"
+    fields = tuple(config.finetune.fields.values()) if finetuned else None
+    corpus = open_corpus(config.data, fields)
     if state["data_fingerprint"] != corpus.fingerprint:
         raise CheckpointError(
             "the run's own data have changed since training, and its validation part with them",
             hint="name a text: gpt eval --data FILE",
         )
-    return corpus.val_documents, "validation"
+    if not finetuned:
+        documents = encode_documents(corpus.val_documents, loaded.tokenizer, max_tokens)
+        return documents, "validation"
+    if max_tokens is not None:
+        raise ConfigError("--max-tokens cuts texts; this model was finetuned on rows")
+    encoder = ExampleEncoder(config.finetune, loaded.tokenizer, config.model.block_size)
+    return encode_examples(encoder.encode_all(corpus.val_rows)), "validation"
 
 
-def _directory(loaded: LoadedModel, run_dir: Path | None, name: str) -> Path | None:
+def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
+    """The config's, else that of the model's training where the device is the same, else fp32."""
+    if config.training.precision != "auto":
+        return choose_precision(config.training.precision, device)
+    choices = read_state(loaded.path)["choices"]
+    same = str(choices["device"]).partition(":")[0] == device.kind
+    return str(choices["precision"]) if same else "fp32"
+
+
+def _directory(
+    loaded: LoadedModel, run_dir: Path | None, name: str, settings: EvalConfig
+) -> Path | None:
+    """`run_dir`, else evals/NAME-HASH of the run; the hash tells text, step and settings apart."""
     if run_dir is not None:
         return run_dir
     if loaded.run_dir is None:
         return None
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name).strip("-.") or "data"
-    return loaded.run_dir / "evals" / slug[:100]
+    key = json.dumps([name, loaded.step, settings.stride, settings.max_tokens])
+    return loaded.run_dir / "evals" / f"{slug[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

@@ -9,13 +9,13 @@ import torch
 
 from gptcli import stop
 from gptcli.config.schema import Config
-from gptcli.data.corpus import open_corpus
+from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.stream import RecordStream
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows
 from gptcli.device import resolve_device
 from gptcli.errors import ConfigError, DataError
 from gptcli.evaluation.exact_match import exact_match
-from gptcli.evaluation.perplexity import EncodedDocument
+from gptcli.evaluation.perplexity import encode_examples
 from gptcli.reports.report import write_report
 from gptcli.runs.load import load_model
 from gptcli.runs.run_dir import read_run_json, update_run_json
@@ -72,20 +72,15 @@ def finetune(
         held_out = encoder.encode_all(corpus.val_rows)
         if not held_out:
             raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
-        validation = [scored_example(example) for example in held_out]
+        validation = encode_examples(held_out)
         session = build_session(config, start, device, tokenizer, corpus, validation, initial)
         tasks = read_run_json(start.directory).get("tasks", {})
         if start.contents is None:
             tasks = _tasks({}, "before", session, held_out)
             update_run_json(start.directory, tasks=tasks)
-        position = session.state.position
-        window = config.data.shuffle_window
-        stream = RecordStream(
-            corpus.train, config.seed, window, position["stream"] if position else None
-        )
         result = run_session(
             session,
-            ExampleRows(stream, encoder),
+            _example_rows(session, corpus, encoder),
             corpus.train_bytes,
             lambda: {"tasks": _tasks(tasks, "after", session, held_out)},
         )
@@ -104,7 +99,7 @@ def describe(config: Config) -> str:
         raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
     check_limits(config)
     start = load_model(config.init, torch.device("cpu"))
-    corpus = open_corpus(config.data, as_rows=True)
+    corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
     block_size = start.model.config.block_size
     encoder = ExampleEncoder(config.finetune, start.tokenizer, block_size)
     held_out = encoder.encode_all(corpus.val_rows)
@@ -118,12 +113,12 @@ def describe(config: Config) -> str:
     return "".join(f"{name:<16} {value}\n" for name, value in lines.items())
 
 
-def scored_example(example: Example) -> EncodedDocument:
-    """The example as a document of which only the response is scored (eot never is)."""
-    tokens = torch.tensor([*example.prompt, *example.response])
-    return EncodedDocument(
-        tokens, 0, len(example.text.encode("utf-8", "replace")), first=len(example.prompt)
-    )
+def _example_rows(session: Session, corpus: Corpus, encoder: ExampleEncoder) -> ExampleRows:
+    """The training rows from where the session stands."""
+    config, position = session.config, session.state.position
+    saved = position["stream"] if position else None
+    stream = RecordStream(corpus.train, config.seed, config.data.shuffle_window, saved)
+    return ExampleRows(stream, encoder)
 
 
 def _tasks(

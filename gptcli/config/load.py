@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from gptcli.config.schema import Config, ModelConfig
 from gptcli.config.shipped import shipped_config, shipped_names
 from gptcli.config.tree import MAX_BYTES, Entry, Node, Origin, Place, Problem, parse
 from gptcli.errors import ConfigError
+
+log = logging.getLogger("gptcli")
 
 _MOST_PROBLEMS = 100
 
@@ -54,7 +57,11 @@ def load_config(
     if isinstance(root.content, dict):
         problems += apply_overrides(root, overrides)
         problems += _settled_by_init(root.content)
-    return LoadedConfig(_checked(root, problems, shown), shown, frozenset(_given(root)))
+    config, given = _checked(root, problems, shown), frozenset(_given(root))
+    for key, reason in unused_keys(config).items():
+        if key in given:
+            log.warning("%s: %s has no effect with %s", shown, key, reason)
+    return LoadedConfig(config, shown, given)
 
 
 def load_resolved(path: Path) -> Config:
@@ -73,10 +80,39 @@ def dump_config(config: Config, *, loadable: bool = False) -> str:
     refuses beside it: `loadable` leaves them out.
     """
     values = config.model_dump(by_alias=True)
+    for key in unused_keys(config):
+        section, _, name = key.partition(".")
+        del values[section][name]
     if loadable and config.init is not None:
         del values["tokenizer"]
         values["model"] = {"dropout": config.model.dropout}
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def unused_keys(config: Config) -> dict[str, str]:
+    """Keys that what is chosen elsewhere leaves without effect -> that choice."""
+    kind = config.tokenizer.kind
+    reads = {
+        "bpe": ("vocab_size", "pattern", "train_bytes"),
+        "tiktoken": ("name",),
+        "file": ("path", "pattern"),
+        "bytes": (),
+    }[kind]
+    keys = [key for key in TokenizerConfig.model_fields if key not in ("kind", *reads)]
+    unused = {f"tokenizer.{key}": f"tokenizer.kind {kind}" for key in keys}
+    if config.optimizer.kind == "adamw":
+        for key in ("adamw_lr", "embedding_lr", "momentum"):
+            unused[f"optimizer.{key}"] = "optimizer.kind adamw"
+    schedule = config.schedule.kind
+    if schedule != "wsd":
+        unused["schedule.decay_ratio"] = f"schedule.kind {schedule}"
+    if schedule == "constant":
+        unused["schedule.min_lr_ratio"] = "schedule.kind constant"
+    if config.data.val is not None:
+        unused["data.val_fraction"] = "data.val"
+    if config.model.position != "rope":
+        unused["model.rope_theta"] = f"model.position {config.model.position}"
+    return unused
 
 
 def config_schema() -> str:

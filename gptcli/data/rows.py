@@ -45,12 +45,14 @@ class RowSource(Protocol):
 class StepBatch:
     """All rows of one optimizer step and the data position behind them.
 
-    `tokens` and `targets` are (R, T) int64; padding and masked targets are IGNORED.
+    `tokens` and `targets` are (R, T) int64; padding and masked targets are IGNORED. `count` is
+    the number of tokens, padding left out.
     `epochs` counts passes over the training data so far, as a fraction by bytes.
     """
 
     tokens: Tensor
     targets: Tensor
+    count: int
     position: dict[str, Any]
     epochs: float
 
@@ -61,7 +63,8 @@ def step_batches(source: RowSource, rows: int, epoch_bytes: int) -> Iterator[Ste
         batch = [source.next() for _ in range(rows)]
         tokens, targets = collate(batch)
         share = min(source.epoch_bytes / max(epoch_bytes, 1), 1.0)
-        yield StepBatch(tokens, targets, source.state(), source.epoch + share)
+        count = sum(len(row.tokens) - 1 for row in batch)
+        yield StepBatch(tokens, targets, count, source.state(), source.epoch + share)
 
 
 def collate(batch: list[Row]) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class RecordStream:
         if cursor is not None:
             self._dataset.load_state_dict(cursor)
         # The dataset takes a cursor only with its first record; before, its state is the beginning.
-        self._unread = None
+        self._unread = cursor
         self._cursor: Iterator[dict[str, Any]] = iter(self._dataset)
         self._records, self._position = [], 0
 

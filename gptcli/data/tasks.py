@@ -54,7 +54,7 @@ class ExampleEncoder:
         values = {name: row[field] for name, field in self._fields.items()}
         try:
             prompt_text = self._template.render({**row, **values})
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is the user's program: whatever it raises
             raise DataError(
                 f"{where}: finetune.template: {error} (has: {', '.join(row)})"
             ) from error
@@ -111,8 +111,8 @@ class ExampleRows:
             if example is not None:
                 return example_row(example, self._encoder.eot)
         raise DataError(
-            f"no row fits: all {self._encoder.skipped} responses are empty or longer than"
-            f" block_size {self._encoder.block_size}"
+            "no row fits: every response is empty or longer than block_size"
+            f" {self._encoder.block_size}"
         )
 
     def state(self) -> dict[str, Any]:

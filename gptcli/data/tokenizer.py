@@ -32,16 +32,18 @@ _RANKS_FILE, _META_FILE = "ranks.tiktoken", "meta.json"
 class Tokenizer:
     """Byte-level BPE through `tiktoken.Encoding`; `kind` bytes is the case without merges.
 
-    `vocab_size` counts the end-of-text token; `bos` is None (no kind has one yet).
+    `vocab_size` counts the end-of-text token; `bos` is None (no kind has one yet). ValueError when
+    `ranks` lack a byte or share an id.
     """
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, eot: int) -> None:
+        _check_ids(ranks, eot)
         self.kind, self.pattern, self.eot = kind, pattern, eot
         self.bos: int | None = None
         self.vocab_size = max(eot, max(ranks.values())) + 1
         self._ranks = ranks
         self._tokens = {rank: token for token, rank in ranks.items()}
-        self._bytes_only = len(ranks) == 256
+        self._bytes_only = len(ranks) == 256 and all(rank == t[0] for t, rank in ranks.items())
         self._encoding = tiktoken.Encoding(
             kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT_TEXT: eot}
         )
@@ -94,7 +96,8 @@ class Tokenizer:
         """Write tiktoken's rank file and a JSON with pattern and special tokens."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _RANKS_FILE).write_bytes(format_tiktoken(self._ranks))
-        (directory / _META_FILE).write_text(json.dumps(self._meta(), indent=2) + "\n")
+        meta = {**self._meta(), "identity": self.identity}
+        (directory / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -102,7 +105,11 @@ class Tokenizer:
         try:
             meta = json.loads((directory / _META_FILE).read_text())
             ranks = parse_tiktoken((directory / _RANKS_FILE).read_bytes())
-            return cls(meta["kind"], ranks, meta["pattern"], int(meta["special_tokens"][EOT_TEXT]))
+            eot = int(meta["special_tokens"][EOT_TEXT])
+            tokenizer = cls(meta["kind"], ranks, meta["pattern"], eot)
+            if meta.get("identity", tokenizer.identity) != tokenizer.identity:
+                raise ValueError(f"{_RANKS_FILE} and {_META_FILE} do not belong together")
+            return tokenizer
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory}: not a saved tokenizer: {error}") from error
 
@@ -159,6 +166,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: in
     return Tokenizer("bpe", ranks, PATTERNS[pattern], len(ranks))
 
 
+def _check_ids(ranks: dict[bytes, int], eot: int) -> None:
+    """ValueError for what tiktoken answers with a panic, which is no Exception."""
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+    ids = {*ranks.values(), eot}
+    if len(ids) <= len(ranks):
+        raise ValueError("two tokens have the same id")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError("a token id is negative or above 2^31")
+
+
 def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
@@ -180,6 +199,8 @@ def _from_file(path: Path, config: TokenizerConfig) -> Tokenizer:
         )
     try:
         ranks = parse_tiktoken(path.read_bytes())
-        return Tokenizer("file", ranks, PATTERNS[config.pattern], max(ranks.values()) + 1)
+        return Tokenizer(
+            "file", ranks, PATTERNS[config.pattern], max(ranks.values(), default=0) + 1
+        )
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: not a .tiktoken file: {error}") from error

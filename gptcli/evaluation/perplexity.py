@@ -7,15 +7,18 @@ move by `stride`; a window scores the tokens that no earlier one did, given all 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcli import stop
 from gptcli.data.corpus import Document
+from gptcli.data.tasks import Example
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
 from gptcli.errors import DataError
@@ -23,6 +26,7 @@ from gptcli.evaluation.statistics import bootstrap_ratio_ci
 from gptcli.model.gpt import GPT
 
 _LOGITS = 1 << 24  # logits held at once: 64 MiB in fp32
+_Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,16 @@ class Scores:
     stride: int
     unscored_tokens: int
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping that `from_json` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Scores":
+        """The scores that `to_json` gave."""
+        interval = saved["bits_per_byte_ci95"]
+        return cls(**{**saved, "bits_per_byte_ci95": tuple(interval) if interval else None})
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,19 @@ def encode_documents(
     return encoded
 
 
+def encode_examples(examples: Sequence[Example]) -> list[EncodedDocument]:
+    """Finetuning examples as documents of which only the response is scored (eot never is)."""
+    return [
+        EncodedDocument(
+            tokens=torch.tensor([*example.prompt, *example.response]),
+            unscored=0,
+            bytes=len(example.text.encode("utf-8", "replace")),
+            first=len(example.prompt),
+        )
+        for example in examples
+    ]
+
+
 @torch.no_grad()
 def score_tokens(
     model: GPT, tokens: Tensor, targets: Tensor, device: Device, precision: str
@@ -121,12 +148,38 @@ def perplexity(
     stride = stride or block_size
     was_training = model.training
     model.eval()
-    nats = np.zeros(len(documents))
-    counts, correct = np.zeros(len(documents)), np.zeros(len(documents))
+    try:
+        nats, counts, correct = _sums(model, documents, device, stride, precision)
+    finally:
+        model.train(was_training)
+    sizes = np.array([document.bytes for document in documents], dtype=np.float64)
+    loss_mean = float(nats.sum() / counts.sum())
+    bits = nats / math.log(2)
+    return Scores(
+        loss=loss_mean,
+        perplexity=math.inf if loss_mean > 700 else math.exp(loss_mean),
+        bits_per_byte=float(bits.sum() / sizes.sum()),
+        bits_per_byte_ci95=bootstrap_ratio_ci(bits, sizes),
+        accuracy=float(correct.sum() / counts.sum()),
+        tokens=int(counts.sum()),
+        bytes=int(sizes.sum()),
+        documents=len(documents),
+        block_size=block_size,
+        stride=stride,
+        unscored_tokens=sum(document.unscored for document in documents),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _sums(
+    model: GPT, documents: Sequence[EncodedDocument], device: Device, stride: int, precision: str
+) -> tuple[_Array, _Array, _Array]:
+    """For each document the nats, the number of scored tokens and how many of them ranked first."""
+    nats, counts, correct = (np.zeros(len(documents)) for _ in range(3))
     windows = [
         window
         for number, document in enumerate(documents)
-        for window in _windows(number, document, block_size, stride)
+        for window in _windows(number, document, model.config.block_size, stride)
     ]
     for batch in _batches(windows, model.vocab_size):
         stop.raise_if_requested()
@@ -141,26 +194,9 @@ def perplexity(
         loss, first = score_tokens(model, tokens, targets, device, precision)
         owners = np.array([w.document for w in batch])
         np.add.at(nats, owners, loss.double().sum(1).cpu().numpy())
-        np.add.at(correct, owners, first.sum(1).cpu().numpy())
         np.add.at(counts, owners, (targets >= 0).sum(1).numpy())
-    model.train(was_training)
-    sizes = np.array([document.bytes for document in documents], dtype=np.float64)
-    loss_mean = float(nats.sum() / counts.sum())
-    bits = nats / math.log(2)
-    return Scores(
-        loss=loss_mean,
-        perplexity=math.exp(loss_mean) if loss_mean < 700 else math.inf,
-        bits_per_byte=float(bits.sum() / sizes.sum()),
-        bits_per_byte_ci95=bootstrap_ratio_ci(bits, sizes),
-        accuracy=float(correct.sum() / counts.sum()),
-        tokens=int(counts.sum()),
-        bytes=int(sizes.sum()),
-        documents=len(documents),
-        block_size=block_size,
-        stride=stride,
-        unscored_tokens=sum(document.unscored for document in documents),
-        seconds=time.perf_counter() - began,
-    )
+        np.add.at(correct, owners, first.sum(1).cpu().numpy())
+    return nats, counts, correct
 
 
 def _windows(

@@ -123,7 +123,7 @@ def build_page(
     Without `training` it is the page of an evaluation: scores only.
     """
     run = report["run"]
-    trained = bool(report.get("training"))
+    trained = bool(report.get("training")) and run.get("job") != "eval"
     job = {"pretrain": "Pretraining", "finetune": "Finetuning"}.get(str(run.get("job")), "Training")
     warnings = report.get("data", {}).get("warnings") or []
     commands = {"Command": report.get("command"), **_labelled(report.get("commands") or {})}
@@ -197,7 +197,7 @@ def _score_headlines(report: dict[str, Any]) -> list[Headline]:
     nats = f"loss {decimals(loss, 3)} nats per token" if loss is not None else "not evaluated"
     return [
         Headline(
-            "Bits per byte" if report.get("training") is None else "Validation bits per byte",
+            "Bits per byte" if report["run"].get("job") == "eval" else "Validation bits per byte",
             decimals(shown.get("bits_per_byte"), 3),
             _join([spread, when]),
         ),

@@ -19,7 +19,10 @@ from gptcli.device import Device
 from gptcli.errors import ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
 from gptcli.model.gpt import GPT, initialise
+from gptcli.reports.report import write_report
+from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel, load_model, load_weights
+from gptcli.runs.run_dir import read_run_json
 from gptcli.training.choices import choose, choose_again
 from gptcli.training.loop import train
 from gptcli.training.optimizers import Optimizer
@@ -108,6 +111,7 @@ def build_session(
         score_validation=_scorer(model, validation, device, config, choices.precision),
         data_fingerprint=corpus.fingerprint,
         job=start.job,
+        scores=saved_scores(start.contents),
         saved_step=start.state.step if start.contents is not None else -1,
     )
     session.write_run_json(
@@ -169,18 +173,25 @@ def run_session(
 
 
 def nothing_to_do(start: Start) -> RunResult:
-    """The result of resuming a run whose limit is already reached."""
+    """The result of resuming a run whose limit is already reached; its report is written again."""
     log.info(f"nothing to do: {start.directory} is at its limit, step {start.state.step}")
-    report = start.directory / "report.html"
+    write_report(start.directory)
     return RunResult(
         status="finished",
         run_dir=start.directory,
-        report=report if report.exists() else None,
+        report=start.directory / "report.html",
         step=start.state.step,
-        scores=None,
+        scores=saved_scores(start.contents),
         signal=None,
         resume_command=resume_command(start.job, start.directory),
+        tasks=read_run_json(start.directory).get("tasks", {}),
     )
+
+
+def saved_scores(contents: Contents | None) -> Scores | None:
+    """The scores of the last evaluation before a checkpoint."""
+    saved = contents.state["scores"] if contents is not None else None
+    return Scores.from_json(saved) if saved is not None else None
 
 
 def _with_shape(config: Config, shape: ModelConfig) -> Config:

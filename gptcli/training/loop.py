@@ -12,6 +12,7 @@ from gptcli import stop
 from gptcli.config.units import parse_seconds
 from gptcli.data.rows import Prefetch, StepBatch
 from gptcli.device import autocast
+from gptcli.errors import DataError
 from gptcli.model.gpt import IGNORED
 from gptcli.training.events import StepEvent
 from gptcli.training.schedule import learning_rate_ratio
@@ -38,6 +39,9 @@ def train(session: Session, batches: Prefetch) -> None:
             batch = batches.next()
         except stop.Stopped:  # the reader saw the request first; between_steps saves
             continue
+        except DataError:  # a file went away under the run: keep what is trained
+            session.save(must=False)
+            raise
         got = time.perf_counter()
         loss, grad_norm = forward_backward(session, batch, loss_of)
         computed = time.perf_counter()
@@ -48,7 +52,7 @@ def train(session: Session, batches: Prefetch) -> None:
         updated = time.perf_counter()
 
         state.step += 1
-        state.tokens += batch.targets.numel()
+        state.tokens += batch.count
         state.epochs, state.position = batch.epochs, batch.position
         if finite:
             state.bad_steps = 0
@@ -56,7 +60,7 @@ def train(session: Session, batches: Prefetch) -> None:
             _add(state.interval, {"loss": loss, "steps": 1})
         else:
             _not_applied(session, loss, grad_norm)
-        state.interval["tokens"] = state.interval.get("tokens", 0) + batch.targets.numel()
+        state.interval["tokens"] = state.interval.get("tokens", 0) + batch.count
         parts = (got - start, computed - got, updated - computed)
         _add(state.interval, dict(zip(_TIMES, parts, strict=False)))
         state.seconds += updated - start

@@ -114,6 +114,7 @@ class Session:
                 "choices": self.choices.to_json(),
                 "data_fingerprint": self.data_fingerprint,
                 "job": self.job,
+                "scores": self.scores.to_json() if self.scores is not None else None,
                 "decaying": is_decaying(self.progress, self.config.schedule),
             },
             config_yaml=dump_config(self.config),
@@ -267,7 +268,7 @@ class Session:
             "choices": self.choices.to_json(),
         }
         if self.scores is not None:
-            facts["scores"] = {**self.scores.__dict__}
+            facts["scores"] = self.scores.to_json()
         return facts
 
     def write_run_json(self, **changes: Any) -> None:

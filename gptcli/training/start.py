@@ -36,7 +36,7 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
-from gptcli.training.schedule import learning_rate
+from gptcli.training.schedule import is_decaying, learning_rate
 from gptcli.training.state import TrainState, progress
 
 log = logging.getLogger("gptcli")
@@ -175,7 +175,11 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     finished = read_run_json(directory).get("status") == "finished"
     if finished and progress(state, config.training) >= 1.0:
         return contents, state, True
-    if contents.state["decaying"] and _limits(contents) != _limits_of(config):
+    saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
+    had_ended = progress(state, saved.training) >= 1.0
+    is_stable = not is_decaying(progress(state, config.training), config.schedule)
+    longer = progress(state, config.training) < progress(state, saved.training)
+    if contents.state["decaying"] and longer and (had_ended or is_stable):
         contents, state = _before_decay(directory, contents, state)
     _show_rate(contents, config, state)
     return contents, state, False
@@ -300,15 +304,6 @@ def _flat(config_yaml: str) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _limits(contents: Contents) -> list[Any]:
-    flat = _flat(contents.config_yaml)
-    return [flat.get(f"training.{name}") for name in LIMITS]
-
-
-def _limits_of(config: Config) -> list[Any]:
-    return [getattr(config.training, name) for name in LIMITS]
 
 
 def _read_or_none(path: Path) -> Contents | None:

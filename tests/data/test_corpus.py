@@ -68,7 +68,7 @@ def test_many_documents_are_held_out_whole(tmp_path: Path):
     """Guards against documents in both parts or in none when the split goes by hash."""
     rows = numbered(1000)
     corpus = open_corpus(config(write_rows(tmp_path / "a.jsonl", rows), val_fraction=0.1))
-    kept = [text for text in corpus.train_texts()]
+    kept = list(corpus.train_texts())
     held_out = [document.text for document in corpus.val_documents]
     assert corpus.split == "hash"
     assert corpus.documents == 1000

@@ -82,7 +82,7 @@ def test_pieces_of_a_file_are_the_file(tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_shards_read_alone_equal_the_whole(tmp_path: Path, name: str, bom: bytes):
-    """Guards against a resumed or shuffled shard that begins at another place than the whole does."""
+    """Guards against a shard, resumed or shuffled, that begins at another place than it should."""
     data = FILES[name]
     (tmp_path / "a.txt").write_bytes(bom + data)
     file = source_file(tmp_path / "a.txt")
@@ -167,7 +167,7 @@ def write_rows(path: Path, *lines: str) -> Path:
 def test_row_shards_split_anywhere_hold_each_row_once(
     tmp_path: Path, line_end: str, options: dict[str, str]
 ):
-    """Guards against rows lost or read twice where a shard's border cuts, or just precedes, a row."""
+    """Guards against rows lost or read twice where a shard's border is inside or before one."""
     texts = [f"row {i} é🙂\u2028{'x' * (i % 7)}" for i in range(20)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     content = line_end.join(lines)  # the last line has no end

@@ -1,116 +1,171 @@
-"""The record stream: whole epochs, new orders, exact cuts."""
+"""The stream of records: complete in each epoch, in an order of its own, exactly resumable."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptcli.config.schema import DataConfig
-from gptcli.data.corpus import Corpus, open_corpus
+from gptcli import stop
+from gptcli.config.schema import SourceConfig
+from gptcli.data import stream as stream_module
+from gptcli.data.files import resolve
+from gptcli.data.readers import Shard, Split, read_shards
 from gptcli.data.stream import RecordStream, permutation
 
-WINDOWS = [0, 3, 10_000]
+ROWS = 13
+WINDOWS = [0, 3, 10000]
+PER_EPOCH = ROWS + 1  # a None ends it
 
 
 @pytest.fixture
-def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Corpus]:
-    """One file of many pieces, and rows of many lengths in two files; about 30 records each."""
-    for name in ("readers", "corpus"):
-        for constant, size in (("PIECE_BYTES", 50), ("SHARD_PIECES", 3), ("SHARD_BYTES", 150)):
-            monkeypatch.setattr(f"gptcli.data.{name}.{constant}", size)
-    (tmp_path / "book.txt").write_text("".join(f"{i} line of text\n" for i in range(90)))
-    for file in ("a", "b"):
-        rows = [{"text": f"{file}{i} " * (1 + 7 * (i % 4))} for i in range(12)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{file}.jsonl").write_text(text)
-    (tmp_path / "val.txt").write_text("held out")
-
-    def opened(pattern: str) -> Corpus:
-        source = {"train": str(tmp_path / pattern), "val": str(tmp_path / "val.txt")}
-        return open_corpus(DataConfig.model_validate(source))
-
-    return {"book": opened("book.txt"), "rows": opened("?.jsonl")}
+def shards(tmp_path: Path) -> list[Shard]:
+    """13 rows in 6 shards of different row counts, one of them without any."""
+    path = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"text": f"{i:02d}" + "x" * (i % 3)}) + "\n" for i in range(ROWS)]
+    rows[5] = json.dumps({"text": "05" + "long" * 30}) + "\n"
+    path.write_text("".join(rows))
+    (file,) = resolve([SourceConfig(path=str(path))])
+    size = path.stat().st_size
+    return [Shard(file, k, min(k + 70, size), Split("none")) for k in range(0, size, 70)]
 
 
-def names(stream: RecordStream, count: int) -> list[Any]:
-    """The next `count` records by document and part, None where an epoch ends."""
-    records = [stream.next() for _ in range(count)]
-    return [None if r is None else (r["document"], r["part"]) for r in records]
+def take(stream: RecordStream, n: int) -> list[str | None]:
+    """What the next `n` calls give: the row's number, or None."""
+    records = [stream.next() for _ in range(n)]
+    return [record and record["text"][:2] for record in records]
 
 
-def epoch(stream: RecordStream) -> list[Any]:
-    found = []
-    while (record := stream.next()) is not None:
-        found.append((record["document"], record["part"]))
-    return found
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(json.dumps(state))
+    return loaded
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("kind", ["book", "rows"])
-def test_every_epoch_has_every_record_once(
-    kind: str, window: int, corpora: dict[str, Corpus]
-) -> None:
-    """Bug: a window or shard border drops or repeats records, or the second epoch is shorter."""
-    stream = RecordStream(corpora[kind].train, 1, window)
-    epochs = []
-    for number in range(4):
-        assert (stream.epoch, stream.epoch_bytes) == (number, 0)
-        epochs.append(epoch(stream))
-    expected = epoch(RecordStream(corpora[kind].train, 1, 0))
-    assert len(expected) == len(set(expected)) >= 24
-    for found in epochs:
-        assert sorted(found) == sorted(expected)
-    if window:
-        assert len({tuple(found) for found in epochs}) == 4
-        assert epoch(RecordStream(corpora[kind].train, 2, window)) != epochs[0]
-    else:
-        assert epochs == [expected] * 4
-    assert epoch(RecordStream(corpora[kind].train, 1, window)) == epochs[0]
-
-
-def test_bytes_of_an_epoch(corpora: dict[str, Corpus]) -> None:
-    """Bug: the share of an epoch that is done never reaches one, or goes beyond."""
-    for corpus in corpora.values():
-        stream = RecordStream(corpus.train, 1, 3)
-        reached = 0
-        while stream.next() is not None:
-            assert reached < stream.epoch_bytes <= corpus.train_bytes
-            reached = stream.epoch_bytes
-        assert reached == corpus.train_bytes
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("kind", ["book", "rows"])
-def test_cut_anywhere(kind: str, window: int, corpora: dict[str, Corpus]) -> None:
-    """Bug: after a resume records are lost or repeated, or the following epoch is only a tail."""
-    shards = corpora[kind].train
-    one = len(epoch(RecordStream(shards, 1, window))) + 1
-    total = 2 * one + 5
-    straight = names(RecordStream(shards, 1, window), total + one + 2)
-    stream = RecordStream(shards, 1, window)
-    for cut in range(total):
-        state = json.loads(json.dumps(stream.state()))
-        resumed = RecordStream(shards, 1, window, state)
-        assert (resumed.epoch, resumed.epoch_bytes) == (stream.epoch, stream.epoch_bytes)
-        ahead = cut % 5 if cut % 7 else one  # now and then far enough to pass the epoch's end
-        assert names(resumed, ahead) == straight[cut : cut + ahead]
-        again = RecordStream(shards, 1, window, json.loads(json.dumps(resumed.state())))
-        assert names(again, 2) == straight[cut + ahead : cut + ahead + 2]
-        stream.next()
-
-
-def test_state_is_small(corpora: dict[str, Corpus]) -> None:
-    """Bug: the shuffled records themselves end up in every checkpoint."""
-    stream = RecordStream(corpora["book"].train, 1, 10_000)
-    stream.next()
-    assert len(json.dumps(stream.state())) < 1000
-
-
-def test_permutation() -> None:
-    """Bug: the order depends on the process, or is one and the same for all keys."""
-    assert permutation(6, 1, 2) == permutation(6, 1, 2)
-    assert sorted(permutation(50, 3)) == list(range(50))
-    assert len({tuple(permutation(50, 3, n)) for n in range(20)}) == 20
+def test_permutation_is_one_and_depends_on_each_number_of_its_key():
+    """Guards against repeated indices and against epochs or windows that share an order."""
+    assert sorted(permutation(50, 1, 2, 3)) == list(range(50))
+    assert permutation(50, 1, 2, 3) == permutation(50, 1, 2, 3)
+    keys = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3)]
+    assert len({tuple(permutation(50, *key)) for key in keys}) == len(keys)
     assert permutation(0, 1) == []
-    assert permutation(5, 1337, 0) == [0, 4, 1, 2, 3]  # a change breaks the resume of old runs
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_each_epoch_gives_each_record_once(shards: list[Shard], window: int):
+    """Guards against records lost or repeated at the borders of shards, windows and epochs."""
+    stream = RecordStream(shards, 7, window)
+    for epoch in range(3):
+        assert stream.epoch == epoch
+        given = take(stream, PER_EPOCH)
+        assert given[-1] is None
+        assert sorted(map(str, given[:-1])) == [f"{i:02d}" for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("window", [3, 10000])
+def test_the_order_differs_by_epoch_and_seed_only(shards: list[Shard], window: int):
+    """Guards against the same order every epoch, and against a run that cannot be repeated."""
+    first, again, other = (RecordStream(shards, seed, window) for seed in (7, 7, 8))
+    epochs = [take(first, PER_EPOCH) for _ in range(3)]
+    assert [take(again, PER_EPOCH) for _ in range(3)] == epochs
+    assert take(other, PER_EPOCH) not in epochs
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_one_shard_alone_has_a_new_order_each_epoch(shards: list[Shard]):
+    """Guards against a small corpus, of one shard, in the same order for ever."""
+    whole = [replace(shards[0], stop=shards[-1].stop)]
+    stream = RecordStream(whole, 7, 10000)
+    epochs = [take(stream, PER_EPOCH) for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(len(set(epoch)) == PER_EPOCH for epoch in epochs)
+
+
+def test_without_a_window_records_come_as_they_stand(shards: list[Shard]):
+    """Guards against a shuffle that `shuffle_window: 0` has switched off."""
+    stream = RecordStream(shards, 7, 0)
+    for _ in range(2):
+        assert take(stream, PER_EPOCH) == [*(f"{i:02d}" for i in range(ROWS)), None]
+
+
+def test_a_wide_window_shuffles_across_shards(shards: list[Shard]):
+    """Guards against records that stay among those of their own shard."""
+    shard_of = {
+        record["text"][:2]: number
+        for number, shard in enumerate(shards)
+        for record in read_shards([shard])
+    }
+    for seed in range(10):
+        order = [shard_of[str(row)] for row in take(RecordStream(shards, seed, 10000), ROWS)]
+        runs = len(list(itertools.groupby(order)))
+        assert runs > len(set(order))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_restored_anywhere_it_goes_on_as_if_never_stopped(shards: list[Shard], window: int):
+    """Guards against a resume that repeats or skips a record, at every place of two epochs."""
+    length = 2 * PER_EPOCH + 4  # past the second epoch's border
+    stream = RecordStream(shards, 7, window)
+    states, bytes_read, whole = [], [], []
+    for _ in range(length):
+        states.append(through_json(stream.state()))
+        bytes_read.append((stream.epoch, stream.epoch_bytes))
+        whole += take(stream, 1)
+    for cut, state in enumerate(states):
+        resumed = RecordStream(shards, 7, window, state)
+        assert (resumed.epoch, resumed.epoch_bytes) == bytes_read[cut]
+        assert take(resumed, length - cut) == whole[cut:], f"cut before record {cut}"
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_restored_twice_in_a_row(shards: list[Shard], window: int):
+    """Guards against a resumed stream whose own state is wrong: a run may be stopped often."""
+    length = 2 * PER_EPOCH + 4
+    whole = take(RecordStream(shards, 7, window), length)
+    for first, second in [(0, 1), (1, 0), (2, 5), (6, 0), (4, ROWS - 4), (ROWS, 1), (20, 8)]:
+        stream = RecordStream(shards, 7, window)
+        given = take(stream, first)
+        stream = RecordStream(shards, 7, window, through_json(stream.state()))
+        assert stream.state()["epoch"] == first // PER_EPOCH
+        given += take(stream, second)
+        stream = RecordStream(shards, 7, window, through_json(stream.state()))
+        given += take(stream, length - len(given))
+        assert given == whole
+
+
+def test_asking_for_the_state_changes_nothing(shards: list[Shard]):
+    """Guards against a state that is a view of the cursor and moves on with it."""
+    stream = RecordStream(shards, 7, 3)
+    take(stream, 4)
+    state = stream.state()
+    before = json.dumps(state)
+    assert json.dumps(stream.state()) == before
+    rest = take(stream, 12)
+    assert json.dumps(state) == before
+    assert take(RecordStream(shards, 7, 3, state), 12) == rest
+    assert json.dumps(state) == before
+
+
+def test_a_window_is_limited_by_bytes_too(shards: list[Shard], monkeypatch: pytest.MonkeyPatch):
+    """Guards against a window of 10000 long records that fills the memory."""
+    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 10)
+    stream = RecordStream(shards, 7, 10000)
+    states = []
+    whole = []
+    for _ in range(PER_EPOCH + 3):
+        states.append(through_json(stream.state()))
+        whole += take(stream, 1)
+    assert max(state["position"] for state in states) < 6
+    assert len({state["window"] for state in states}) > 2
+    for cut, state in enumerate(states):
+        resumed = RecordStream(shards, 7, 10000, state)
+        assert take(resumed, PER_EPOCH + 3 - cut) == whole[cut:]
+
+
+def test_reading_a_window_polls_the_stop_flag(shards: list[Shard]):
+    """Guards against Ctrl-C that waits for a whole window."""
+    stream = RecordStream(shards, 7, 10000)
+    stop.request(2)
+    with pytest.raises(stop.Stopped):
+        stream.next()

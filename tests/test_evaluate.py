@@ -1,0 +1,176 @@
+"""Evaluation of a run on its own validation part and on other text."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcli import stop
+from gptcli.config.schema import Config
+from gptcli.data.corpus import Document
+from gptcli.device import resolve_device
+from gptcli.errors import CheckpointError, ConfigError, DataError, ResourceError
+from gptcli.evaluate import evaluate
+from gptcli.evaluation.perplexity import encode_documents, perplexity
+from gptcli.pretrain import pretrain
+from gptcli.runs import checkpoint
+from gptcli.runs.load import load_model
+from gptcli.runs.metrics import read_metrics
+
+TEXT = "Ein anderer Text, größer als ein Block: 漢字 und 🙂.\nZweite Zeile.\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose best checkpoint is not its last: the rate at the end is far too large."""
+    folder = tmp_path_factory.mktemp("run")
+    book = folder / "book.txt"
+    book.write_text("".join(f"{i} lines of a book\n" for i in range(40)))
+    config = Config.model_validate(
+        {
+            "name": "trained",
+            "tokenizer": {"kind": "bytes"},
+            "data": {"train": str(book), "val_fraction": 0.1},
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
+            "optimizer": {"kind": "adamw", "lr": 2.0},
+            "schedule": {"kind": "constant", "warmup_steps": 20},
+            "training": {
+                "max_steps": 20,
+                "tokens_per_step": 64,
+                "eval_every": 5,
+                "precision": "fp32",
+            },
+            "samples": {"n": 1, "max_new_tokens": 2},
+            "eval": {"stride": 4},
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+        pretrain(config, run_dir=folder / "run")
+    return folder / "run"
+
+
+def settings(**values: Any) -> Config:
+    return Config.model_validate({"eval": values})
+
+
+def test_own_validation_part(trained: Path) -> None:
+    """Bug: gpt eval scores other text, or another checkpoint, than the run reported."""
+    best = checkpoint.read_best(trained)
+    assert best is not None
+    assert best[0] < 20
+    result = evaluate(settings(stride=4), model=str(trained))
+    assert result.scores.loss == pytest.approx(best[1], abs=1e-9)
+    assert result.report["model"]["step"] == best[0]
+    line = next(r for r in read_metrics(trained) if (r["event"], r["step"]) == ("eval", best[0]))
+    assert result.scores.bits_per_byte == pytest.approx(line["bits_per_byte"], abs=1e-9)
+    assert result.directory == trained / "evals" / "validation"
+    written = json.loads((trained / "evals" / "validation" / "report.json").read_text())
+    assert written["scores"]["loss"] == result.scores.loss
+    assert written["scores"]["stride"] == 4
+    last = evaluate(settings(stride=4), model=str(checkpoint.checkpoint_dir(trained, 20)))
+    assert last.scores.loss > best[1]
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_file(trained: Path, stride: int | None, tmp_path: Path) -> None:
+    """Bug: the job scores a text otherwise than the function that defines perplexity."""
+    path = tmp_path / "anderer text.txt"
+    path.write_text(TEXT)
+    result = evaluate(settings(stride=stride), model=str(trained), data=[str(path)])
+    loaded = load_model(str(trained), torch.device("cpu"))
+    encoded = encode_documents([Document("", TEXT)], loaded.tokenizer)
+    direct = perplexity(loaded.model, encoded, resolve_device("cpu"), stride=stride)
+    assert result.scores.loss == pytest.approx(direct.loss, abs=1e-9)
+    assert result.scores.bits_per_byte == pytest.approx(direct.bits_per_byte, abs=1e-9)
+    assert result.scores.tokens == result.scores.bytes == len(TEXT.encode())
+    assert result.report["scores"]["documents"] == 1
+    assert result.directory == trained / "evals" / "anderer-text.txt"
+
+
+def test_sources_of_the_config(trained: Path, tmp_path: Path) -> None:
+    """Bug: eval.data or eval.model of the YAML is ignored, or wins over the flags."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    rows = tmp_path / "b.jsonl"
+    rows.write_text(json.dumps({"body": "one"}) + "\n" + json.dumps({"body": "two"}) + "\n")
+    source = {"path": str(rows), "text_field": "body"}
+    config = settings(model=str(trained), data=[source, str(tmp_path / "a.txt")])
+    result = evaluate(config, run_dir=tmp_path / "out")
+    assert (result.scores.documents, result.scores.tokens) == (3, 6 + len(TEXT.encode()))
+    assert result.directory == tmp_path / "out"
+    assert (tmp_path / "out" / "report.html").exists()
+    other = evaluate(config, data=[str(tmp_path / "a.txt")], run_dir=tmp_path / "out")
+    assert other.scores.documents == 1
+    few = evaluate(settings(max_tokens=7), model=str(trained), data=[str(tmp_path / "a.txt")])
+    assert few.scores.tokens == 7
+
+
+def test_copied_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """Bug: a checkpoint that was copied elsewhere cannot be scored, or writes beside itself."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.checkpoint_dir(trained, 20), copy)
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = evaluate(settings(), model=str(copy), data=[str(tmp_path / "a.txt")])
+    assert result.directory is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "copy"]
+    assert evaluate(settings(), model=str(copy)).report["data"]["eval"]["source"] == "validation"
+
+
+def test_changed_data(trained: Path) -> None:
+    """Bug: after an edit of the corpus, training text is scored as if it were held out."""
+    book = trained.parent / "book.txt"
+    before = book.read_text()
+    try:
+        book.write_text(before + "another line\n")
+        with pytest.raises(CheckpointError, match="have changed since training") as caught:
+            evaluate(settings(), model=str(trained))
+        assert caught.value.exit_code == 4
+        book.unlink()
+        with pytest.raises(DataError, match="no such file"):
+            evaluate(settings(), model=str(trained))
+    finally:
+        book.write_text(before)
+
+
+def test_what_cannot_be_evaluated(trained: Path, tmp_path: Path) -> None:
+    """Bug: an impossible wish ends in a traceback, or with a report of nothing."""
+    with pytest.raises(ConfigError, match="17 is above the model's block_size 16"):
+        evaluate(settings(stride=17), model=str(trained))
+    with pytest.raises(DataError, match="no such file"):
+        evaluate(settings(), model=str(trained), data=[str(tmp_path / "none.txt")])
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="no text in"):
+        evaluate(settings(), model=str(trained), data=[str(tmp_path / "blank.txt")])
+    with pytest.raises(ResourceError, match="cannot write the report"):
+        evaluate(settings(), model=str(trained), run_dir=tmp_path / "blank.txt" / "below")
+    stop.request(2)
+    with pytest.raises(stop.Stopped):
+        evaluate(settings(), model=str(trained))
+
+
+def test_finetuned_model(trained: Path, tmp_path: Path) -> None:
+    """Bug: rows of pairs are read as text, and the user sees an error about fields."""
+    from gptcli.finetune import finetune
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": str(i), "response": "x"}) + "\n" for i in range(30))
+    )
+    config = Config.model_validate(
+        {
+            "name": "tuned",
+            "data": {"train": str(rows), "val_fraction": 0.2},
+            "schedule": {"warmup_steps": 0},
+            "training": {"max_steps": 1, "tokens_per_step": 128},
+            "samples": {"n": 1, "max_new_tokens": 1},
+        }
+    )
+    finetune(config, model=str(trained), run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="finetuned on rows; name a text") as caught:
+        evaluate(settings(), model=str(tmp_path / "run"))
+    assert caught.value.hint == "gpt eval --data FILE"
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert evaluate(settings(), model=str(tmp_path / "run"), data=[str(tmp_path / "a.txt")])

@@ -1,0 +1,184 @@
+"""Muon and AdamW: which parameter is updated how, and state that comes back by name."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptcli.config.schema import ModelConfig, OptimizerConfig
+from gptcli.errors import CheckpointError
+from gptcli.model.gpt import GPT, initialise
+from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights
+
+
+def model(**keys: Any) -> GPT:
+    sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "block_size": 8}
+    made = GPT(ModelConfig.model_validate({**sizes, **keys}), 32)
+    initialise(made, torch.Generator().manual_seed(0))
+    return made
+
+
+def set_gradients(of: GPT, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in of.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def weights(of: GPT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in of.named_parameters()}
+
+
+def optimizer(of: GPT, **keys: Any) -> Optimizer:
+    return Optimizer(of, OptimizerConfig.model_validate(keys))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 16), (2, 16, 64), (1, 48, 48)])
+def test_orthogonalise(shape: tuple[int, int, int]) -> None:
+    """Bug: the update is not near-orthogonal, or transposed for tall matrices."""
+    u, _, v = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False
+    )
+    # Condition 20 and less: five steps lift no singular value that is nearly zero.
+    x = u @ torch.diag_embed(torch.logspace(0.0, -1.3, u.size(2))) @ v
+    for scale in (1.0, 1e-4, 1e4):
+        y = orthogonalise(x * scale)
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
+        values = torch.linalg.svdvals(y)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    # The same singular vectors: the product with the exact polar factor is near the identity.
+    assert ((u @ v) * orthogonalise(x)).sum() / (y.norm() * (u @ v).norm()) > 0.95
+
+
+def test_zero_gradient() -> None:
+    """Bug: a matrix without gradient (behind a zero projection) becomes NaN."""
+    assert orthogonalise(torch.zeros(1, 4, 8)).abs().max() == 0.0
+
+
+def test_parts_are_apart() -> None:
+    """Bug: q, k and v (gate and value) are orthogonalised as one matrix, so one starves another."""
+    made = model()
+    names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.up.weight", "blocks.1.mlp.proj.weight"]
+    inner = made.config.inner_size
+    heights = part_heights(made, names)
+    assert [heights[name] for name in names] == [[16, 8, 8], [inner, inner], [16]]
+    plain = model(gated=False)
+    assert part_heights(plain, [names[1]])[names[1]] == [plain.config.inner_size]
+    set_gradients(made, 1)
+    weight = made.get_parameter(names[0])
+    assert weight.grad is not None
+    weight.grad[:16] *= 1e4  # huge for q, ordinary for k and v
+    before = weights(made)
+    optimizer(made, momentum=0.0, lr=0.01).step(1.0)
+    change = (before[names[0]] - weight.detach()) / 0.01
+    for part in change.split([16, 8, 8]):
+        values = torch.linalg.svdvals(part)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    tall = (before[names[1]] - made.get_parameter(names[1]).detach()) / 0.01
+    stretched = (inner / 16) ** 0.5  # a tall part moves by sqrt(rows / columns) more
+    values = torch.linalg.svdvals(tall[:inner])
+    assert 0.6 * stretched < values.min() <= values.max() < 1.3 * stretched
+
+
+def test_momentum() -> None:
+    """Bug: Nesterov momentum is plain momentum, or is lost between steps."""
+    made = model()
+    name = "blocks.0.attn.proj.weight"
+    stepper = optimizer(made, momentum=0.9, lr=0.01)
+    buffer = torch.zeros(16, 16)
+    for seed in (1, 2, 3):
+        set_gradients(made, seed)
+        before, gradient = weights(made)[name], made.get_parameter(name).grad
+        assert gradient is not None
+        buffer = 0.9 * buffer + 0.1 * gradient
+        direction = 0.1 * gradient + 0.9 * buffer
+        stepper.step(0.5)
+        expected = before - 0.005 * orthogonalise(direction[None])[0]
+        torch.testing.assert_close(made.get_parameter(name).detach(), expected)
+
+
+def test_rates_of_the_groups() -> None:
+    """Bug: a group runs at another group's rate, or ignores the schedule."""
+    made = model(tie_embeddings=False)
+    set_gradients(made, 1)
+    before = weights(made)
+    optimizer(made, lr=0.02, adamw_lr=0.003, embedding_lr=0.05).step(0.5)
+    change = {n: (before[n] - p.detach()).abs().max().item() for n, p in made.named_parameters()}
+    # The first AdamW step is the sign of the gradient times the rate.
+    assert change["wte.weight"] == pytest.approx(0.025, rel=1e-3)
+    assert change["head.weight"] == pytest.approx(0.0015, rel=1e-3)
+    assert change["norm.weight"] == pytest.approx(0.0015, rel=1e-3)
+    assert change["blocks.0.norm1.weight"] == pytest.approx(0.0015, rel=1e-3)
+    set_gradients(made, 2)
+    before = weights(made)
+    optimizer(made, kind="adamw", lr=0.01).step(0.3)
+    for name, parameter in made.named_parameters():
+        change[name] = (before[name] - parameter.detach()).abs().max().item()
+        assert change[name] == pytest.approx(0.003, rel=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_of_matrices_only(kind: str, tied: bool) -> None:
+    """Bug: norms and biases decay to zero, or a tied matrix decays twice."""
+    made = model(bias=True, norm="layernorm", tie_embeddings=tied)
+    for parameter in made.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    settings = {"lr": 0.1, "adamw_lr": 0.1, "embedding_lr": 0.1, "weight_decay": 0.5}
+    optimizer(made, kind=kind, **settings).step(1.0)
+    for name, parameter in made.named_parameters():
+        expected = 0.95 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+        assert name  # every one of them
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_state_comes_back(kind: str, tied: bool) -> None:
+    """Bug: moments are given to the wrong parameter, or the bias correction starts anew."""
+    one, two = model(tie_embeddings=tied), model(tie_embeddings=tied)
+    first, second = optimizer(one, kind=kind), optimizer(two, kind=kind)
+    for seed in (1, 2, 3):
+        set_gradients(one, seed)
+        first.step(1.0)
+    first.zero_grad()
+    assert all(p.grad is None for p in one.parameters())
+    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    assert "wte.weight.exp_avg" in saved
+    assert ("blocks.1.attn.qkv.weight.momentum" in saved) == (kind == "muon")
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(dict(reversed(saved.items())))  # by name, so the order is nothing
+    for seed in (4, 5):
+        for of, stepper in ((one, first), (two, second)):
+            set_gradients(of, seed)
+            stepper.step(0.7)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert saved.keys() == second.state_dict().keys()
+
+
+def test_state_that_does_not_fit() -> None:
+    """Bug: the optimizer of another model is loaded, and training goes on with nonsense."""
+    made = model()
+    stepper = optimizer(made)
+    set_gradients(made, 1)
+    stepper.step(1.0)
+    good = stepper.state_dict()
+    bad: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({**good, "wte.weight.exp_avg": torch.zeros(3)}, r"wte\.weight\.exp_avg has another shape"),
+        ({**good, "blocks.9.mlp.up.weight.momentum": torch.zeros(1)}, "unknown parameters: blocks"),
+        (
+            {k: v for k, v in good.items() if k != "blocks.0.mlp.up.weight.momentum"},
+            r"blocks\.0\.mlp\.up\.weight\.momentum is missing",
+        ),
+        (
+            {**good, "blocks.0.mlp.up.weight.momentum": torch.zeros(2, 2)},
+            r"blocks\.0\.mlp\.up\.weight\.momentum is missing or misshapen",
+        ),
+    ]
+    for state, problem in bad:
+        with pytest.raises(CheckpointError, match=problem):
+            optimizer(made).load_state_dict(state)
