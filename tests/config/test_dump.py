@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptcli.config.load import config_schema, dump_config, load_config, load_resolved
+from gptcli.config.load import config_schema, dump_config, load_config, load_resolved, unused_keys
 from gptcli.config.schema import (
     Config,
     DataConfig,
@@ -90,7 +90,28 @@ def test_random_text_comes_back(tmp_path: Path) -> None:
 def test_other_readers_see_the_same_values() -> None:
     """Other tools read a run's config with plain PyYAML."""
     config = Config(generate=GenerateConfig(prompt="on"), training=TrainingConfig(compile="on"))
-    assert yaml.safe_load(dump_config(config)) == config.model_dump(by_alias=True)
+    expected = config.model_dump(by_alias=True)
+    for key in unused_keys(config):
+        section, _, name = key.partition(".")
+        del expected[section][name]
+    assert yaml.safe_load(dump_config(config)) == expected
+
+
+def test_keys_without_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against an option that is taken and does nothing, without a word."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "tokenizer: {kind: bytes, vocab_size: 5000}\noptimizer: {kind: adamw, momentum: 0.9}\n"
+        "schedule: {kind: cosine, decay_ratio: 0.3}\nmodel: {position: learned, rope_theta: 5.0}\n"
+    )
+    config = load_config(str(path)).config
+    for key in ("tokenizer.vocab_size", "optimizer.momentum", "schedule.decay_ratio"):
+        assert f"{key} has no effect" in caplog.text
+    assert "model.rope_theta has no effect" in caplog.text
+    caplog.clear()
+    path.write_text(dump_config(config))
+    load_config(str(path))
+    assert not caplog.text  # a run's own config.yaml names none of them
 
 
 def test_schema_for_editors() -> None:
