@@ -280,6 +280,18 @@ def test_kill_between_checkpoint_and_best(tmp_path: Path, straight: Straight) ->
     assert outcome(run_dir) == expected
 
 
+def test_kill_after_a_late_evaluation(tmp_path: Path) -> None:
+    """Bug: an evaluation that the checkpoint does not know, done again, is logged twice."""
+    still = {"kind": "adamw", "lr": 1e-30}  # no evaluation is an improvement that would be saved
+    config, run_dir = tiny(one_file(tmp_path), optimizer=still), tmp_path / "run"
+    with interrupted(5, evaluating=True):
+        pretrain(config, run_dir=run_dir)
+    killed(config, run_dir, 1, resume=True)
+    pretrain(config, run_dir=run_dir, resume="resume")
+    pretrain(config, run_dir=tmp_path / "straight")
+    assert outcome(run_dir) == outcome(tmp_path / "straight")
+
+
 def test_stop_that_the_reader_sees_first(
     tmp_path: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,17 +82,18 @@ def test_unshuffled_rows_are_the_documents_one_after_the_other(
 def test_pieces_of_a_document_follow_each_other_without_eot(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    """Guards against an eot every 64 KiB inside a book."""
+    """Guards against an eot every 64 KiB inside a book, and none between two copies of one."""
     monkeypatch.setattr(readers, "PIECE_BYTES", 16)
     files = []
-    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
-        (tmp_path / name).write_text(f"{letter} line\n" * 9)
-        files += resolve([SourceConfig(path=str(tmp_path / name))])
+    for letter in "aab":
+        path = tmp_path / f"{letter}.txt"
+        path.write_text(f"{letter} line\n" * 9)
+        files += resolve([SourceConfig(path=str(path))])
     shards = [Shard(f, k, k + 2, Split("none"), 0, 63) for f in files for k in (0, 2)]
-    assert len(list(readers.read_shards(shards))) == 8
+    assert len(list(readers.read_shards(shards))) == 12
     packed = PackedRows(RecordStream(shards, 7, 0), tokenizer, T, 7, False)
-    tokens = [token for row in take(packed, 2 * 64 // T) for token in row[:-1]]
-    assert tokens == epoch_tokens(["a line\n" * 9, "b line\n" * 9], tokenizer)
+    tokens = [token for row in take(packed, 3 * 64 // T) for token in row[:-1]]
+    assert tokens == epoch_tokens([f"{letter} line\n" * 9 for letter in "aab"], tokenizer)
 
 
 @pytest.mark.parametrize("pieces", [False, True])

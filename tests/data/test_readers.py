@@ -55,6 +55,7 @@ FILES = {
     "one byte more": b"a" * PIECE_BYTES + b"b",
     "line end behind a piece": b"a" * PIECE_BYTES + b"\n" + b"b" * 10,
     "one line end early": b"a\n" + b"b" * 3 * PIECE_BYTES,
+    "long last line": b"start\n" + b"word " * 600,
     "lines": lines_of("abc é你🙂", 300_000),
     "above 2 MiB": lines_of("abcdefgh 你", 2 * 1024 * 1024 + 12345),
     "invalid at the borders": b"\xe4\xbd" * 70_000 + b"\xff" * 70_000 + b"\x80" * 70_000,
