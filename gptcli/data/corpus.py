@@ -137,7 +137,7 @@ def read_documents(sources: list[SourceConfig]) -> list[Document]:
 
 
 def _scan(file: SourceFile, fields: tuple[str, ...] | None, problems: Problems) -> _FileScan:
-    if fields is not None and file.kind == "text":
+    if fields is not None and file.kind in ("text", "lines"):
         raise DataError(f"{file.path}: finetuning reads rows; use .jsonl")
     if file.kind == "text":
         return _scan_text(file, problems)
@@ -212,8 +212,9 @@ def _shards(scan: _FileScan, split: Split, fields: tuple[str, ...] | None) -> li
             Shard(file, k, min(k + step, pieces), split, low, high) for k in range(0, pieces, step)
         ]
     step = BUILTIN_SHARD_ROWS if file.kind == "builtin" else SHARD_BYTES
-    if file.kind == "rows" and not file.seekable:
-        step = max(scan.size, 1)
+    whole = file.kind == "lines" and file.source.document == "paragraph"
+    if whole or (file.kind != "builtin" and not file.seekable):
+        step = max(scan.size, 1)  # a paragraph's start is known from the file's beginning only
     return [
         Shard(file, k, min(k + step, scan.size), split, fields=fields)
         for k in range(0, scan.size, step)

@@ -16,7 +16,7 @@ from gptcli.config.schema import SourceConfig
 from gptcli.data.builtin import BUILTIN_ROWS, stdlib_files
 from gptcli.errors import ConfigError, DataError
 
-Kind = Literal["text", "rows", "builtin"]
+Kind = Literal["text", "lines", "rows", "builtin"]  # lines: text of many documents
 _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
@@ -67,11 +67,8 @@ def resolve(sources: list[SourceConfig]) -> list[SourceFile]:
 
 
 def _check_options(source: SourceConfig) -> None:
-    if source.document != "file":
-        raise ConfigError(
-            f"{source.path}: document: {source.document} is not read by this version",
-            hint="leave document out: a text file is one document, a row of .jsonl another",
-        )
+    if source.document != "file" and source.path.startswith("builtin:"):
+        raise ConfigError(f"{source.path}: document is for text files; leave it out")
     try:
         codecs.lookup(source.encoding)
     except LookupError:
@@ -111,6 +108,10 @@ def _local(source: SourceConfig, missing: list[str]) -> list[SourceFile]:
         kind = _kind(name)
         if kind is None:
             raise DataError(f"{name}: not a kind of file that is read here; use {_READABLE}")
+        if source.document != "file":
+            if kind != "text":
+                raise ConfigError(f"{name}: document is for text files; leave it out")
+            kind = "lines"
         files.append(SourceFile(source, name, kind))
     return files
 

@@ -70,6 +70,8 @@ def read_shards(shards: list[Shard], problems: Problems | None = None) -> Iterat
     for shard in shards:
         if shard.file.kind == "text":
             yield from _pieces(shard, problems)
+        elif shard.file.kind == "lines":
+            yield from _from_rows(shard, _text_rows(shard, problems), problems)
         elif shard.file.kind == "rows":
             yield from _from_rows(shard, _json_rows(shard, problems), problems)
         else:
@@ -189,6 +191,33 @@ def _count(counts: dict[str, int], file: SourceFile, more: int = 1) -> None:
 
 def _json_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows whose line starts in the shard's bytes, with the line's offset as their number."""
+    for offset, line in _lines(shard):
+        if line.strip():
+            row = _json_row(line, shard, offset, problems)
+            if row is not None:
+                yield offset, row
+
+
+def _text_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line, or each paragraph (lines up to a blank one), as a row with the text field."""
+    source = shard.file.source
+    begin, lines = 0, b""
+    for offset, line in _lines(shard):
+        if lines and (source.document == "line" or not line.strip()):
+            yield begin, {source.text_field: _plain(lines, shard, begin, problems)}
+            lines = b""
+        if line.strip():
+            begin, lines = (begin, lines + line) if lines else (offset, line)
+    if lines:
+        yield begin, {source.text_field: _plain(lines, shard, begin, problems)}
+
+
+def _plain(lines: bytes, shard: Shard, offset: int, problems: Problems) -> str:
+    return decode(lines.rstrip(b"\r\n"), shard.file, offset, problems)
+
+
+def _lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    """Lines that start in the shard's bytes, with their offsets."""
     with open_utf8(shard.file) as f:
         offset = shard.start
         if offset:  # the line around the border belongs to the shard where it starts
@@ -198,10 +227,7 @@ def _json_rows(shard: Shard, problems: Problems) -> Iterator[tuple[int, dict[str
             line = f.readline()
             if not line:
                 break
-            if line.strip():
-                row = _json_row(line, shard, offset, problems)
-                if row is not None:
-                    yield offset, row
+            yield offset, line
             offset += len(line)
 
 

@@ -1,5 +1,6 @@
 """A corpus: what is held out, what identifies it, what it refuses; the builtin ones."""
 
+import gzip
 import json
 import logging
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import DataConfig
+from gptcli.config.schema import DataConfig, SourceConfig
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
 from gptcli.data.readers import read_shards
 from gptcli.errors import DataError
@@ -297,3 +298,22 @@ def test_a_builtin_without_the_text_field_names_the_row():
     """Guards against a byte offset where a builtin's row number is meant."""
     with pytest.raises(DataError, match=r"builtin:web-verses row 0: no field 'text' \(has: ref"):
         open_corpus(config("builtin:web-verses"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_lines_and_paragraphs_are_documents(tmp_path: Path, ending: str) -> None:
+    """Guards against lines lost or doubled at shard borders, and against glued paragraphs."""
+    lines = [f"line {i} " + "x" * (i % 900) for i in range(6000)]
+    body = "\n".join(line + ("\n" if i % 3 == 2 else "") for i, line in enumerate(lines))
+    path = tmp_path / f"a.txt{ending}"
+    opener = gzip.open if ending else open
+    with opener(path, "wb") as file:
+        file.write(body.encode())
+    paragraphs = ["\n".join(lines[i : i + 3]) for i in range(0, 6000, 3)]
+    for document, expected in (("line", lines), ("paragraph", paragraphs)):
+        corpus = open_corpus(DataConfig(train=[SourceConfig(path=str(path), document=document)]))
+        assert corpus.split == "hash"
+        assert corpus.documents == len(expected)
+        texts = [*corpus.train_texts(), *(d.text for d in corpus.val_documents)]
+        assert sorted(texts) == sorted(expected)
+        assert len(corpus.train) > 1 or document == "paragraph" or ending

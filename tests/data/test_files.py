@@ -98,9 +98,11 @@ def test_unknown_builtin_and_hub_are_refused():
 
 
 def test_an_option_that_is_not_read_yet_is_refused(folder: Path):
-    """Guards against `document: line` being ignored silently."""
-    with pytest.raises(ConfigError, match="document: line"):
-        resolve([source(folder / "b.txt", document="line")])
+    """Guards against `document: line` being ignored silently for rows."""
+    (folder / "r.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ConfigError, match="document is for text files"):
+        resolve([source(folder / "r.jsonl", document="line")])
+    assert resolve([source(folder / "b.txt", document="line")])[0].kind == "lines"
 
 
 def test_an_unknown_encoding_is_named(folder: Path):
