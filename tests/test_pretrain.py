@@ -590,3 +590,52 @@ def test_steps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     ]
     assert told == written
     assert f"step {STEPS}/{STEPS}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_killed_after_its_last_checkpoint(tmp_path: Path) -> None:
+    """Bug: a run killed between its last checkpoint and run.json ended without any scores, and a
+    finished run whose report was lost never got one again."""
+    config = tiny(one_file(tmp_path))
+    straight = pretrain(config, run_dir=tmp_path / "run")
+    about = read_run_json(tmp_path / "run")
+    del about["scores"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "status": "running"}))
+    resumed = pretrain(config, run_dir=tmp_path / "run", resume="resume")
+    assert resumed.scores == straight.scores is not None
+    assert read_run_json(tmp_path / "run")["status"] == "finished"
+    assert read_run_json(tmp_path / "run")["scores"]["loss"] == straight.scores.loss
+
+    again = pretrain(config, run_dir=tmp_path / "run", resume="resume")  # nothing to do
+    assert again.scores == straight.scores
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_file_that_goes_away_loses_no_step(tmp_path: Path) -> None:
+    """Bug: a source deleted under a run threw away what was trained since the last checkpoint."""
+    source = one_file(tmp_path)
+    config = tiny(
+        source,
+        data__shuffle_window=0,
+        training__max_steps=200,
+        training__save_every=1000,
+        training__eval_every=1000,
+    )
+
+    class Deletes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if isinstance(getattr(record, "event", None), StepEvent):
+                source.unlink(missing_ok=True)
+
+    handler, logger = Deletes(), logging.getLogger("gptcli")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(DataError):
+            pretrain(config, run_dir=tmp_path / "run")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    last = checkpoint.list_checkpoints(tmp_path / "run")[-1]
+    assert checkpoint.read_state(last)["train"]["step"] >= 3
+    assert read_run_json(tmp_path / "run")["status"] == "failed"
