@@ -103,19 +103,26 @@ def _documents(
     """What to score, and its name: `sources`, else the validation part of the model's own run."""
     if sources:
         names = ", ".join(source.path for source in sources)
-        return encode_documents(read_documents(sources), loaded.tokenizer, max_tokens), names
+        documents = read_documents(sources, max_tokens)
+        return encode_documents(documents, loaded.tokenizer, max_tokens), names
     state, config = read_state(loaded.path), loaded.config
     finetuned = state["job"] == "finetune"
     fields = tuple(config.finetune.fields.values()) if finetuned else None
-    corpus = open_corpus(config.data, fields)
+    corpus = open_corpus(
+        config.data,
+        fields,
+        eot=loaded.tokenizer.eot,
+        known=state["data_fingerprint"],
+        val_tokens=config.eval.max_tokens,
+    )
     if state["data_fingerprint"] != corpus.fingerprint:
         raise CheckpointError(
             "the run's own data have changed since training, and its validation part with them",
             hint="name a text: gpt eval --data FILE",
         )
     if not finetuned:
-        documents = encode_documents(corpus.val_documents, loaded.tokenizer, max_tokens)
-        return documents, "validation"
+        most = max_tokens or config.eval.max_tokens
+        return encode_documents(corpus.val_documents, loaded.tokenizer, most), "validation"
     if max_tokens is not None:
         raise ConfigError("--max-tokens cuts texts; this model was finetuned on rows")
     encoder = ExampleEncoder(config.finetune, loaded.tokenizer, config.model.block_size)

@@ -10,7 +10,7 @@ import torch
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
-from gptcli.data.stream import RecordStream
+from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows
 from gptcli.device import resolve_device
 from gptcli.errors import ConfigError, DataError
@@ -81,7 +81,6 @@ def finetune(
         result = run_session(
             session,
             _example_rows(session, corpus, encoder),
-            corpus.train_bytes,
             lambda: {"tasks": _tasks(tasks, "after", session, held_out)},
         )
         if encoder.skipped or encoder.shortened:
@@ -117,7 +116,8 @@ def _example_rows(session: Session, corpus: Corpus, encoder: ExampleEncoder) -> 
     """The training rows from where the session stands."""
     config, position = session.config, session.state.position
     saved = position["stream"] if position else None
-    stream = RecordStream(corpus.train, config.seed, config.data.shuffle_window, saved)
+    reader, window = ShardReader(corpus.train), config.data.shuffle_window
+    stream = RecordStream(reader, corpus.train_bytes, config.seed, window, saved)
     return ExampleRows(stream, encoder)
 
 

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptcli import stop
@@ -18,10 +18,11 @@ log = logging.getLogger("gptcli")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as the ids that the model continues."""
+    """A prompt as text, as the ids that the model continues, and as bytes."""
 
     text: str
     tokens: list[int]
+    data: bytes
 
 
 def generate(
@@ -41,19 +42,33 @@ def generate(
     prompts = resolve_prompts(model, config)
     if "" in config.stop:
         raise ConfigError("generate.stop: an empty text would stop every sample before it begins")
-    seed = config.seed
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        if config.temperature > 0:
-            log.info("seed %d", seed)
-    return _generate(model, prompts, config.n, _sampling(config, seed), on_text, on_prompt)
+    return _generate(model, prompts, config.n, _sampling(config), on_text, on_prompt)
+
+
+def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:
+    """The bytes of one prompt (not with `no_prompt`) and of its one continuation.
+
+    Nothing of either goes through text, so that data of any kind comes out as it is. A stop
+    request ends it early. Raises what `generate` does, and ConfigError for more than one prompt,
+    `n` above 1 or `stop`, whose texts the bytes need not hold.
+    """
+    if config.n > 1 or config.stop:
+        raise ConfigError("output_bytes writes one continuation: not with n above 1, nor with stop")
+    prompts = resolve_prompts(model, config)
+    if len(prompts) > 1:
+        raise ConfigError(f"output_bytes writes one result, and there are {len(prompts)} prompts")
+    data = b"" if config.no_prompt else prompts[0].data
+    for samples in _generate(model, prompts, 1, _sampling(config), None, None):
+        data += model.tokenizer.decode_bytes(samples[0].tokens)
+    return data
 
 
 def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
     """The prompts that `config` names in exactly one of its three ways, as token ids that fit.
 
-    Raises ConfigError for none or several ways, ids out of range, a file that cannot be opened or
-    a prompt that is too long with `truncate: error`; DataError for a file that holds no prompts.
+    With `output_bytes` and byte tokens, a prompt is the bytes it is made of and a prompt file holds
+    one. Raises ConfigError for none or several ways, ids out of range, a file that cannot be opened
+    or a prompt that is too long with `truncate: error`; DataError for a file without prompts.
     """
     ways = [config.prompt is not None, config.prompt_file is not None]
     ways.append(config.prompt_tokens is not None)
@@ -65,15 +80,17 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
         )
     if config.prompt_tokens is not None:
         prompts = [_token_prompt(model, config.prompt_tokens)]
+    elif config.output_bytes and model.tokenizer.kind == "bytes":
+        prompts = [_bytes_prompt(model, config)]
     else:
-        texts = [config.prompt] if config.prompt is not None else _read(str(config.prompt_file))
+        texts = [config.prompt] if config.prompt is not None else _lines(str(config.prompt_file))
         texts = [replace_surrogates(text) for text in texts]
         prompts = [
-            Prompt(text, encode_prompt(model.tokenizer, text, config.allow_special))
+            Prompt(text, encode_prompt(model.tokenizer, text, config.allow_special), text.encode())
             for text in texts
         ]
-    block_size = model.model.config.block_size
-    return [Prompt(p.text, fit_prompt(p.tokens, block_size, config.truncate)) for p in prompts]
+    size = model.model.config.block_size
+    return [replace(p, tokens=fit_prompt(p.tokens, size, config.truncate)) for p in prompts]
 
 
 def _generate(
@@ -100,7 +117,13 @@ def _generate(
         )
 
 
-def _sampling(config: GenerateConfig, seed: int) -> Sampling:
+def _sampling(config: GenerateConfig) -> Sampling:
+    """The settings of the engine; a random seed is logged, so that its result can be repeated."""
+    seed = config.seed
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        if config.temperature > 0:
+            log.info("seed %d", seed)
     return Sampling(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -124,17 +147,30 @@ def _token_prompt(model: LoadedModel, tokens: list[int]) -> Prompt:
         )
     if not tokens:
         raise ConfigError("prompt_tokens: at least one token id is needed")
-    return Prompt(model.tokenizer.decode(tokens), tokens)
+    data = model.tokenizer.decode_bytes(tokens)
+    return Prompt(data.decode("utf-8", "replace"), tokens, data)
 
 
-def _read(path: str) -> list[str]:
-    """The lines of a prompt file that are not blank."""
+def _bytes_prompt(model: LoadedModel, config: GenerateConfig) -> Prompt:
+    if config.prompt is not None:  # bytes that were no UTF-8 wait in it as surrogates
+        data = config.prompt.encode("utf-8", "surrogateescape")
+    else:
+        data = _read(str(config.prompt_file))
+    tokens = encode_prompt(model.tokenizer, data, config.allow_special)
+    return Prompt(data.decode("utf-8", "replace"), tokens, data)
+
+
+def _read(path: str) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a prompt file that are not blank."""
     try:
-        text = data.decode("utf-8-sig")
+        text = _read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
     # Not splitlines(), which also cuts at U+2028 and other characters inside a prompt.

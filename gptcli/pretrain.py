@@ -2,19 +2,20 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
-from gptcli.data.packing import PackedRows
-from gptcli.data.stream import RecordStream
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import resolve_device
 from gptcli.errors import DataError
 from gptcli.evaluation.perplexity import encode_documents
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
+from gptcli.runs.load import LoadedModel
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -24,8 +25,7 @@ from gptcli.training.build import (
     run_session,
     starting_point,
 )
-from gptcli.training.session import Session
-from gptcli.training.start import Resume, check_fingerprint, starting
+from gptcli.training.start import Resume, Start, check_fingerprint, starting
 
 log = logging.getLogger("gptcli")
 
@@ -51,42 +51,42 @@ def pretrain(
         if start.done:
             return nothing_to_do(start)
         config, initial = starting_point(config, start)
-        log.info(f"reading {', '.join(source.path for source in config.data.train)}")
-        corpus = open_corpus(config.data)
-        if start.contents is not None:
-            saved = start.contents.state["data_fingerprint"]
+        saved = start.contents.state["data_fingerprint"] if start.contents is not None else None
+        ready = _tokenizer(start, initial)
+        corpus, tokenizer = read_corpus(config, ready, known=saved)
+        if saved is not None:
             check_fingerprint(saved, corpus.fingerprint, allow_data_change)
-            tokenizer = start.contents.tokenizer
-        elif initial is not None:
-            tokenizer = initial.tokenizer
-        else:
-            log.info(f"preparing the tokenizer ({config.tokenizer.kind})")
-            tokenizer = build_tokenizer(config.tokenizer, corpus.train_texts())
-        check_long_enough(corpus, tokenizer, config.model.block_size)
         validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
         session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-        result = run_session(session, packed_rows(session, corpus), corpus.train_bytes)
+        rows = training_rows(config, corpus, tokenizer, session.state.position)
+        result = run_session(session, rows)
         write_report(start.directory)
         return result
 
 
-def packed_rows(session: Session, corpus: Corpus) -> PackedRows:
-    """The training rows from where the session stands."""
-    config, position = session.config, session.state.position
-    window = config.data.shuffle_window
-    stream = RecordStream(
-        corpus.train, config.seed, window, position["stream"] if position else None
-    )
-    return PackedRows(
-        stream, session.tokenizer, config.model.block_size, config.seed, window > 0, position
-    )
+def read_corpus(
+    config: Config, tokenizer: Tokenizer | None, known: dict[str, Any] | None = None
+) -> tuple[Corpus, Tokenizer]:
+    """The corpus and the tokenizer: the given one, else that of the config, trained if need be.
+
+    A tokenizer that is not on this machine is missed before any text is read. `known` is the data
+    fingerprint of the run that goes on. Raises DataError when there is too little text.
+    """
+    tokenizer = tokenizer or ready_tokenizer(config.tokenizer)
+    log.info(f"reading {', '.join(source.path for source in config.data.train)}")
+    eot = tokenizer.eot if tokenizer is not None else None
+    corpus = open_corpus(config.data, eot=eot, known=known, val_tokens=config.eval.max_tokens)
+    if tokenizer is None:
+        tokenizer = corpus_tokenizer(config, corpus)
+    check_long_enough(corpus, tokenizer, config.model.block_size)
+    return corpus, tokenizer
 
 
 def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> None:
     """DataError unless there is a block of training text and some validation text."""
     # No tokenizer makes fewer tokens than one in 64 bytes of ordinary text: count only below that.
     if corpus.train_bytes <= 64 * (block_size + 1):
-        tokens = sum(len(tokenizer.encode(text)) + 1 for text in corpus.train_texts())
+        tokens = sum(_token_count(record, tokenizer) for record in corpus.train_records())
         if tokens <= block_size:
             raise DataError(
                 f"the training text has {tokens} tokens, less than one block of {block_size} + 1",
@@ -96,13 +96,23 @@ def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> 
         raise DataError("no validation text is left: add text, or set data.val")
 
 
+def _tokenizer(start: Start, initial: LoadedModel | None) -> Tokenizer | None:
+    """The tokenizer of the run's checkpoint or of the model it starts from."""
+    if start.contents is not None:
+        return start.contents.tokenizer
+    return initial.tokenizer if initial is not None else None
+
+
+def _token_count(record: dict[str, Any], tokenizer: Tokenizer) -> int:
+    tokens = record["tokens"] if "tokens" in record else tokenizer.encode_numpy(record["text"])
+    return len(tokens) + 1
+
+
 def describe(config: Config) -> str:
     """What `gpt pretrain --dry-run` prints: model size, data, limits. Trains nothing."""
     check_limits(config)
     resolve_device(config.training.device)
-    corpus = open_corpus(config.data)
-    tokenizer = build_tokenizer(config.tokenizer, corpus.train_texts())
-    check_long_enough(corpus, tokenizer, config.model.block_size)
+    corpus, tokenizer = read_corpus(config, None)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     with torch.device("meta"):
         model = GPT(config.model, tokenizer.vocab_size)
@@ -111,7 +121,7 @@ def describe(config: Config) -> str:
     lines = {
         "parameters": f"{model.parameter_count():,}",
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
-        "training text": f"{corpus.train_bytes:,} bytes of {corpus.documents:,} documents,"
+        "training text": f"{corpus.train_bytes:,} bytes of {'uncounted' if corpus.documents is None else f'{corpus.documents:,}'} documents,"
         f" about {int(corpus.train_bytes * per_byte):,} tokens",
         "validation": f"{len(validation):,} documents, {tokens:,} tokens ({corpus.split} split)",
         "tokens per step": f"{config.training.tokens_per_step:,}",

@@ -4,6 +4,14 @@ import torch
 from gptcli import stop
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests neither read nor fill the user's cache of corpora and tokens; they share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_CACHE", str(tmp_path_factory.mktemp("gpt-cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_process_many_jobs():
     """Tiny models are slower on two threads than on one; a stop request must not leak."""

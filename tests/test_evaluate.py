@@ -10,7 +10,7 @@ import torch
 
 from gptcli import stop
 from gptcli.config.schema import Config
-from gptcli.data.corpus import Document
+from gptcli.data.scan import Document
 from gptcli.device import resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError, ResourceError
 from gptcli.evaluate import evaluate

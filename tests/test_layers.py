@@ -23,6 +23,8 @@ FLOORS = [
         "plan",
         "compare",
         "inspect_data",
+        "train_tokenizer",
+        "compare_tokenizers",
         "chat",
         "serve",
     },

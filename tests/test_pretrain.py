@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gptcli import stop
 from gptcli.config.schema import Config
-from gptcli.data import corpus, packing, readers, stream
+from gptcli.data import corpus, packing, readers, scan, shards, stream
 from gptcli.data.rows import Prefetch
 from gptcli.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from gptcli.model.gpt import GPT
@@ -46,10 +46,10 @@ def _many_pieces() -> Iterator[None]:
     """A corpus of a few hundred bytes has several pieces, shards and groups, so a resume meets all
     their borders. The report is left out of runs that nobody looks at: its plots take a second."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (readers, corpus):
+        for module in (shards, readers, scan, corpus):
             patch.setattr(module, "PIECE_BYTES", 100)
-            patch.setattr(module, "SHARD_PIECES", 2)
-            patch.setattr(module, "SHARD_BYTES", 200)
+        patch.setattr(corpus, "SHARD_PIECES", 2)
+        patch.setattr(corpus, "SHARD_BYTES", 200)
         patch.setattr(packing, "GROUP_TOKENS", 128)
         patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
         yield
@@ -616,6 +616,7 @@ def test_a_file_that_goes_away_loses_no_step(tmp_path: Path) -> None:
     config = tiny(
         source,
         data__shuffle_window=0,
+        data__cache="off",
         training__max_steps=200,
         training__save_every=1000,
         training__eval_every=1000,

@@ -22,6 +22,7 @@ def doctor() -> int:
         *_device_rows(),
         ["memory", _memory()],
         ["free disk", _disk()],
+        ["token cache", _cache()],
         *([f"tokenizer {name}", _table(name)] for name in _ENCODINGS),
     ]
     write_out(columns(rows))
@@ -65,6 +66,13 @@ def _disk() -> str:
     root = runs_root().absolute()
     existing = next(path for path in (root, *root.parents) if path.exists())
     return f"{_size(shutil.disk_usage(existing).free)} for {root}"
+
+
+def _cache() -> str:
+    from gptcli.data.store import cache_root, store_sizes
+
+    sizes = [store.size_bytes for store in store_sizes()]
+    return f"{len(sizes)} corpora, {_size(sum(sizes))} in {cache_root()}"
 
 
 def _table(name: str) -> str:

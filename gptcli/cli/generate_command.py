@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli import stop
-from gptcli.cli.terminal import write_error, write_out
+from gptcli.cli.terminal import write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ AllowSpecialOption = Annotated[
 RawOption = Annotated[
     bool | None, typer.Option("--raw", help="Control characters reach the terminal.")
 ]
+OutputBytesOption = Annotated[
+    bool | None,
+    typer.Option("--output-bytes", help="Write bytes: of models trained on binary data."),
+]
 
 
 def generate(
@@ -120,6 +124,7 @@ def generate(
     truncate: TruncateOption = None,
     allow_special: AllowSpecialOption = None,
     raw: RawOption = None,
+    output_bytes: OutputBytesOption = None,
 ) -> int:
     """Continue a prompt.
 
@@ -147,6 +152,7 @@ def generate(
         "truncate": truncate,
         "allow_special": allow_special,
         "raw": raw,
+        "output_bytes": output_bytes,
     }
     _run(_settings(config, flags, stdin))
     stop.raise_if_requested()
@@ -172,8 +178,11 @@ def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "
     settings = with_flags(base, flags)
     if settings.logprobs and not settings.json_lines:
         raise ConfigError("--logprobs needs --json, which has room for them")
+    if settings.output_bytes:
+        _check_bytes(settings, flags)
     if stdin == "-":
-        settings = settings.model_copy(update={"prompt": _read_stdin()})
+        prompt = _read_stdin(settings.output_bytes)
+        settings = settings.model_copy(update={"prompt": prompt})
     if all(getattr(settings, key) is None for key in _PROMPT_KEYS):
         raise ConfigError(
             "no prompt given",
@@ -182,12 +191,33 @@ def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "
     return settings
 
 
+def _check_bytes(settings: "GenerateConfig", flags: dict[str, Any]) -> None:
+    """Refuse what does not go with bytes on stdout, before the model is loaded."""
+    text_only = {"-n": settings.n > 1, "--json": settings.json_lines, "--stop": settings.stop}
+    text_only["--stream"] = flags["stream"]
+    for flag, given in text_only.items():
+        if given:
+            raise ConfigError(
+                f"--output-bytes and {flag} exclude each other",
+                "it writes the bytes of one continuation and nothing else",
+            )
+    if sys.stdout.isatty() and not settings.raw:
+        raise ConfigError(
+            "--output-bytes: bytes could steer the terminal",
+            "write them to a file, as: > out.png (or --raw to see them anyway)",
+        )
+
+
 def _run(settings: "GenerateConfig") -> None:
     from gptcli.device import resolve_device
     from gptcli.generate import generate as continue_prompts
+    from gptcli.generate import generate_bytes
     from gptcli.runs.load import load_model
 
     model = load_model(settings.model, resolve_device(settings.device).torch)
+    if settings.output_bytes:
+        write_bytes(generate_bytes(model, settings))
+        return
     output = _Output(settings)
     batches = continue_prompts(
         model, settings, on_text=output.piece if output.live else None, on_prompt=output.prompt
@@ -242,8 +272,11 @@ def _token_ids(text: str | None) -> list[int] | None:
         raise ConfigError(f"--prompt-tokens: {text!r} is not a list of ids such as 0,2,1") from None
 
 
-def _read_stdin() -> str:
-    """The prompt on stdin without its last newline. Polls the stop flag while nothing comes."""
+def _read_stdin(as_bytes: bool = False) -> str:
+    """The prompt on stdin without its last newline. Polls the stop flag while nothing comes.
+
+    With `as_bytes` all of it; what is no UTF-8 comes as surrogates (PEP 383), as in arguments.
+    """
     data = b""
     while sys.stdin is not None and len(data) <= _MAX_STDIN_BYTES:
         # A plain read would begin again after every signal and could not be stopped.
@@ -259,6 +292,8 @@ def _read_stdin() -> str:
         raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt generate -")
     if len(data) > _MAX_STDIN_BYTES:
         raise ConfigError(f"-: more than {_MAX_STDIN_BYTES:,} bytes on stdin")
+    if as_bytes:
+        return data.decode("utf-8", "surrogateescape")
     text = data.decode("utf-8", "replace")
     if text.encode() != data:
         write_error("warning: stdin is not valid UTF-8; bad bytes replaced")

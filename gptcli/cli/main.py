@@ -15,6 +15,7 @@ import typer
 from gptcli import __version__, stop
 from gptcli.cli import (
     config_command,
+    data_command,
     doctor_command,
     eval_command,
     finetune_command,
@@ -22,6 +23,7 @@ from gptcli.cli import (
     pretrain_command,
     runs_command,
     signals,
+    tokenizer_command,
 )
 from gptcli.cli.display import Display
 from gptcli.cli.invocation import Invocation, invocation
@@ -100,6 +102,8 @@ app.command("eval")(eval_command.evaluate)
 app.command("doctor")(doctor_command.doctor)
 app.add_typer(runs_command.runs_app, name="runs")
 app.add_typer(config_command.config_app, name="config")
+app.add_typer(tokenizer_command.tokenizer_app, name="tokenizer")
+app.add_typer(data_command.data_app, name="data")
 
 
 def main(argv: list[str] | None = None) -> int:

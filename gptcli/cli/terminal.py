@@ -3,6 +3,8 @@
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -40,9 +42,24 @@ def write_out(text: str, *, raw: bool = False) -> None:
     """
     if not raw and sys.stdout.isatty():
         text = visible(text)
-    try:
+    with _told_errors():
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def write_bytes(data: bytes) -> None:
+    """Write `data` to stdout as it is, with the errors of `write_out`."""
+    with _told_errors():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """What goes wrong at stdout, as the exceptions that `write_out` promises."""
+    try:
+        yield
     except BrokenPipeError as error:
         raise ClosedPipeError from error
     except OSError as error:

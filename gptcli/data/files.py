@@ -1,22 +1,20 @@
-"""Which files a source names, and how they are opened: always as UTF-8 bytes, plain or gzipped."""
+"""Which files a source names: local ones, those of a hub corpus, and the builtin corpora."""
 
 import codecs
 import glob
-import gzip
-import io
 import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, Literal
 
 from gptcli.config.schema import SourceConfig
 from gptcli.data.builtin import BUILTIN_ROWS, stdlib_files
+from gptcli.data.hub import hub_files
 from gptcli.errors import ConfigError, DataError
 
-Kind = Literal["text", "lines", "rows", "builtin"]  # lines: text of many documents
+Kind = Literal["text", "lines", "rows", "table", "tokens", "binary", "builtin"]
 _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
@@ -24,157 +22,221 @@ _SUFFIXES: dict[str, Kind] = {
     ".py": "text",
     ".jsonl": "rows",
     ".ndjson": "rows",
+    ".csv": "table",
+    ".tsv": "table",
+    ".parquet": "table",
+    ".arrow": "table",
+    ".npy": "tokens",
+    ".bin": "tokens",
 }
-_READABLE = ", ".join(_SUFFIXES) + " (plain or .gz)"
-_UTF8_BOM = b"\xef\xbb\xbf"
+_COMPRESSIONS = (".gz", ".zst", ".xz")
+_NEVER_COMPRESSED = (".parquet", ".arrow", ".npy", ".bin")  # they must be read from the middle
+_READABLE = ", ".join(_SUFFIXES) + " (all but the last four also with .gz, .zst or .xz)"
+_DEFAULTS = SourceConfig(path="")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source (or a builtin corpus, whose path is its name)."""
+    """One file of a source (or a builtin corpus, whose path is its name).
+
+    `kind` says how it is read: text (one document), lines (text of many documents), rows (JSON
+    lines), table (.csv .tsv .parquet .arrow), tokens, binary, builtin. `number` is the place of its
+    source in the list. Remote files (path hf://...) have their `size` in bytes and an `identity`,
+    which changes with the content.
+    """
 
     source: SourceConfig
     path: str
     kind: Kind
+    number: int = 0
+    size: int | None = None
+    identity: str | None = None
+
+    @property
+    def compression(self) -> str:
+        """`.gz`, `.zst`, `.xz`, or nothing."""
+        ending = Path(self.path).suffix.lower()
+        return ending if ending in _COMPRESSIONS and self.kind != "binary" else ""
+
+    @cached_property  # asked for each record
+    def format(self) -> str:
+        """The ending that says what is inside, such as `.csv` of `a.csv.gz`."""
+        return _format(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is read over the network."""
+        return self.path.startswith("hf://")
 
     @property
     def is_utf8(self) -> bool:
-        """Whether its bytes are read as they are."""
-        return codecs.lookup(self.source.encoding).name in ("utf-8", "utf-8-sig")
+        """Whether its bytes are UTF-8 text, or no text at all, and are read as they are."""
+        return self.kind == "binary" or _is_utf8(self.source.encoding)
 
     @property
     def seekable(self) -> bool:
-        """Whether reading may start in the middle: a plain UTF-8 file."""
-        return not self.path.endswith(".gz") and self.is_utf8
+        """Whether reading may start in the middle: neither compressed nor transcoded."""
+        return not self.compression and self.is_utf8
+
+    @cached_property
+    def by_bytes(self) -> bool:
+        """Whether its rows are numbered by the byte where they start, not counted."""
+        delimited = self.kind == "table" and self.format in (".csv", ".tsv")
+        return delimited or self.kind in ("lines", "rows")
 
 
-def resolve(sources: list[SourceConfig]) -> list[SourceFile]:
+def resolve(sources: list[SourceConfig], known: dict[str, Any] | None = None) -> list[SourceFile]:
     """The files of all sources, each source's in sorted order.
 
-    DataError when a pattern matches nothing or files are missing (all are listed).
+    `known` is the fingerprint of a run that is resumed; a hub corpus is then read at its commit.
+    DataError when a pattern matches nothing or files are missing (all are listed); ConfigError for
+    options that do not fit the files (all are listed).
     """
     files: list[SourceFile] = []
     missing: list[str] = []
-    for source in sources:
-        _check_options(source)
-        if source.path.startswith("builtin:"):
-            files += _builtin(source)
-        else:
-            files += _local(source, missing)
+    problems: list[str] = []
+    for number, source in enumerate(sources):
+        _check_encoding(source)
+        found = _files(source, number, missing, known)
+        problems += _misfits(source, found)
+        files += found
     if missing:
         raise DataError("\n".join(missing))
+    if problems:
+        raise ConfigError(problems)
     return files
 
 
-def _check_options(source: SourceConfig) -> None:
-    if source.document != "file" and source.path.startswith("builtin:"):
-        raise ConfigError(f"{source.path}: document is for text files; leave it out")
+def _check_encoding(source: SourceConfig) -> None:
+    if source.encoding == "binary":
+        return
     try:
-        codecs.lookup(source.encoding)
-    except LookupError:
+        "a".encode(source.encoding)  # unlike lookup, refuses codecs that make no text
+    except (LookupError, UnicodeError):
         raise DataError(f"{source.path}: no encoding is called {source.encoding!r}") from None
 
 
-def _builtin(source: SourceConfig) -> list[SourceFile]:
+def _files(
+    source: SourceConfig, number: int, missing: list[str], known: dict[str, Any] | None
+) -> list[SourceFile]:
+    if source.path.startswith("builtin:"):
+        return _builtin(source, number)
+    if source.path.startswith("hub:"):
+        return [
+            SourceFile(source, f.path, _kind(f.path, source), number, f.size, f.identity)
+            for f in hub_files(source, known)
+        ]
+    before = len(missing)
+    names = _local_names(source, missing)
+    if len(missing) > before:
+        return []
+    return [SourceFile(source, name, _kind(name, source), number) for name in names]
+
+
+def _builtin(source: SourceConfig, number: int) -> list[SourceFile]:
     name = source.path.removeprefix("builtin:")
     if name == "python":
-        return [SourceFile(source, str(path), "text") for path in stdlib_files()]
+        paths = [str(path) for path in stdlib_files()]
+        return [SourceFile(source, path, _kind(path, source), number) for path in paths]
     if name in BUILTIN_ROWS:
-        return [SourceFile(source, source.path, "builtin")]
+        return [SourceFile(source, source.path, "builtin", number)]
     known = ", ".join((*BUILTIN_ROWS, "python"))
     raise DataError(f"no builtin corpus {name!r}; there are: {known}")
 
 
-def _local(source: SourceConfig, missing: list[str]) -> list[SourceFile]:
+def _local_names(source: SourceConfig, missing: list[str]) -> list[str]:
     text = source.path
     path = Path(os.path.expanduser(text))
-    if text.startswith("hub:"):
-        raise DataError(f"{text}: hub corpora are not read by this version; name local files")
     exists = os.path.exists(path)  # os.path: a name too long for the file system is just missing
     if os.path.isdir(path):
-        names = sorted(str(p) for p in path.rglob("*") if p.is_file() and _kind(str(p)))
+        names = _in_directory(path, source)
         if not names:
             missing.append(f"{text}: no file in this directory is one of {_READABLE}")
     elif glob.has_magic(text) and not exists:
-        names = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        names = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
         if not names:
             missing.append(f"{text}: the pattern matches no files")
     else:
         names = [str(path)]
         if not os.path.isfile(path):
             missing.append(f"{text}: {'not a regular file' if exists else 'no such file'}")
-    files = []
-    for name in names if not missing else []:
-        kind = _kind(name)
-        if kind is None:
-            raise DataError(f"{name}: not a kind of file that is read here; use {_READABLE}")
-        if source.document != "file":
-            if kind != "text":
-                raise ConfigError(f"{name}: document is for text files; leave it out")
-            kind = "lines"
-        files.append(SourceFile(source, name, kind))
-    return files
+            return []
+    missing += [f"{n}: no permission to read it" for n in names if not os.access(n, os.R_OK)]
+    return names
 
 
-def _kind(name: str) -> Kind | None:
-    return _SUFFIXES.get(Path(name.removesuffix(".gz")).suffix.lower())
+def _in_directory(path: Path, source: SourceConfig) -> list[str]:
+    names = sorted(str(p) for p in path.rglob("*") if p.is_file())
+    if source.encoding == "binary":
+        return names
+    names = [name for name in names if _known_kind(name)]
+    tokens = [name for name in names if _known_kind(name) == "tokens"]
+    if tokens and len(tokens) < len(names):
+        # Such folders hold a text and its own tokens, or a program beside its data.
+        raise DataError(
+            f"{source.path}: holds files of tokens ({Path(tokens[0]).name}) and others",
+            hint="name those that are meant, for example by a pattern: folder/*.bin",
+        )
+    return names
 
 
-@contextmanager
-def open_utf8(file: SourceFile) -> Iterator[BinaryIO]:
-    """The file's content as UTF-8 bytes, a byte-order mark left out.
-
-    DataError when it is unreadable, a damaged archive, or in another encoding than it says.
-    """
-    try:
-        with _open_raw(file) as raw:
-            if not file.is_utf8:
-                yield io.BytesIO(_as_utf8(raw.read(), file))
-                return
-            head = raw.read(len(_UTF8_BOM))
-            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(
-                    f"{file.path}: UTF-16 text, not {file.source.encoding}",
-                    hint="write the source as {path: ..., encoding: utf-16}",
-                )
-            raw.seek(0)
-            yield cast(BinaryIO, _Without(raw, len(_UTF8_BOM))) if head == _UTF8_BOM else raw
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file.path}: damaged or truncated archive: {error}") from error
-    except OSError as error:
-        raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+def _format(name: str) -> str:
+    path = Path(name)
+    if path.suffix.lower() in _COMPRESSIONS:
+        path = path.with_suffix("")
+    return path.suffix.lower()
 
 
-def byte_order_mark(file: SourceFile) -> int:
-    """Bytes of the mark that `open_utf8` leaves out."""
-    with _open_raw(file) as raw:
-        return len(_UTF8_BOM) if raw.read(len(_UTF8_BOM)) == _UTF8_BOM else 0
+def _known_kind(name: str) -> Kind | None:
+    ending = _format(name)
+    if ending in _NEVER_COMPRESSED and not name.lower().endswith(ending):
+        return None
+    return _SUFFIXES.get(ending)
 
 
-def _open_raw(file: SourceFile) -> BinaryIO:
-    opener = gzip.open if file.path.endswith(".gz") else open
-    return cast(BinaryIO, opener(file.path, "rb"))
+def _kind(name: str, source: SourceConfig) -> Kind:
+    if source.encoding == "binary":
+        return "binary"
+    kind = _known_kind(name)
+    if kind is None:
+        raise DataError(
+            f"{name}: not a kind of file that is read here; use {_READABLE}",
+            hint="encoding: binary reads any file as bytes",
+        )
+    return "lines" if kind == "text" and source.document != "file" else kind
 
 
-def _as_utf8(data: bytes, file: SourceFile) -> bytes:
-    try:
-        return data.decode(file.source.encoding).removeprefix("\ufeff").encode()
-    except (UnicodeError, LookupError) as error:  # LookupError: a codec that makes no text
-        raise DataError(f"{file.path}: not {file.source.encoding} text: {error}") from error
+def _is_utf8(encoding: str) -> bool:
+    return encoding != "binary" and codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
-class _Without:
-    """A binary file whose first `skip` bytes are left out."""
+def _misfits(source: SourceConfig, files: list[SourceFile]) -> list[str]:
+    """Options that would be ignored: what they are for, and the first file that has no use."""
+    if not files:
+        return []
+    problems = []
+    if source.split is not None and not source.path.startswith("hub:"):
+        problems.append(f"{source.path}: split is for hub corpora; leave it out")
+    if source.document != "file":
+        builtin = source.path.startswith("builtin:")
+        others = files if builtin else [f for f in files if f.kind != "lines"]
+        problems += _misfit(others, "document is for text files")
+    if not any(f.kind in ("rows", "table", "builtin") for f in files):
+        for name in ("text_field", "on_bad_row"):
+            if getattr(source, name) != getattr(_DEFAULTS, name):
+                problems += _misfit(files, f"{name} is for rows and tables (.jsonl, .csv, ...)")
+    if source.encoding == "binary" or not _is_utf8(source.encoding):
+        own = (".parquet", ".arrow")  # formats that say how their text is encoded
+        fixed = ("builtin", "tokens")
+        others = [f for f in files if f.kind in fixed or (f.kind == "table" and f.format in own)]
+        problems += _misfit(others, "encoding is for files of text")
+    raw = [f for f in files if f.kind in ("tokens", "binary")]
+    if source.on_bad_text != _DEFAULTS.on_bad_text and len(raw) == len(files):
+        problems += _misfit(raw, "on_bad_text is for text")
+    if source.filters.active:
+        problems += _misfit(raw, "filters are for text, not for tokens or raw bytes")
+    return problems
 
-    def __init__(self, raw: BinaryIO, skip: int) -> None:
-        self._raw, self._skip = raw, skip
-        raw.seek(skip)
 
-    def seek(self, offset: int) -> int:
-        return self._raw.seek(offset + self._skip) - self._skip
-
-    def read(self, size: int = -1) -> bytes:
-        return self._raw.read(size)
-
-    def readline(self) -> bytes:
-        return self._raw.readline()
+def _misfit(files: Iterable[SourceFile], problem: str) -> list[str]:
+    return [f"{file.path}: {problem}; leave it out" for file in list(files)[:1]]

@@ -1,138 +1,195 @@
-"""Documents packed into rows of block_size + 1 tokens without dropping any.
+"""Documents packed into rows of block_size tokens without dropping any.
 
-The token sequence is `eot` before each document, pieces of one document following each other
-without one. Row k covers tokens [kT, kT + T], so each token is a target once. Rows are shuffled
-in groups of about a million tokens, because neighbouring rows of one piece are alike and a step
-made of them would be a poor sample.
+The token sequence is `eot` before each document, pieces of one document that follow each other
+without one. It is made into rows in groups of about a million tokens, whose rows are shuffled,
+because neighbouring rows of one piece are alike and a step made of them would be a poor sample.
+
+concat: row k has the inputs [kT, kT + T) and the targets one further, so each token is a target
+once. best_fit: documents stay together as far as a row holds them, and rows end in padding.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from gptcli.data.rows import Row, Tokens
-from gptcli.data.stream import RecordStream, permutation
+from gptcli.data.groups import Group, Pieces, concatenated, fitted, smallest
+from gptcli.data.mixture import Mixture
+from gptcli.data.rows import Rows
+from gptcli.data.stream import philox
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.errors import DataError
 
 GROUP_TOKENS = 1 << 20
 
 
 class PackedRows:
-    """Rows packed from a stream of text records; exactly resumable from `state()`.
+    """Rows packed from a mixture of records with tokens; exactly resumable from `state()`.
 
-    Each epoch's token sequence begins at a random offset below block_size; what stands before it
-    comes at the epoch's end, so block borders move from epoch to epoch.
+    With concat and one stream, each epoch's token sequence begins at a random offset below
+    block_size; what stands before it comes at the epoch's end, so block borders move from epoch to
+    epoch. Several streams have no common epoch, so there they move by themselves. With best_fit a
+    document that is longer than a row is cut, and pieces of a document that the shuffle has parted
+    are documents of their own. `sources` is how many there are to count in `seen`.
+
+    DataError for a token id outside the vocabulary, with the document's name.
     """
 
     def __init__(
         self,
-        stream: RecordStream,
+        mixture: Mixture,
         tokenizer: Tokenizer,
         block_size: int,
         seed: int,
         shuffle: bool,
+        packing: Literal["concat", "best_fit"],
+        document_mask: bool,
+        sources: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._stream, self._tokenizer = stream, tokenizer
-        self._block_size, self._seed, self._shuffle = block_size, seed, shuffle
-        self._group_rows = max(1, GROUP_TOKENS // block_size)
-        self._group: list[Tokens] = []  # rows of block_size + 1 tokens, shuffled
-        self._position = 0  # rows of the group handed out
+        self._mixture, self._block_size, self._sources = mixture, block_size, sources
+        self._eot, self._vocab_size = tokenizer.eot, tokenizer.vocab_size
+        self._seed, self._shuffle, self._best_fit = seed, shuffle, packing == "best_fit"
+        self._document_mask = document_mask
+        self._rest, self._head = Pieces(), Pieces()  # behind the last row; for the epoch's end
+        self._last: list[Any] | None = None  # document, part and number of the last piece
+        self._epoch, self._epoch_begins = 0, True  # epochs ended, of a single stream
+        self._number = 0  # of the next group
+        self._group: Group | None = None
+        self._order = np.empty(0, dtype=np.int64)  # of its rows
+        self._position = 0  # rows of it handed out
         self._group_start: dict[str, Any] = {}
-        self._rest = np.empty(0, dtype=np.uint32)  # tokens behind the last whole row
-        self._head = np.empty(0, dtype=np.uint32)  # tokens kept for the end of the epoch
-        self._document: str | None = None
-        self._epoch_begins = True
-        self._number = 0
-        self._span = (0, 0.0, 0.0)  # epoch, and bytes of it at the start and end of the group
+        self._seen = np.zeros((sources, 2), dtype=np.int64)  # tokens and documents of each source
+        self._span = (mixture.stream_epochs, mixture.stream_epochs)  # at the group's start and end
         if state is not None:
             self._restore(state)
 
-    def next(self) -> Row:
-        """The next row."""
-        while self._position == len(self._group):
-            self._fill_group()
-        tokens = self._group[self._position]
-        self._position += 1
-        return Row(tokens, None)
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data up to the last row, as a fraction by bytes."""
+        return min(self._stream_epochs())
 
     @property
-    def epoch(self) -> int:
-        """Number of the epoch that the last row came from."""
-        return self._span[0]
+    def seen(self) -> list[dict[str, Any]]:
+        """What the rows so far held of each source: targets with loss, documents, epochs."""
+        epochs = self._stream_epochs()
+        return [
+            {"tokens": tokens, "documents": documents, "epochs": epochs[i % len(epochs)]}
+            for i, (tokens, documents) in enumerate(self._seen.tolist())
+        ]
 
-    @property
-    def epoch_bytes(self) -> float:
-        """Bytes of the current epoch behind the last row, as a share of its group's bytes."""
-        _, start, end = self._span
-        return start + (end - start) * self._position / max(len(self._group), 1)
+    def take(self, n: int) -> Rows:
+        """The next n rows, block_size wide."""
+        shape = (n, self._block_size)
+        inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        starts = np.empty(shape, dtype=np.bool_) if self._document_mask else None
+        done = count = 0
+        while done < n:
+            while self._group is None or self._position == len(self._order):
+                self._group = self._next_group()
+            chosen = self._order[self._position : self._position + n - done]
+            part = slice(done, done + len(chosen))
+            inputs[part], targets[part] = self._group.inputs[chosen], self._group.targets[chosen]
+            if starts is not None:
+                starts[part] = self._group.begins[chosen]
+                starts[part, 0] = True
+            counts = self._group.counts[chosen].sum(axis=0)
+            self._seen += counts
+            count += int(counts[:, 0].sum())
+            self._position += len(chosen)
+            done += len(chosen)
+        return Rows(inputs, targets, starts, count)
 
     def state(self) -> dict[str, Any]:
-        """The place behind the last row, JSON-able."""
-        if self._position == len(self._group):
-            return {**self._mark(), "row": 0}
-        return {**self._group_start, "row": self._position}
+        """The place behind the last row, JSON-able; "seen" in it is `seen`."""
+        if self._position == len(self._order):
+            return {**self._mark(), "row": 0, "seen": self.seen}
+        return {**self._group_start, "row": self._position, "seen": self.seen}
+
+    def _stream_epochs(self) -> list[float]:
+        """Passes over each stream behind the last row, as its share of the group."""
+        start, end = self._span
+        if self._position == len(self._order):
+            return end
+        share = self._position / len(self._order)
+        return [a + (b - a) * share for a, b in zip(start, end, strict=True)]
 
     def _mark(self) -> dict[str, Any]:
         return {
-            "stream": self._stream.state(),
-            "rest": self._rest.tolist(),
-            "head": self._head.tolist(),
-            "document": self._document,
+            "mixture": self._mixture.state(),
+            "rest": self._rest.state(),
+            "head": self._head.state(),
+            "last": self._last,
+            "epoch": self._epoch,
             "epoch_begins": self._epoch_begins,
             "group": self._number,
         }
 
-    def _fill_group(self) -> None:
+    def _next_group(self) -> Group:
         """Read records until the group is full or the epoch ends (it may then have no row yet)."""
         self._group_start = self._mark()
-        start, epoch = self._stream.epoch_bytes, self._stream.epoch
-        parts, count = [self._rest], len(self._rest)
-        end = float(start)
-        while count <= self._group_rows * self._block_size:
-            record = self._stream.next()
-            if record is None:
-                parts.append(self._head)
-                self._head = np.empty(0, dtype=np.uint32)
-                self._document, self._epoch_begins = None, True
-                break
-            end = float(self._stream.epoch_bytes)
-            tokens = self._tokens(record)
-            parts.append(tokens)
-            count += len(tokens)
-        tokens = np.concatenate(parts)
-        rows = max(0, (len(tokens) - 1) // self._block_size)
-        cut = [tokens[i * self._block_size :][: self._block_size + 1] for i in range(rows)]
-        self._rest = tokens[rows * self._block_size :].copy()
+        start = self._mixture.stream_epochs
+        pieces, self._rest = self._rest, Pieces()
+        full = max(1, GROUP_TOKENS // self._block_size) * self._block_size
+        closed = False
+        while pieces.size <= full and not closed:
+            record = self._mixture.next()
+            if record is not None:
+                self._add(pieces, record)
+                continue
+            closed = True
+            pieces.extend(self._head)
+            self._head, self._last = Pieces(), None
+            self._epoch, self._epoch_begins = self._epoch + 1, True
+        tokens = pieces.tokens()
+        pieces.check(tokens, self._vocab_size)
+        if self._best_fit:
+            group = fitted(pieces, tokens, self._block_size, self._sources, self._eot, closed)
+        else:
+            group = concatenated(pieces, tokens, self._block_size, self._sources, self._eot)
+        rows = len(group.counts)
+        self._rest, self._order, self._position = group.rest, np.arange(rows), 0
         if self._shuffle:
-            order = permutation(rows, self._seed, 1, self._number)
-            cut = [cut[i] for i in order]
-        self._group, self._position = cut, 0
+            self._order = philox(self._seed, 1, self._number).permutation(rows)
         self._number += 1
-        self._span = (epoch, float(start), end)
+        self._span = (start, self._mixture.stream_epochs)
+        return group
 
-    def _tokens(self, record: dict[str, Any]) -> Tokens:
-        """The record's tokens, `eot` before a document's first piece, the epoch's head cut off."""
-        tokens = self._tokenizer.encode_numpy(record["text"])
-        if len(tokens) and int(tokens.max()) >= self._tokenizer.vocab_size:
-            raise DataError(f"{record['document']}: a token id is outside the vocabulary")
-        if record["part"] == 0 or record["document"] != self._document:
-            tokens = np.concatenate([np.array([self._tokenizer.eot], dtype=np.uint32), tokens])
-        self._document = record["document"]
+    def _add(self, pieces: Pieces, record: dict[str, Any]) -> None:
+        """Add the record, `eot` before it where a document begins, the epoch's head cut off."""
+        tokens, name, source = record["tokens"], record["document"], record["source"]
+        part, number = record["part"], record["number"]
+        if not len(tokens):
+            return
+        goes_on = part > 0 and self._follows(name, part, number)
+        self._last = [name, part, number]
+        arrays = [tokens]
+        if not goes_on and int(tokens[0]) != self._eot:
+            arrays = [smallest(self._eot), tokens]
+        mark = Pieces.BEGINS if part == 0 else Pieces.GOES_ON if goes_on else Pieces.PARTED
         if self._epoch_begins:
-            key = np.random.SeedSequence((self._seed, 2, self._stream.epoch))
-            generator = np.random.Generator(np.random.Philox(key))
-            offset = int(generator.integers(self._block_size)) if self._shuffle else 0
-            self._head, tokens = tokens[:offset].copy(), tokens[offset:]
             self._epoch_begins = False
-        return tokens
+            if self._shuffle and self._mixture.single and not self._best_fit:
+                offset = int(philox(self._seed, 2, self._epoch).integers(self._block_size))
+                joined = np.concatenate(arrays)
+                self._head.add([joined[:offset]], source, mark, name)
+                arrays = [joined[offset:]]
+                mark = Pieces.GOES_ON if offset else mark
+        pieces.add(arrays, source, mark, name)
+
+    def _follows(self, name: str, part: int, number: int) -> bool:
+        """Whether a piece is the next one of its document: by part within a row, which has one
+        number, and by number within a file."""
+        if self._last is None or self._last[0] != name:
+            return False
+        _, last_part, last_number = self._last
+        return bool(part == last_part + 1 if number == last_number else number == last_number + 1)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._rest = np.array(state["rest"], dtype=np.uint32)
-        self._head = np.array(state["head"], dtype=np.uint32)
-        self._document, self._epoch_begins = state["document"], state["epoch_begins"]
+        self._rest, self._head = Pieces.of(state["rest"]), Pieces.of(state["head"])
+        self._last = state["last"]
+        self._epoch, self._epoch_begins = state["epoch"], state["epoch_begins"]
         self._number = state["group"]
         if state["row"]:
-            self._fill_group()
-            self._position = state["row"]
+            self._group = self._next_group()
+            # Changed data, where that is allowed, may have given fewer rows.
+            self._position = min(state["row"], len(self._order))
+        self._seen[:] = [[source["tokens"], source["documents"]] for source in state["seen"]]

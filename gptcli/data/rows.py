@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gptcli.model.gpt import IGNORED
 
+# uint32 when fresh from a tokenizer; a cache holds uint16 where the vocabulary allows it.
 Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,31 @@ class Row:
     loss_mask: np.ndarray[Any, np.dtype[np.bool_]] | None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """`inputs` and `targets` (n, T) int64, padding and masked targets IGNORED; `starts` (n, T)
+    bool, True where a document's piece begins and at each row's beginning, or None; `count` tokens
+    in all, padding left out."""
+
+    inputs: Array
+    targets: Array
+    starts: Array | None
+    count: int
+
+
 class RowSource(Protocol):
     """Rows without end, with the place behind the last one."""
 
     @property
-    def epoch(self) -> int:
-        """Number of the epoch that the last row came from."""
+    def epochs(self) -> float:
+        """Passes over the training data up to the last row, as a fraction by bytes."""
 
     @property
-    def epoch_bytes(self) -> float:
-        """Bytes of that epoch up to the last row."""
+    def seen(self) -> list[dict[str, Any]]:
+        """What the rows so far held of each source: {"tokens", "documents", "epochs"}."""
 
-    def next(self) -> Row:
-        """The next row."""
+    def take(self, n: int) -> Rows:
+        """The next n rows."""
 
     def state(self) -> dict[str, Any]:
         """The place behind the last row, JSON-able."""
@@ -45,31 +59,40 @@ class RowSource(Protocol):
 class StepBatch:
     """All rows of one optimizer step and the data position behind them.
 
-    `tokens` and `targets` are (R, T) int64; padding and masked targets are IGNORED. `count` is
-    the number of tokens, padding left out.
-    `epochs` counts passes over the training data so far, as a fraction by bytes.
+    `tokens` and `targets` are (R, T) int64; padding and masked targets are IGNORED. `segments`
+    (R, T) int64 numbers the documents of a row 0, 1, 2, ... where attention must stay inside them.
+    `count` is the number of tokens, padding left out. `epochs` counts passes over the training
+    data so far, as a fraction by bytes.
     """
 
     tokens: Tensor
     targets: Tensor
+    segments: Tensor | None
     count: int
     position: dict[str, Any]
     epochs: float
 
 
-def step_batches(source: RowSource, rows: int, epoch_bytes: int) -> Iterator[StepBatch]:
-    """Steps of `rows` rows for ever; `epoch_bytes` is the size of an epoch."""
+def step_batches(source: RowSource, rows: int) -> Iterator[StepBatch]:
+    """Steps of `rows` rows for ever."""
     while True:
-        batch = [source.next() for _ in range(rows)]
-        tokens, targets = collate(batch)
-        share = min(source.epoch_bytes / max(epoch_bytes, 1), 1.0)
-        count = sum(len(row.tokens) - 1 for row in batch)
-        yield StepBatch(tokens, targets, count, source.state(), source.epoch + share)
+        batch = source.take(rows)
+        segments = None
+        if batch.starts is not None:
+            segments = torch.from_numpy(np.cumsum(batch.starts, axis=1, dtype=np.int64) - 1)
+        yield StepBatch(
+            torch.from_numpy(batch.inputs),
+            torch.from_numpy(batch.targets),
+            segments,
+            batch.count,
+            source.state(),
+            source.epochs,
+        )
 
 
-def collate(batch: list[Row]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (R, T) int64, T the longest row less one; short rows end in padding,
-    which needs no mask because attention is causal."""
+def collate(batch: list[Row]) -> Rows:
+    """Rows with T the longest row less one; short rows end in padding, which needs no mask because
+    attention is causal."""
     width = max(len(row.tokens) for row in batch) - 1
     tokens = np.zeros((len(batch), width), dtype=np.int64)
     targets = np.full((len(batch), width), IGNORED, dtype=np.int64)
@@ -80,11 +103,12 @@ def collate(batch: list[Row]) -> tuple[Tensor, Tensor]:
             targets[i, :length] = row.tokens[1:]
         else:
             targets[i, :length] = np.where(row.loss_mask, row.tokens[1:].astype(np.int64), IGNORED)
-    return torch.from_numpy(tokens), torch.from_numpy(targets)
+    return Rows(tokens, targets, None, sum(len(row.tokens) - 1 for row in batch))
 
 
 class Prefetch:
-    """Runs `batches` ahead in one thread; an error there is raised at the next `next()`.
+    """Runs `batches` ahead in one thread; an error there is raised at the next `next()`, and at
+    each one after it.
 
     Each batch carries its own position, so what is prefetched but unused is never counted.
     """
@@ -94,6 +118,7 @@ class Prefetch:
     def __init__(self, batches: Iterator[StepBatch]) -> None:
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(self._DEPTH)
         self._closed = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(batches,), daemon=True)
         self._thread.start()
 
@@ -108,8 +133,11 @@ class Prefetch:
 
     def next(self) -> StepBatch:
         """The next batch; raises what the thread raised."""
+        if self._error is not None:  # nothing comes behind it
+            raise self._error
         item = self._queue.get()
         if isinstance(item, BaseException):
+            self._error = item
             raise item
         return item
 

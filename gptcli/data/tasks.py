@@ -9,7 +9,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptcli.config.schema import FinetuneConfig
-from gptcli.data.rows import Row
+from gptcli.data.rows import Row, Rows, collate
 from gptcli.data.stream import RecordStream
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
@@ -90,17 +90,24 @@ class ExampleRows:
         self._stream, self._encoder = stream, encoder
 
     @property
-    def epoch(self) -> int:
-        """Number of the current epoch."""
-        return self._stream.epoch
+    def epochs(self) -> float:
+        """Passes over the rows so far, as a fraction by bytes."""
+        return self._stream.epochs
 
     @property
-    def epoch_bytes(self) -> float:
-        """Bytes of it that are read."""
-        return float(self._stream.epoch_bytes)
+    def seen(self) -> list[dict[str, Any]]:
+        """Nothing: examples are not counted by source."""
+        return []
 
-    def next(self) -> Row:
-        """The next example. DataError when a whole epoch holds none that fits."""
+    def take(self, n: int) -> Rows:
+        """The next n examples, the short ones padded. DataError when an epoch has none that fit."""
+        return collate([self._next() for _ in range(n)])
+
+    def state(self) -> dict[str, Any]:
+        """The place behind the last row, JSON-able."""
+        return {"stream": self._stream.state()}
+
+    def _next(self) -> Row:
         skipped_epochs = 0
         while skipped_epochs < 2:
             record = self._stream.next()
@@ -114,7 +121,3 @@ class ExampleRows:
             "no row fits: every response is empty or longer than block_size"
             f" {self._encoder.block_size}"
         )
-
-    def state(self) -> dict[str, Any]:
-        """The place behind the last row, JSON-able."""
-        return {"stream": self._stream.state()}

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back. All of them are byte-level, so every text round-trips.
+"""Tokenizers: text to token ids and back.
 
 Text is always encoded as ordinary text: `<|endoftext|>` inside a document is just characters.
 Only this program puts the end-of-text token `eot` between documents.
@@ -6,86 +6,137 @@ Only this program puts the end-of-text token `eot` between documents.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tiktoken
 
-from gptcli import stop
 from gptcli.config.schema import TokenizerConfig
 from gptcli.config.units import parse_bytes
-from gptcli.data.tiktoken_tables import (
-    PATTERNS,
-    byte_characters,
-    format_tiktoken,
-    named_encoding,
-    parse_tiktoken,
+from gptcli.data.bpe import learn_ranks
+from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, named_encoding, parse_tiktoken
+from gptcli.data.tokenizer_json import (
+    EOT_TEXT,
+    SpecialTokens,
+    TokenText,
+    byte_ranks,
+    parse,
+    read_tokenizer_json,
 )
 from gptcli.errors import CheckpointError, DataError
 
-EOT_TEXT = "<|endoftext|>"
+TOKENIZER_JSON = "tokenizer.json"
 _RANKS_FILE, _META_FILE = "ranks.tiktoken", "meta.json"
+_BYTES_PATTERN = r"[\s\S]"
+
+Ids: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 class Tokenizer:
     """Byte-level BPE through `tiktoken.Encoding`; `kind` bytes is the case without merges.
 
-    `vocab_size` counts the end-of-text token; `bos` is None (no kind has one yet). ValueError when
-    `ranks` lack a byte or share an id.
+    Every text round-trips (but for `nfc`). `vocab_size` counts the special tokens; `bos` is None
+    where documents begin without one. `special` tells of more special tokens than `eot`; with `nfc`
+    texts are normalised first. ValueError when `ranks` lack a byte or ids are shared.
     """
 
-    def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, eot: int) -> None:
-        _check_ids(ranks, eot)
-        self.kind, self.pattern, self.eot = kind, pattern, eot
-        self.bos: int | None = None
-        self.vocab_size = max(eot, max(ranks.values())) + 1
+    def __init__(
+        self,
+        kind: str,
+        ranks: dict[bytes, int],
+        pattern: str,
+        eot: int,
+        special: SpecialTokens | None = None,
+        nfc: bool = False,
+    ) -> None:
+        special = special or SpecialTokens({EOT_TEXT: eot})
+        _check_ids(ranks, special)
+        self._set_special(kind, special, max(ranks.values()))
+        self.pattern = pattern
+        self._nfc, self._in_text = nfc, frozenset(special.in_text)
         self._ranks = ranks
         self._tokens = {rank: token for token, rank in ranks.items()}
-        self._bytes_only = len(ranks) == 256 and all(rank == t[0] for t, rank in ranks.items())
+        self._tokens |= {special.ids[name]: name.encode() for name in special.in_text}
+        plain = len(ranks) == 256 and not nfc and not special.in_text
+        self._bytes_only = plain and all(rank == t[0] for t, rank in ranks.items())
         self._encoding = tiktoken.Encoding(
-            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT_TEXT: eot}
+            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special.ids
         )
+
+    def _set_special(self, kind: str, special: SpecialTokens, highest: int) -> None:
+        self.kind, self.special = kind, special
+        self.eot = special.ids[special.eot]
+        self.bos: int | None = None if special.bos is None else special.ids[special.bos]
+        self.vocab_size = max(highest, *special.ids.values()) + 1
 
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
         """256 byte tokens and `eot` = 256."""
-        return cls("bytes", {bytes([b]): b for b in range(256)}, r"[\s\S]", 256)
+        return Tokenizer("bytes", {bytes([b]): b for b in range(256)}, _BYTES_PATTERN, 256)
 
     @property
     def start(self) -> int | None:
         """The token that stands before a document: bos where there is one, else eot."""
         return self.bos if self.bos is not None else self.eot
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """sha256 over ranks, pattern and special tokens: equal means the same tokenizer."""
+        """sha256 over what tokens there are, pattern and special tokens: equal means the same."""
         meta = json.dumps(self._meta(), sort_keys=True).encode()
-        return hashlib.sha256(format_tiktoken(self._ranks) + meta).hexdigest()
+        return hashlib.sha256(self._content() + meta).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text; no special token is ever produced."""
+    def encode(self, text: str | bytes) -> list[int]:
+        """Token ids of ordinary text; no special token is ever produced.
+
+        Bytes are data that are no text; DataError unless the tokenizer has a token a byte.
+        """
         return [int(i) for i in self.encode_numpy(text)]
 
-    def encode_numpy(self, text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        """`encode` as a uint32 array; releases the GIL while it works."""
+    def encode_numpy(self, text: str | bytes) -> Ids:
+        """`encode` as a uint32 array; with tiktoken, the GIL is released meanwhile."""
+        if isinstance(text, bytes):
+            if not self._bytes_only:
+                raise DataError("binary data need tokenizer.kind: bytes")
+            return np.frombuffer(text, dtype=np.uint8).astype(np.uint32)
         try:
-            if self._bytes_only:
-                return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encode(text)
         except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot write
-            return self.encode_numpy(
-                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            )
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def _encode(self, text: str) -> Ids:
+        if self._bytes_only:
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+        if self._nfc and not unicodedata.is_normalized("NFC", text):
+            text = self._normalized(text)
+        ids = self._encoding.encode_to_numpy(
+            text, allowed_special=self._in_text, disallowed_special=()
+        )
         return ids.astype(np.uint32, copy=False)
+
+    def _normalized(self, text: str) -> str:
+        """NFC of what is between added tokens, which are looked for first.
+
+        By the library that trained the tokenizer: its Unicode version may be another than Python's.
+        """
+        from tokenizers import normalizers
+
+        nfc = normalizers.NFC()
+        added = f"({'|'.join(re.escape(name) for name in self._in_text)})"
+        parts = re.split(added, text) if self._in_text else [text]
+        parts[::2] = [nfc.normalize_str(part) for part in parts[::2]]
+        return "".join(parts)
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one token (a part of a character, maybe); none for eot and unused ids."""
         return self._tokens.get(token, b"")
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """UTF-8 bytes of the tokens."""
+        """UTF-8 bytes of the tokens of a text."""
         return b"".join(self.token_bytes(token) for token in tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -93,9 +144,10 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
-        """Write tiktoken's rank file and a JSON with pattern and special tokens."""
+        """Write tiktoken's rank file (or the tokenizer.json) and a JSON with pattern and special
+        tokens."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _RANKS_FILE).write_bytes(format_tiktoken(self._ranks))
+        (directory / self._file).write_bytes(self._content())
         meta = {**self._meta(), "identity": self.identity}
         (directory / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -104,21 +156,87 @@ class Tokenizer:
         """Read what `save` wrote. CheckpointError when it is missing or damaged."""
         try:
             meta = json.loads((directory / _META_FILE).read_text())
-            ranks = parse_tiktoken((directory / _RANKS_FILE).read_bytes())
-            eot = int(meta["special_tokens"][EOT_TEXT])
-            tokenizer = cls(meta["kind"], ranks, meta["pattern"], eot)
+            special = _special(meta)
+            tokenizer: Tokenizer
+            if meta["kind"] == LibraryTokenizer.KIND:
+                content = (directory / LibraryTokenizer._file).read_bytes()
+                tokenizer = LibraryTokenizer(content, special)
+            else:
+                ranks = parse_tiktoken((directory / Tokenizer._file).read_bytes())
+                tokenizer = Tokenizer(
+                    meta["kind"],
+                    ranks,
+                    meta["pattern"],
+                    special.ids[special.eot],
+                    special,
+                    nfc=meta.get("normalizer") == "NFC",
+                )
             if meta.get("identity", tokenizer.identity) != tokenizer.identity:
-                raise ValueError(f"{_RANKS_FILE} and {_META_FILE} do not belong together")
+                raise ValueError(f"{tokenizer._file} and {_META_FILE} do not belong together")
             return tokenizer
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory}: not a saved tokenizer: {error}") from error
 
+    _file = _RANKS_FILE
+
+    def _content(self) -> bytes:
+        return format_tiktoken(self._ranks)
+
     def _meta(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "pattern": self.pattern,
-            "special_tokens": {EOT_TEXT: self.eot},
-        }
+        meta = {"kind": self.kind, "pattern": self.pattern, **_special_meta(self.special)}
+        return {**meta, "normalizer": "NFC"} if self._nfc else meta
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any `tokenizer.json` through the library `tokenizers`: sentencepiece-style BPE and others.
+
+    What its normaliser changes does not come back in decoding; the space that it puts before a text
+    is left out at a text's start. ValueError when `content` is no tokenizer.json.
+    """
+
+    KIND = "hf"
+    _file = TOKENIZER_JSON
+
+    def __init__(self, content: bytes, special: SpecialTokens) -> None:
+        from tokenizers import Tokenizer as Library
+
+        raw = parse(content)
+        try:
+            self._library = Library.from_str(json.dumps(raw))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"the library tokenizers says: {error}") from error
+        self._library.encode_special_tokens = True  # they are ordinary text inside a text
+        self._json, self._text = content, TokenText(raw)
+        self._bytes_only = False
+        highest = max(self._library.get_vocab().values(), default=-1)
+        self._set_special(self.KIND, special, highest)
+        self._no_text = {special.ids[n] for n in special.ids.keys() - set(special.in_text)}
+        unknown = raw["model"].get("unk_token")
+        self._unknown = None if unknown is None else self._library.token_to_id(unknown)
+
+    def _encode(self, text: str) -> Ids:
+        text.encode()  # for lone surrogates the library has another error than UnicodeEncodeError
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of one token; U+FFFD for the unknown one, none for special and unused ids."""
+        if token == self._unknown:
+            return b"\xef\xbf\xbd"
+        if token < 0 or token in self._no_text:
+            return b""
+        name = self._library.id_to_token(token)
+        return b"" if name is None else self._text.bytes_of(name)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """UTF-8 bytes of the tokens of a text, without the space put before it."""
+        data = super().decode_bytes(tokens)
+        return data.removeprefix(b" ") if self._text.strips_start else data
+
+    def _content(self) -> bytes:
+        return self._json
+
+    def _meta(self) -> dict[str, Any]:
+        return {"kind": self.kind, **_special_meta(self.special)}
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -132,75 +250,106 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         named = named_encoding(config.name)
         return Tokenizer(config.name, named.ranks, named.pattern, named.eot)
     if config.kind == "file":
-        return _from_file(Path(str(config.path)), config)
+        return load_tokenizer(Path(str(config.path)), config.pattern)
     return train_bpe(texts, config.vocab_size, config.pattern, parse_bytes(config.train_bytes))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016) of `vocab_size` tokens, eot included.
+    """Byte-level BPE of `vocab_size` tokens, eot included, from at most `max_bytes` of the texts.
 
-    Learns from at most `max_bytes` of UTF-8; the same texts give the same tokenizer.
+    The same texts give the same tokenizer. See `learn_ranks`.
     """
-    from tokenizers import Regex, pre_tokenizers
-    from tokenizers import Tokenizer as Trainee
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
-
-    trainee = Trainee(BPE())
-    trainee.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trainee.train_from_iterator(_first_bytes(texts, max_bytes), trainer=trainer)
-    characters = byte_characters()
-    ranks = {
-        bytes(characters[c] for c in token): rank for token, rank in trainee.get_vocab().items()
-    }
+    ranks = learn_ranks(texts, vocab_size, pattern, max_bytes)
     return Tokenizer("bpe", ranks, PATTERNS[pattern], len(ranks))
 
 
-def _check_ids(ranks: dict[bytes, int], eot: int) -> None:
+def load_tokenizer(path: Path, pattern: str) -> Tokenizer:
+    """The tokenizer at `path`: a saved directory, a Hugging Face folder or its tokenizer.json, or a
+    .tiktoken file, which is split by `pattern`.
+
+    DataError when it is none of them, CheckpointError when a saved one is damaged.
+    """
+    if path.is_dir():
+        is_json = (path / TOKENIZER_JSON).is_file() and not (path / _META_FILE).is_file()
+        return load_tokenizer_json(path / TOKENIZER_JSON) if is_json else Tokenizer.load(path)
+    if not path.is_file():
+        raise DataError(f"tokenizer.path: no file or directory {path}")
+    if path.suffix == ".json":
+        return load_tokenizer_json(path)
+    if path.suffix != ".tiktoken":
+        raise DataError(
+            f"tokenizer.path: {path} is neither a saved tokenizer directory nor a .tiktoken file"
+            " nor a tokenizer.json"
+        )
+    try:
+        ranks = parse_tiktoken(path.read_bytes())
+        eot = max(ranks.values(), default=0) + 1
+        return Tokenizer("file", ranks, PATTERNS[pattern], eot)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a .tiktoken file: {error}") from error
+
+
+def load_tokenizer_json(path: Path) -> Tokenizer:
+    """A Hugging Face `tokenizer.json`, special tokens as it and the configs beside it say.
+
+    Byte-level BPE runs in tiktoken where that gives the same ids, everything else in the library
+    `tokenizers`. DataError when the file is none, or for kinds whose tokens have no text.
+    """
+    content, special = read_tokenizer_json(path)
+    try:
+        library = LibraryTokenizer(content, special)
+        found = byte_ranks(content, special)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a tokenizer.json that can be used: {error}") from error
+    if found is not None:
+        try:
+            eot = special.ids[special.eot]
+            fast = Tokenizer("file", found.ranks, found.pattern, eot, special, found.nfc)
+        except ValueError:  # a regex that tiktoken does not take, a byte without a token
+            return library
+        probe = _probe()
+        if np.array_equal(fast.encode_numpy(probe), library.encode_numpy(probe)):
+            return fast
+    return library
+
+
+def _probe() -> str:
+    """Text in which regexes that two engines read differently show: characters of many scripts
+    between letters, digits, spaces and line ends."""
+    characters = [*range(0x250), *range(0x250, 0x3400, 29), *range(0x3400, 0x1F700, 997)]
+    kept = [chr(c) for c in characters if not 0xD800 <= c < 0xE000]
+    mixed = "".join(f"a{c}b 12{c}345678 {c}{c}\n {c}A'{c}\r\n\n  " for c in kept)
+    return mixed + "I'LL don't   we'Re 1234567890 \t\n x\u00a0y " + "".join(kept)
+
+
+def _special(meta: dict[str, Any]) -> SpecialTokens:
+    """The special tokens of a saved tokenizer. KeyError, TypeError or ValueError if damaged."""
+    ids = {str(name): int(i) for name, i in meta["special_tokens"].items()}
+    eot, bos = meta.get("eot", EOT_TEXT), meta.get("bos")
+    in_text = tuple(meta.get("in_text", ()))
+    for name in (eot, *in_text, *([] if bos is None else [bos])):
+        ids[name]  # all named ones have an id
+    return SpecialTokens(ids, eot, bos, in_text)
+
+
+def _special_meta(special: SpecialTokens) -> dict[str, Any]:
+    meta: dict[str, Any] = {"special_tokens": special.ids}
+    if special.eot != EOT_TEXT:
+        meta["eot"] = special.eot
+    if special.bos is not None:
+        meta["bos"] = special.bos
+    if special.in_text:
+        meta["in_text"] = list(special.in_text)
+    return meta
+
+
+def _check_ids(ranks: dict[bytes, int], special: SpecialTokens) -> None:
     """ValueError for what tiktoken answers with a panic, which is no Exception."""
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise ValueError(f"{len(missing)} of the 256 bytes have no token")
-    ids = {*ranks.values(), eot}
-    if len(ids) <= len(ranks):
+    ids = {*ranks.values(), *special.ids.values()}
+    if len(ids) < len(ranks) + len(special.ids):
         raise ValueError("two tokens have the same id")
     if min(ids) < 0 or max(ids) >= 2**31:
         raise ValueError("a token id is negative or above 2^31")
-
-
-def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    left = max_bytes
-    for text in texts:
-        stop.raise_if_requested()
-        yield text
-        left -= len(text.encode("utf-8", "replace"))
-        if left <= 0:
-            return
-
-
-def _from_file(path: Path, config: TokenizerConfig) -> Tokenizer:
-    if path.is_dir():
-        return Tokenizer.load(path)
-    if not path.is_file():
-        raise DataError(f"tokenizer.path: no file or directory {path}")
-    if path.suffix != ".tiktoken":
-        raise DataError(
-            f"tokenizer.path: {path} is neither a saved tokenizer directory nor a .tiktoken file"
-        )
-    try:
-        ranks = parse_tiktoken(path.read_bytes())
-        return Tokenizer(
-            "file", ranks, PATTERNS[config.pattern], max(ranks.values(), default=0) + 1
-        )
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a .tiktoken file: {error}") from error

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcli import stop
-from gptcli.data.corpus import Document
+from gptcli.data.scan import Document
 from gptcli.data.tasks import Example
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
@@ -83,10 +83,8 @@ def encode_documents(
     """Documents as tokens, in order, up to `max_tokens` scored tokens in all."""
     encoded = []
     left = max_tokens if max_tokens is not None else math.inf
-    for document in documents:
+    for ids, size in _token_ids(documents, tokenizer):
         stop.raise_if_requested()
-        ids = tokenizer.encode_numpy(document.text).astype(np.int64)
-        size = len(document.text.encode("utf-8", "replace"))
         if len(ids) > left:
             ids = ids[: int(left)]
             size = len(tokenizer.decode_bytes(ids.tolist()))
@@ -102,6 +100,22 @@ def encode_documents(
     if not encoded:
         raise DataError("no token to evaluate on")
     return encoded
+
+
+def _token_ids(
+    documents: Sequence[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Token ids (n,) of each document and the bytes of its text; tokenised ones end at each eot."""
+    for document in documents:
+        if document.tokens is None:
+            ids = tokenizer.encode_numpy(document.text).astype(np.int64)
+            text = document.text
+            yield ids, len(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
+            continue
+        whole = document.tokens.astype(np.int64)
+        for part in np.split(whole, np.flatnonzero(whole == tokenizer.eot)):
+            ids = part[1:] if len(part) and part[0] == tokenizer.eot else part
+            yield ids, len(tokenizer.decode_bytes(ids.tolist()))
 
 
 def encode_examples(examples: Sequence[Example]) -> list[EncodedDocument]:

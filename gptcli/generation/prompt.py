@@ -2,29 +2,33 @@
 
 import logging
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from gptcli.data.tokenizer import EOT_TEXT, Tokenizer
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.data.tokenizer_json import EOT_TEXT
 from gptcli.errors import ConfigError
 
 log = logging.getLogger("gptcli")
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, text: str | bytes, allow_special: bool = False
+) -> list[int]:
     """Token ids of a document that begins with `text`, document start included.
 
     The start is the tokenizer's `start`, as in training and evaluation. With `allow_special`,
-    `<|endoftext|>` in the text is the eot token, else ordinary text. Raises ConfigError when
-    nothing is left to start from, or when the tokenizer has no eot to allow.
+    `<|endoftext|>` in the text is the eot token, else ordinary text. Bytes are a document that is
+    no text, for tokenizers with a token a byte. Raises ConfigError when nothing is left to start
+    from, or when the tokenizer has no eot to allow.
     """
-    if allow_special and EOT_TEXT in text:
-        if tokenizer.eot is None:
-            raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
-        ids: list[int] = []
-        for i, part in enumerate(text.split(EOT_TEXT)):
-            ids += ([tokenizer.eot] if i else []) + tokenizer.encode(part)
-    else:
-        ids = tokenizer.encode(text)
+    parts: list[Any] = [text]
+    if allow_special:
+        parts = text.split(EOT_TEXT) if isinstance(text, str) else text.split(EOT_TEXT.encode())
+    if len(parts) > 1 and tokenizer.eot is None:
+        raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
+    ids = tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids += [tokenizer.eot, *tokenizer.encode(part)]
     if tokenizer.start is not None and ids[:1] != [tokenizer.start]:
         ids = [tokenizer.start, *ids]
     if not ids:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptcli.config.schema import ModelConfig
 from gptcli.model.cache import KVCache
+from gptcli.model.segments import Segments, attend_each
 
 IGNORED = -100  # target of a position that carries no loss
 
@@ -48,7 +49,14 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, rope: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x is the continuation of what it holds."""
         B, T, _ = x.shape  # noqa: N806
         q, k, v = self.qkv(x).split(self.widths, dim=-1)  # (B, T, H*D), (B, T, K*D) x 2
@@ -60,7 +68,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
-        mask = None
+        mask = None if segments is None else segments.mask
         if cache is not None:
             past = cache.length
             k, v = cache.append(layer, k, v)  # (B, K, past + T, D)
@@ -69,14 +77,14 @@ class Attention(nn.Module):
         if self.n_kv_head != self.n_head:
             groups = self.n_head // self.n_kv_head
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        dropout = self.dropout if self.training else 0.0
+        if segments is not None and segments.lengths is not None:
+            y = attend_each(q, k, v, segments.lengths, dropout)
+        else:
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -109,12 +117,19 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config), FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if self.pre:
-            x = x + self.drop(self.attn(self.norm1(x), rope, cache, layer))
+            x = x + self.drop(self.attn(self.norm1(x), rope, cache, layer, segments))
             return x + self.drop(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.drop(self.attn(x, rope, cache, layer)))
+        x = self.norm1(x + self.drop(self.attn(x, rope, cache, layer, segments)))
         return self.norm2(x + self.drop(self.mlp(x)))
 
 
@@ -154,41 +169,56 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.wte.weight.device
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> final hidden states (B, T, C); T with the cache <= block_size."""
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C); T with the cache <= block_size.
+
+        `segments` (B, T) int64 says which document of its row each token belongs to, and never
+        falls along a row: attention stays inside the document and positions restart at its first
+        token. ValueError for too many tokens, or segments together with a cache.
+        """
         start = cache.length if cache is not None else 0
         stop = start + tokens.size(1)
         if stop > self.config.block_size:
             raise ValueError(f"{stop} tokens do not fit block_size {self.config.block_size}")
+        if segments is not None and (cache is not None or segments.shape != tokens.shape):
+            raise ValueError("segments have the shape of the tokens and go with no cache")
+        documents = None if segments is None else Segments.of(segments)
+        where: slice | Tensor = slice(start, stop) if documents is None else documents.positions
         x = self.wte(tokens)
         rope = None
         if self.config.position == "learned":
-            x = x + self.wpe.weight[start:stop]
+            x = x + (self.wpe.weight[where] if documents is None else self.wpe(where))
         elif self.config.position == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4.
-            x = x * math.sqrt(self.config.n_embd) + self.positions[start:stop]
+            x = x * math.sqrt(self.config.n_embd) + self.positions[where]
         elif self.config.position == "rope":
-            rope = self.positions[:, start:stop]  # (2, T, D/2)
+            rope = self.positions[:, where]  # (2, T, D/2), with segments (2, B, T, D/2)
         x = self.drop(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer)
+            x = block(x, rope, cache, layer, documents)
         if cache is not None:
             cache.length = stop
         return self.norm(x)
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        segments: Tensor | None = None,
     ) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`."""
-        x = self.hidden(tokens, cache)
+        """Token ids (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`; see `hidden`."""
+        x = self.hidden(tokens, cache, segments)
         return self.head(x[:, -1:] if last_only else x)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """Sum over the targets that are not IGNORED of -ln p(target), nats, fp32 scalar.
 
-        `tokens` and `targets` are (B, T) int64; targets[b, t] follows tokens[b, t].
+        All are (B, T) int64; targets[b, t] follows tokens[b, t]. For `segments` see `hidden`.
         """
-        logits = self(tokens).flatten(0, 1).float()
+        logits = self(tokens, segments=segments).flatten(0, 1).float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
@@ -216,8 +246,11 @@ def rope_table(length: int, head_dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the halves of x (B, T, H, D) as transformers does: (x1 + i x2) e^(i angle)."""
-    cos, sin = rope[0, :, None].to(x.dtype), rope[1, :, None].to(x.dtype)  # (T, 1, D/2)
+    """Rotate the halves of x (B, T, H, D) as transformers does: (x1 + i x2) e^(i angle).
+
+    `rope` holds cosines and sines, (2, T, D/2) or a table for each row, (2, B, T, D/2).
+    """
+    cos, sin = rope.to(x.dtype).unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 

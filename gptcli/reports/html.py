@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from gptcli.reports.page import Page
@@ -16,6 +16,16 @@ STATUS_CLASSES = {"running": "running", "finished": "good", "stopped": "stopped"
 
 def render_html(page: Page, plots: list[Plot]) -> str:
     """The page with its figures. All text in `page` is untrusted; the SVG of `plots` is ours."""
+    return page_template("report.html.jinja").render(
+        page=page,
+        large=[(plot, Markup(plot.svg)) for plot in plots if plot.large],
+        small=[(plot, Markup(plot.svg)) for plot in plots if not plot.large],
+        status_class=STATUS_CLASSES.get(page.status or "", ""),
+    )
+
+
+def page_template(name: str) -> Template:
+    """A template beside this module; what is inserted is escaped and made visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -25,12 +35,7 @@ def render_html(page: Page, plots: list[Plot]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.jinja").render(
-        page=page,
-        large=[(plot, Markup(plot.svg)) for plot in plots if plot.large],
-        small=[(plot, Markup(plot.svg)) for plot in plots if not plot.large],
-        status_class=STATUS_CLASSES.get(page.status or "", ""),
-    )
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:

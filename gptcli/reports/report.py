@@ -101,6 +101,7 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
         "training": _training(run, files.metrics),
         "last_eval": evals[-1] if evals else None,
         "best_eval": best(evals),
+        "mixture": run["mixture"] if isinstance(run.get("mixture"), list) else [],
         **{key: _mapping(run, key) for key in COPIED},
         "notes": _notes(run, evals) + files.problems,
     }

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,6 @@ def build_session(
 def run_session(
     session: Session,
     rows: RowSource,
-    epoch_bytes: int,
     finish: Callable[[], dict[str, Any]] = dict,
 ) -> RunResult:
     """Train to the end or to a stop; the last checkpoint is saved and run.json is up to date.
@@ -150,7 +149,7 @@ def run_session(
     )
     status, facts = "failed", dict[str, Any]()
     try:
-        with Prefetch(step_batches(rows, per_step, epoch_bytes)) as batches:
+        with Prefetch(step_batches(rows, per_step)) as batches:
             train(session, batches)
         status = "stopped"
         if session.finished:
@@ -215,6 +214,7 @@ def _scorer(
 def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, Any]:
     return {
         "train": {"documents": corpus.documents, "bytes": corpus.train_bytes},
+        "sources": [asdict(source) for source in corpus.sources],
         "val": {
             "documents": len(validation),
             "tokens": sum(len(d.tokens) - d.first for d in validation),

@@ -74,7 +74,9 @@ def train(session: Session, batches: Prefetch) -> None:
 
 
 def forward_backward(
-    session: Session, batch: StepBatch, loss_of: Callable[[Tensor, Tensor], Tensor]
+    session: Session,
+    batch: StepBatch,
+    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> tuple[float, float]:
     """Gradients of the mean loss over the step's unmasked targets, clipped.
 
@@ -87,11 +89,12 @@ def forward_backward(
     count = max(int((batch.targets != IGNORED).sum()), 1)
     scale = state.loss_scale if session.choices.precision == "fp16" else 1.0
     total = torch.zeros((), device=device)
-    parts = zip(torch.split(batch.tokens, size), torch.split(batch.targets, size), strict=True)
-    for tokens, targets in parts:
-        tokens, targets = tokens.to(device), targets.to(device)
+    for first in range(0, len(batch.tokens), size):
+        rows = slice(first, first + size)
+        tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
+        segments = None if batch.segments is None else batch.segments[rows].to(device)
         with autocast(session.device, session.choices.precision):
-            loss = loss_of(tokens, targets) / count
+            loss = loss_of(tokens, targets, segments) / count
         torch.autograd.backward(loss * scale)
         total += loss.detach()
     parameters = list(session.model.parameters())

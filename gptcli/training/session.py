@@ -267,6 +267,8 @@ class Session:
             },
             "choices": self.choices.to_json(),
         }
+        if state.position is not None and "seen" in state.position:
+            facts["mixture"] = state.position["seen"]
         if self.scores is not None:
             facts["scores"] = self.scores.to_json()
         return facts

@@ -246,7 +246,7 @@ def _check_config(contents: Contents, config: Config) -> None:
         text
         for key, text in shown.items()
         if key.startswith(("model.", "tokenizer.", "data.", "init", "seed", "optimizer.kind"))
-        and key != "model.dropout"
+        and key not in ("model.dropout", "data.cache")  # neither changes what is trained on
         and not (config.init is not None and key.startswith(("model.", "tokenizer.")))
     ]
     if fixed:

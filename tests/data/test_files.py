@@ -2,28 +2,21 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptcli.config.schema import SourceConfig
-from gptcli.data.files import open_utf8, resolve
+from gptcli.data.files import resolve
 from gptcli.errors import ConfigError, DataError
 
-TEXT = "naïve café, 你好, 🙂\nsecond line\r\nno end"
 
-
-def source(path: Path | str, **options: str) -> SourceConfig:
+def source(path: Path | str, **options: Any) -> SourceConfig:
     return SourceConfig.model_validate({"path": str(path), **options})
 
 
 def names(*paths: Path | str) -> list[str]:
     return [Path(file.path).name for file in resolve([source(path) for path in paths])]
-
-
-def content(path: Path, **options: str) -> str:
-    (file,) = resolve([source(path, **options)])
-    with open_utf8(file) as f:
-        return f.read().decode()
 
 
 def refused(*paths: Path | str) -> str:
@@ -61,7 +54,7 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path):
 
 
 def test_missing_files_are_all_listed(folder: Path):
-    """Guards against reporting one missing file a run."""
+    """D1, D2: guards against reporting one missing file a run, and against a run on 0 rows."""
     message = refused(folder / "x.txt", folder / "a.md", folder / "y.txt", folder / "*.csv")
     assert [line.split(": ")[1] for line in message.splitlines()] == [
         "no such file",
@@ -91,13 +84,12 @@ def test_a_directory_without_text(tmp_path: Path):
     assert "no file in this directory" in refused(tmp_path)
 
 
-def test_unknown_builtin_and_hub_are_refused():
+def test_an_unknown_builtin_is_refused():
     """Guards against a misspelt builtin looked for as a file."""
     assert "web-bible" in refused("builtin:bible")
-    assert "hub" in refused("hub:owner/name")
 
 
-def test_an_option_that_is_not_read_yet_is_refused(folder: Path):
+def test_document_is_for_text(folder: Path):
     """Guards against `document: line` being ignored silently for rows."""
     (folder / "r.jsonl").write_text('{"text": "a"}')
     with pytest.raises(ConfigError, match="document is for text files"):
@@ -105,70 +97,108 @@ def test_an_option_that_is_not_read_yet_is_refused(folder: Path):
     assert resolve([source(folder / "b.txt", document="line")])[0].kind == "lines"
 
 
-def test_an_unknown_encoding_is_named(folder: Path):
-    """Guards against a LookupError traceback."""
-    with pytest.raises(DataError, match="utf-99"):
-        resolve([source(folder / "b.txt", encoding="utf-99")])
+@pytest.mark.parametrize("encoding", ["utf-99", "hex", "rot13", ""])
+def test_an_unknown_encoding_is_named(folder: Path, encoding: str):
+    """Guards against a LookupError traceback, and against codecs that make no text."""
+    with pytest.raises(DataError, match=f"no encoding is called '{encoding}'"):
+        resolve([source(folder / "b.txt", encoding=encoding)])
 
 
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
-def test_utf8_is_read_as_it_is_without_its_mark(tmp_path: Path, bom: bytes, suffix: str):
-    """Guards against a byte-order mark as the first character, and against changed line ends."""
-    path = tmp_path / f"a{suffix}"
-    data = bom + TEXT.encode()
-    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
-    assert content(path) == TEXT
+KINDS = {
+    "a.txt": "text",
+    "a.md": "text",
+    "a.text": "text",
+    "a.PY": "text",
+    "a.jsonl": "rows",
+    "a.ndjson": "rows",
+    "a.csv": "table",
+    "a.tsv": "table",
+    "a.parquet": "table",
+    "a.arrow": "table",
+    "a.npy": "tokens",
+    "a.bin": "tokens",
+}
 
 
-def test_seeking_behind_a_mark_counts_without_it(tmp_path: Path):
-    """Guards against places of a file with a mark that are three bytes off."""
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbf0123456789")
-    (file,) = resolve([source(path)])
-    with open_utf8(file) as f:
-        assert f.seek(4) == 4
-        assert f.read(2) == b"45"
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".XZ"])
+def test_the_ending_chooses_the_kind(tmp_path: Path, name: str, ending: str):
+    """Guards against a kind or an archive that is not known, and against one that cannot work."""
+    (tmp_path / (name + ending)).touch()
+    whole = source(tmp_path / (name + ending))
+    if ending and Path(name).suffix in (".parquet", ".arrow", ".npy", ".bin"):
+        with pytest.raises(DataError, match="not a kind of file"):
+            resolve([whole])
+        return
+    (file,) = resolve([whole])
+    assert file.kind == KINDS[name]
+    assert file.compression == ending.lower()
+    assert file.format == Path(name).suffix.lower()
+    assert file.seekable == (not ending)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
-def test_other_encodings_are_read_when_named(tmp_path: Path, encoding: str):
-    """Guards against text of other encodings read as mojibake or with its mark."""
-    text = TEXT if encoding != "latin-1" else "naïve café\n"
-    path = tmp_path / "a.txt"
-    path.write_bytes(("\ufeff" * encoding.startswith("utf-16-") + text).encode(encoding))
-    assert content(path, encoding=encoding) == text
+def test_files_know_their_source(folder: Path):
+    """Guards against documents counted for another source of a mixture."""
+    files = resolve([source(folder / "a.md"), source(folder), source("builtin:web-bible")])
+    assert [file.number for file in files] == [0, 1, 1, 1, 1, 1, 2]
 
 
-def test_utf16_without_its_name_gives_a_hint(tmp_path: Path):
-    """Guards against UTF-16 trained on as zero bytes between letters."""
-    path = tmp_path / "a.txt"
-    path.write_bytes(TEXT.encode("utf-16"))
-    with pytest.raises(DataError, match="UTF-16") as caught:
-        content(path)
-    assert "encoding: utf-16" in str(caught.value.hint)
+def test_binary_reads_every_file(folder: Path):
+    """Guards against pictures that cannot be named, and against archives that are unpacked."""
+    files = resolve([source(folder, encoding="binary")])
+    assert [Path(f.path).name for f in files] == [
+        "a.md",
+        "b.txt",
+        "picture.png",
+        "rows.jsonl",
+        "c.py",
+        "d.txt.gz",
+    ]
+    assert {(f.kind, f.compression, f.seekable) for f in files} == {("binary", "", True)}
 
 
-def test_text_of_another_encoding_than_named(tmp_path: Path):
-    """Guards against a UnicodeDecodeError traceback."""
-    path = tmp_path / "a.txt"
-    path.write_bytes("abc".encode("utf-16") + b"x")
-    with pytest.raises(DataError, match="not utf-16 text"):
-        content(path, encoding="utf-16")
+def test_tokens_beside_their_text_are_refused(folder: Path):
+    """Guards against a folder of nanoGPT, with input.txt and train.bin, read as both."""
+    (folder / "train.bin").touch()
+    assert "holds files of tokens (train.bin) and others" in refused(folder)
+    assert names(folder / "*.bin") == ["train.bin"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "plain"])
-def test_damaged_archives_are_named(tmp_path: Path, damage: str):
-    """Guards against a traceback, or half a corpus, from a download that broke off."""
-    path = tmp_path / "a.txt.gz"
-    data = gzip.compress(bytes(range(256)) * 50)
-    path.write_bytes(
-        {
-            "truncated": data[:-20],
-            "flipped": data[:-6] + bytes([data[-6] ^ 1]) + data[-5:],
-            "plain": b"not gzip at all",
-        }[damage]
-    )
-    with pytest.raises(DataError, match="damaged or truncated archive") as caught:
-        content(path)
-    assert str(path) in caught.value.message
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("a.txt", {"split": "train"}, "split is for hub corpora"),
+        ("a.parquet", {"document": "line"}, "document is for text files"),
+        ("a.txt", {"document": "line", "encoding": "binary"}, "document is for text files"),
+        ("builtin:web-bible", {"document": "line"}, "document is for text files"),
+        ("a.txt", {"text_field": "body"}, "text_field is for rows"),
+        ("a.npy", {"text_field": "body"}, "text_field is for rows"),
+        ("a.txt", {"on_bad_row": "skip"}, "on_bad_row is for rows"),
+        ("a.parquet", {"encoding": "utf-16"}, "encoding is for files of text"),
+        ("a.npy", {"encoding": "latin-1"}, "encoding is for files of text"),
+        ("builtin:web-bible", {"encoding": "binary"}, "encoding is for files of text"),
+        ("a.bin", {"on_bad_text": "error"}, "on_bad_text is for text"),
+        ("a.bin", {"filters": {"min_characters": 3}}, "filters are for text"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], problem: str
+):
+    """Guards against an option that is written down and then ignored."""
+    path = name if name.startswith("builtin:") else str(tmp_path / name)
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{problem}.*leave it out") as caught:
+        resolve([source(path, **options)])
+    assert path in caught.value.message
+
+
+def test_all_options_that_do_not_fit_are_listed(folder: Path):
+    """Guards against one such option a run."""
+    with pytest.raises(ConfigError) as caught:
+        resolve([source(folder / "a.md", split="x"), source(folder / "b.txt", text_field="t")])
+    assert len(caught.value.problems) == 2
+
+
+def test_options_that_fit_some_files_of_a_folder_are_taken(folder: Path):
+    """Guards against a folder of rows and texts that cannot be read for its text_field."""
+    assert len(resolve([source(folder, text_field="body", on_bad_row="skip")])) == 5

@@ -2,23 +2,29 @@
 
 import gzip
 import json
+import lzma
 import random
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from gptcli.config.schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
-from gptcli.data.readers import (
+from gptcli.data.layout import layout
+from gptcli.data.lines import HELD_BYTES
+from gptcli.data.readers import content_hash, file_tail_start, read_shards, tail_start
+from gptcli.data.shards import (
+    MAX_ROW_BYTES,
     PIECE_BYTES,
+    SHARD_BYTES,
     SHARD_PIECES,
     Problems,
     Shard,
     Split,
-    file_tail_start,
-    read_shards,
-    tail_start,
 )
 from gptcli.errors import DataError
 
@@ -32,6 +38,13 @@ def source_file(path: Path, **options: str) -> SourceFile:
 
 def text_shard(file: SourceFile, start: int, stop: int, low: int, high: int) -> Shard:
     return Shard(file, start, stop, WHOLE, low, high)
+
+
+def records_of(file: SourceFile, problems: Problems | None = None) -> list[dict[str, Any]]:
+    """All records of a file, read as one shard."""
+    size = layout(file, problems or Problems()).size
+    count = -(-size // PIECE_BYTES) if file.kind in ("text", "binary") else size
+    return list(read_shards([Shard(file, 0, count, WHOLE, high=size)], problems))
 
 
 def lines_of(characters: str, size: int, seed: int = 0) -> bytes:
@@ -98,17 +111,39 @@ def test_shards_read_alone_equal_the_whole(tmp_path: Path, name: str, bom: bytes
         assert [record for records in reversed(backwards) for record in records] == whole
 
 
-def test_a_gzipped_file_reads_as_the_plain_one(tmp_path: Path):
-    """Guards against archives that are cut at other places, or not at all."""
-    data = FILES["lines"]
-    (tmp_path / "a.txt").write_bytes(data)
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(data, 1))
-    count = -(-len(data) // PIECE_BYTES)
-    texts = [
-        [r["text"] for r in read_shards([text_shard(source_file(p), 0, count, 0, len(data))])]
-        for p in (tmp_path / "a.txt", tmp_path / "b.txt.gz")
-    ]
-    assert texts[0] == texts[1]
+PACK = {
+    ".gz": lambda data: gzip.compress(data, 1),
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    ".xz": lambda data: lzma.compress(data, preset=0),
+}
+
+
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("kind", ["text", "line", "paragraph", "jsonl", "csv", "tsv"])
+def test_an_archive_reads_as_the_plain_file(tmp_path: Path, ending: str, encoding: str, kind: str):
+    """Guards against archives or encodings that are cut at other places, or not at all."""
+    text = FILES["lines"].decode()
+    documents = [text[i : i + 9000] for i in range(0, len(text), 9000)]
+    options = {"document": kind} if kind in ("line", "paragraph") else {}
+    content, suffix = text, ".txt"
+    if kind == "jsonl":
+        content = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+        suffix = ".jsonl"
+    elif kind in ("csv", "tsv"):
+        rows = ["text,n", *(f'"{d}",{i}' for i, d in enumerate(documents))]
+        content = "\n".join(row.replace(",", "\t") if kind == "tsv" else row for row in rows)
+        suffix = f".{kind}"
+    (tmp_path / f"a{suffix}").write_bytes(content.encode())
+    (tmp_path / f"b{suffix}{ending}").write_bytes(PACK[ending](content.encode(encoding)))
+    plain = records_of(source_file(tmp_path / f"a{suffix}", **options))
+    packed = records_of(source_file(tmp_path / f"b{suffix}{ending}", encoding=encoding, **options))
+    if kind in ("jsonl", "csv"):
+        whole = "".join(record["text"] for record in plain)
+        assert whole == "".join(d for d in documents if d.strip())
+    assert len(plain) > 3
+    for one, other in zip(plain, packed, strict=True):
+        assert one | {"document": ""} == other | {"document": ""}
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if "invalid" not in n and "cut" not in n])
@@ -132,7 +167,7 @@ def test_the_tail_begins_at_a_character_and_is_not_twice_as_long(
 )
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_invalid_utf8_is_placed_in_the_file(tmp_path: Path, place: int, bom: bytes):
-    """Guards against an offset within the piece, or without the mark, reported as the file's."""
+    """D5: guards against an offset within the piece, or without the mark, told as the file's."""
     data = bytearray(("x" * 99 + "\n").encode() * 12_000)
     data[place] = 0xFF
     (tmp_path / "a.txt").write_bytes(bom + data)
@@ -202,10 +237,14 @@ def test_a_long_row_is_cut_into_pieces_of_one_document(tmp_path: Path):
         ('{"title": "a", "body": "b"}', r"no field 'text' \(has: title, body\)"),
         ("{}", r"no field 'text' \(has: none\)"),
         ('{"text": 3}', "'text' is not text but int"),
+        ('{"text": ["a"]}', "'text' is not text but list"),
+        ('{"text": {"a": "b"}}', "'text' is not text but dict"),
+        ('{"text": "a"} {"text": "b"}', "not a JSON row"),
+        ('{"text": 1' + "0" * 5000 + "}", "not a JSON row"),
     ],
 )
 def test_bad_rows_are_named_by_line(tmp_path: Path, line: str, problem: str):
-    """Guards against errors without the line, or without the fields that the row does have."""
+    """D6, D7: guards against errors without the line, or without the fields that the row has."""
     path = write_rows(tmp_path / "a.jsonl", '{"text": "good"}', "", line, '{"text": "too"}')
     with pytest.raises(DataError, match=problem) as caught:
         rows_of(path)
@@ -217,7 +256,7 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, line: str, problem: str):
 
 
 def test_null_text_is_left_out_and_counted(tmp_path: Path):
-    """Guards against the text `None`, and against rows that vanish without a word."""
+    """D7: guards against the text `None`, and against rows that vanish without a word."""
     path = write_rows(tmp_path / "a.jsonl", '{"text": null}', '{"text": "a"}', '{"text": null}')
     problems = Problems()
     assert [r["text"] for r in rows_of(path, problems)] == ["a"]
@@ -252,3 +291,205 @@ def test_rows_stay_whole_for_finetuning(tmp_path: Path):
     with pytest.raises(DataError, match=r"no field 'answer' \(has: q, a, extra\)") as caught:
         list(read_shards([bad]))
     assert caught.value.message.startswith(f"{path}:1: ")
+
+
+def test_a_row_of_gigabytes_is_a_bad_row(tmp_path: Path):
+    """D6: guards against a line without end that fills the memory before it is refused."""
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as f:
+        f.write(b'{"text": "a"}\n')
+        f.write(b'{"text": "')
+        f.truncate(f.tell() + MAX_ROW_BYTES)  # zero bytes, of which no disk space is used
+        f.seek(0, 2)
+        f.write(b'\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=rf"a row of {MAX_ROW_BYTES + 11} bytes, more") as caught:
+        rows_of(path)
+    assert caught.value.message.startswith(f"{path}:2: ")
+    problems = Problems()
+    assert [r["text"] for r in rows_of(path, problems, on_bad_row="skip")] == ["a", "b"]
+    assert problems.skipped_rows == {str(path): 1}
+
+
+def test_records_say_where_they_come_from(tmp_path: Path):
+    """Guards against records that the token cache or the mixture cannot tell apart."""
+    path = write_rows(tmp_path / "a.jsonl", '{"text": "a"}', "", '{"text": "b"}')
+    (tmp_path / "b.txt").write_bytes(b"x\n" * PIECE_BYTES)
+    first, second = resolve([SourceConfig(path=str(p)) for p in (path, tmp_path / "b.txt")])
+    rows, pieces = records_of(first), records_of(second)
+    assert [(r["number"], r["part"], r["source"]) for r in rows] == [(0, 0, 0), (15, 0, 0)]
+    assert [(r["number"], r["part"], r["source"]) for r in pieces] == [(0, 0, 1), (1, 1, 1)]
+    assert {r["document"] for r in pieces} == {str(tmp_path / "b.txt")}
+    dropped = replace(Shard(first, 0, 99, WHOLE), dropped=frozenset({0}))
+    assert [r["text"] for r in read_shards([dropped])] == ["b"]
+
+
+def test_control_bytes_are_text(tmp_path: Path):
+    """D19: guards against NUL and ESC that are cut out, or that end a text."""
+    text = "a\0b\x1b[31mc\x07\x0c\x85d\u2028e\n"
+    (tmp_path / "a.txt").write_text(text, newline="")
+    write_rows(tmp_path / "a.jsonl", json.dumps({"text": text}))
+    for name in ("a.txt", "a.jsonl"):
+        assert [r["text"] for r in records_of(source_file(tmp_path / name))] == [text]
+    assert [r["text"] for r in records_of(source_file(tmp_path / "a.txt", document="line"))] == [
+        text[:-1]
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 17 * PIECE_BYTES + 5])
+def test_binary_is_cut_exactly(tmp_path: Path, size: int):
+    """Guards against bytes that are decoded, or cut at line ends."""
+    data = random.Random(0).randbytes(size)
+    (tmp_path / "a.png").write_bytes(data)
+    file = source_file(tmp_path / "a.png", encoding="binary")
+    records = records_of(file)
+    assert b"".join(r["text"] for r in records) == data
+    assert [r["bytes"] for r in records[:-1]] == [PIECE_BYTES] * max(len(records) - 1, 0)
+    assert [r["part"] for r in records] == list(range(len(records)))
+    low, high = size // 3, size - size // 5
+    count = -(-(high - low) // PIECE_BYTES)
+    shards = [Shard(file, k, k + 1, WHOLE, low, high) for k in range(count)]
+    assert b"".join(r["text"] for r in read_shards(shards)) == data[low:high]
+
+
+@pytest.mark.parametrize(
+    ("row", "text_field", "text"),
+    [
+        ({"article": {"body": "inner"}}, "article.body", "inner"),
+        ({"article.body": "own", "article": {"body": "inner"}}, "article.body", "own"),
+        ({"a": {"b": {"c": "deep"}}}, "a.b.c", "deep"),
+    ],
+)
+def test_a_field_may_be_inside_another(
+    tmp_path: Path, row: dict[str, Any], text_field: str, text: str
+):
+    """Guards against corpora whose text is not at the top, and against names that have dots."""
+    path = write_rows(tmp_path / "a.jsonl", json.dumps(row))
+    assert [r["text"] for r in rows_of(path, text_field=text_field)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"article": {"title": "t", "date": 3}},
+            r"no field 'article.body' \(has: article.title",
+        ),
+        ({"title": "t"}, r"no field 'article.body' \(has: title\)"),
+        ({"article": "t"}, "field 'article' has no fields: it is str"),
+        ({"article": {"body": 3}}, "field 'article.body' is not text but int"),
+    ],
+)
+def test_a_field_that_is_not_inside_another(tmp_path: Path, row: dict[str, Any], problem: str):
+    """D7: guards against a KeyError, and against a message without the names that there are."""
+    path = write_rows(tmp_path / "a.jsonl", json.dumps(row))
+    with pytest.raises(DataError, match=problem) as caught:
+        rows_of(path, text_field="article.body")
+    assert caught.value.message.startswith(f"{path}:1: ")
+
+
+def test_null_inside_a_field_is_null(tmp_path: Path):
+    """D7: guards against an error for rows that have no article at all."""
+    path = write_rows(tmp_path / "a.jsonl", '{"article": null}', '{"article": {"body": null}}')
+    problems = Problems()
+    assert rows_of(path, problems, text_field="article.body") == []
+    assert problems.null_rows == {str(path): 2}
+
+
+LONG = ("word " * 100 + "你好🙂") * (HELD_BYTES // 400)  # 20 % above what is held in memory
+LINES = ["short", "", LONG, "  \t", "one more", LONG[5:], "é" * 70_000, "", "", "the last"]
+
+
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+@pytest.mark.parametrize("split", ["none", "tail", "hash"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_long_lines_come_in_parts(tmp_path: Path, document: str, split: str, line_end: str):
+    """Guards against text lost, doubled or torn where a line is too long to be held, against
+    another split of it, and against a shard's border inside."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(line_end.join(LINES).encode())
+    file = source_file(path, document=document)
+    found = layout(file, Problems())
+    joined = LINES if document == "line" else line_end.join(LINES).split(line_end * 2)
+    joined = joined if document == "line" else paragraphs_of(LINES, line_end)
+    documents = [text for text in joined if text.strip()]
+    hashes = sorted(content_hash(text) for text in documents)
+    parts = {}
+    for part in ("train", "val"):
+        kind = Split(split, part, 0.1, hashes[2])  # type: ignore[arg-type]
+        whole = list(read_shards([Shard(file, 0, found.size, kind)]))
+        starts = found.borders or range(0, found.size, 300_000)
+        shards = [
+            Shard(file, low, high, kind)
+            for low, high in zip(starts, [*starts[1:], found.size], strict=True)
+        ]
+        assert [r for shard in shards for r in read_shards([shard])] == whole
+        assert all(0 < r["bytes"] <= PIECE_BYTES for r in whole)
+        assert all(r["bytes"] == len(r["text"].encode()) for r in whole)
+        assert {r["digest"] for r in whole} <= set(hashes)
+        pieces: dict[int, list[str]] = {}
+        for record in whole:
+            pieces.setdefault(record["number"], []).append(record["text"])
+        parts[part] = {number: "".join(texts) for number, texts in pieces.items()}
+    if split == "none":
+        assert list(parts["train"].values()) == documents
+    elif split == "tail":
+        both = [parts["train"].get(n, "") + parts["val"][n] for n in parts["val"]]
+        assert both == documents
+    else:
+        assert sorted([*parts["train"].values(), *parts["val"].values()]) == sorted(documents)
+        assert len(parts["val"]) == 2
+
+
+def paragraphs_of(lines: list[str], line_end: str) -> list[str]:
+    """The runs of lines that are not blank."""
+    runs: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip():
+            runs[-1].append(line)
+        else:
+            runs.append([])
+    return [line_end.join(run) for run in runs if run]
+
+
+def test_paragraph_shards_begin_at_borders(tmp_path: Path):
+    """Guards against paragraphs torn at a border, and against one shard for a whole corpus."""
+    rng = random.Random(1)
+    lines = [rng.choice(["", " \t", "a line " * rng.randrange(400)]) for _ in range(9000)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(lines), newline="")
+    file = source_file(path, document="paragraph")
+    found = layout(file, Problems())
+    assert found.borders is not None
+    assert len(found.borders) > 3
+    gaps = [b - a for a, b in zip(found.borders, [*found.borders[1:], found.size], strict=True)]
+    assert all(SHARD_BYTES <= gap < 3 * SHARD_BYTES for gap in gaps[:-1])
+    texts = [
+        record["text"]
+        for low, gap in zip(found.borders, gaps, strict=True)
+        for record in read_shards([Shard(file, low, low + gap, WHOLE)])
+    ]
+    assert texts == paragraphs_of(lines, "\n")
+
+
+@pytest.mark.parametrize("document", ["file", "line", "paragraph"])
+def test_one_line_of_a_whole_file_needs_little_memory(tmp_path: Path, document: str):
+    """Guards against a reader that finishes the line in memory: 20 MB here, gigabytes elsewhere."""
+    path = tmp_path / "a.txt"
+    with path.open("wb") as f:
+        for _ in range(20):
+            f.write(b"0123456789abcdef" * 62_500)
+    file = source_file(path, document=document)
+    records_of(file)  # what is imported or cached once is not the reader's
+    tracemalloc.start()
+    try:
+        count = -(-20_000_000 // PIECE_BYTES) if document == "file" else 20_000_000
+        step = SHARD_PIECES if document == "file" else SHARD_BYTES
+        size = 0
+        for low in range(0, count, step):
+            shard = Shard(file, low, min(low + step, count), WHOLE, high=20_000_000)
+            size += sum(record["bytes"] for record in read_shards([shard]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == 20_000_000
+    assert peak < 5 * HELD_BYTES

@@ -10,7 +10,7 @@ from gptcli.config.schema import DataConfig, FinetuneConfig
 from gptcli.data.corpus import open_corpus
 from gptcli.data.readers import Shard
 from gptcli.data.rows import collate
-from gptcli.data.stream import RecordStream
+from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows, example_row
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
@@ -36,7 +36,8 @@ def test_loss_is_on_the_response_and_eot_and_nothing_else():
     never learns to stop. The expectation is written by hand."""
     example = encoder().encode(ROW, "here")
     assert example == Example([EOT, *b"ab"], list(b"xyz"), "xyz")
-    tokens, targets = collate([example_row(example, EOT)])
+    rows = collate([example_row(example, EOT)])
+    tokens, targets = rows.inputs, rows.targets
     none = IGNORED
     #                         <eot>     a         b         x         y         z
     assert tokens.tolist() == [[EOT, ord("a"), ord("b"), ord("x"), ord("y"), ord("z")]]
@@ -46,7 +47,8 @@ def test_loss_is_on_the_response_and_eot_and_nothing_else():
 def test_an_empty_prompt_begins_with_the_start_token():
     """Guards against a first response token that has no position to be predicted from."""
     example = encoder().encode({"prompt": "", "response": "x"}, "here")
-    tokens, targets = collate([example_row(example, EOT)])
+    rows = collate([example_row(example, EOT)])
+    tokens, targets = rows.inputs, rows.targets
     assert tokens.tolist() == [[EOT, ord("x")]]
     assert targets.tolist() == [[ord("x"), EOT]]
 
@@ -60,7 +62,7 @@ def test_a_long_prompt_loses_its_beginning(block_size: int):
     kept = max(0, min(8, block_size - 1 - 3))
     assert example.prompt == [EOT, *b"abcdefgh"[8 - kept :]]
     assert example.response == list(b"xyz")
-    tokens, _ = collate([example_row(example, EOT)])
+    tokens = collate([example_row(example, EOT)]).inputs
     assert tokens.shape[1] == min(block_size, 1 + 8 + 3)
     assert subject.shortened == (kept < 8)
     assert subject.skipped == 0
@@ -183,8 +185,17 @@ def shards(tmp_path: Path) -> list[Shard]:
     return open_corpus(data, fields=("prompt", "response")).train
 
 
+SIZE = 4 * 60 + 16 * 36  # bytes of an epoch, roughly
+
+
 def rows_from(shards: list[Shard], window: int, state: dict[str, Any] | None) -> ExampleRows:
-    return ExampleRows(RecordStream(shards, 7, window, state and state["stream"]), encoder(16))
+    saved = state["stream"] if state else None
+    return ExampleRows(RecordStream(ShardReader(shards), SIZE, 7, window, saved), encoder(16))
+
+
+def prompt(source: ExampleRows) -> bytes:
+    """The two letters behind the start token of the next example."""
+    return source.take(1).inputs[0, 1:3].astype("uint8").tobytes()
 
 
 @pytest.mark.parametrize("window", [0, 6, 10000])
@@ -197,15 +208,16 @@ def test_each_epoch_gives_each_row_that_fits_once_and_resumes_anywhere(
     states = []
     for i in range(2 * 16 + 3):
         states.append(json.dumps(source.state()))
-        tokens = source.next().tokens
-        whole.append(bytes(tokens[1:3].astype("uint8")))
-        assert source.epoch == i // 16
+        before = source.epochs
+        whole.append(prompt(source))
+        assert before <= source.epochs
+        assert i // 16 < source.epochs <= i // 16 + 1
     expected = sorted(b"%02d" % i for i in range(20) if i % 5 != 3)
     assert sorted(whole[:16]) == sorted(whole[16:32]) == expected
     assert (whole[:16] == whole[16:32]) == (window == 0)
     for cut in range(0, len(whole), 3):
         resumed = rows_from(shards, window, json.loads(states[cut]))
-        rest = [resumed.next().tokens[1:3].astype("uint8").tobytes() for _ in whole[cut:]]
+        rest = [prompt(resumed) for _ in whole[cut:]]
         assert rest == whole[cut:], f"cut before row {cut}"
 
 
@@ -215,4 +227,18 @@ def test_rows_of_which_none_fits_are_refused(tmp_path: Path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     source = rows_from(open_corpus(data, fields=("prompt", "response")).train, 0, None)
     with pytest.raises(DataError, match="every response is empty or longer than block_size 16"):
-        source.next()
+        source.take(1)
+
+
+def test_a_step_of_examples_is_padded_and_counted(shards: list[Shard]):
+    """Guards against tokens per second and per step that count padding, or leave out prompts."""
+    rows, single = rows_from(shards, 0, None).take(8), rows_from(shards, 0, None)
+    alone = [single.take(1) for _ in range(8)]
+    assert rows.count == sum(row.inputs.shape[1] for row in alone)
+    assert rows.inputs.shape == rows.targets.shape == (8, max(r.inputs.shape[1] for r in alone))
+    for i, row in enumerate(alone):
+        width = row.inputs.shape[1]
+        assert rows.inputs[i, :width].tolist() == row.inputs[0].tolist()
+        assert rows.targets[i, :width].tolist() == row.targets[0].tolist()
+        assert set(rows.targets[i, width:].tolist()) <= {IGNORED}
+    assert rows_from(shards, 0, None).seen == []

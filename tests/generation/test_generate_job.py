@@ -1,6 +1,7 @@
 """The job behind `gpt generate`: prompts from three places, seeds, errors."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 
 from gptcli import stop
 from gptcli.config.schema import Config, GenerateConfig
-from gptcli.data.tokenizer import Tokenizer
+from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import ConfigError, DataError
-from gptcli.generate import generate
+from gptcli.generate import generate, generate_bytes
 from gptcli.generation.engine import Generated
 from gptcli.model.gpt import GPT
 from gptcli.runs.load import LoadedModel
@@ -180,3 +181,36 @@ def test_a_stop_request_ends_the_iteration(model: LoadedModel, tmp_path: Path) -
         stop.reset()
     assert only.finish_reason == "interrupted"
     assert only.text
+
+
+def test_bytes_are_those_of_the_tokens(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: bytes that went through text; a prompt cut to the window in the output as well."""
+    file = tmp_path / "data.bin"
+    for data in (b"\xff\r\n\n\x00 <|endoftext|>", b"\xe4" * 40):
+        file.write_bytes(data)
+        [[same]] = run(model, prompt_tokens=[256, *data][-16:])
+        got = generate_bytes(model, settings(prompt_file=str(file), output_bytes=True))
+        assert got == data + bytes(same.tokens)
+    with pytest.raises(ConfigError, match="cannot read"):
+        generate_bytes(model, settings(prompt_file=str(tmp_path), output_bytes=True))
+
+
+def test_special_text_in_bytes(model: LoadedModel) -> None:
+    """Guards: allow_special ignored, or a TypeError, where the prompt is bytes."""
+    given = settings(prompt="a<|endoftext|>", allow_special=True, output_bytes=True, no_prompt=True)
+    [[ids]] = run(model, prompt_tokens=[256, 97, 256])
+    assert generate_bytes(model, given) == bytes(ids.tokens)
+
+
+def test_one_result_as_bytes(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: settings for several texts ignored; a text model that takes lines for data."""
+    for given in ({"n": 2}, {"stop": ["x"]}):
+        with pytest.raises(ConfigError, match="one continuation"):
+            generate_bytes(model, settings(prompt="a", output_bytes=True, **given))
+    words = replace(model, tokenizer=train_bpe(["a b"], 257, "gpt2", 1000))
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match="there are 2 prompts"):
+        generate_bytes(words, settings(prompt_file=str(file), output_bytes=True))
+    file.write_text("one\n")
+    assert generate_bytes(words, settings(prompt_file=str(file), output_bytes=True))[:3] == b"one"

@@ -27,7 +27,7 @@ def pieces(whole: str, at: list[int]) -> list[str]:
     ["aé漢🙂z".encode(), b"\xff\xfe", b"a\xf0\x9f\x99", b"\xe6\xbc", b"\xf0\x9f\x99\x82\x80b", b""],
 )
 def test_utf8_stream_equals_bytes_decode(data: bytes) -> None:
-    """Guards: U+FFFD for a character whose bytes are spread over tokens; a lost unfinished end."""
+    """T6: U+FFFD for a character whose bytes are spread over tokens; a lost unfinished end."""
     for at in cuts(len(data)):
         stream = Utf8Stream()
         edges = [0, *at, len(data)]
@@ -36,7 +36,7 @@ def test_utf8_stream_equals_bytes_decode(data: bytes) -> None:
 
 
 def test_utf8_stream_shows_a_character_as_soon_as_it_is_complete() -> None:
-    """Guards: characters that are shown one token late."""
+    """T6: characters that are shown one token late."""
     stream = Utf8Stream()
     got = [stream.feed(bytes([b])) for b in "é🙂a".encode()]
     assert got == ["", "é", "", "", "", "🙂", "a"]

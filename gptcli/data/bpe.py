@@ -1,0 +1,94 @@
+"""Byte-level BPE learned from text (Sennrich et al. 2016; on bytes: Radford et al. 2019)."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from gptcli import stop
+from gptcli.data.tiktoken_tables import PATTERNS, byte_characters
+
+log = logging.getLogger("gptcli")
+
+# No split pattern has a word over this place, or looks across it.
+_BORDER = re.compile(r"[^\W\d_](?=[ \n])")
+_HELD_CHARACTERS = 1 << 18  # of text without such a place
+
+
+def learn_ranks(
+    texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: int
+) -> dict[bytes, int]:
+    """Tokens with their merge ranks: the 256 bytes and up to `vocab_size` - 257 merges.
+
+    Reads texts until `max_bytes` of UTF-8 are reached, the last one whole. `pattern` is a name in
+    PATTERNS. The same texts give the same ranks, whatever the threads. A text with less to learn
+    gives fewer tokens, and a warning. Raises `stop.Stopped` when a stop is asked for.
+    """
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    trainee = Tokenizer(BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - 1,  # the end-of-text token is not learned
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(_first_bytes(texts, max_bytes), trainer=trainer)
+    characters = byte_characters()
+    vocabulary = trainee.get_vocab().items()
+    ranks = {bytes(characters[c] for c in token): rank for token, rank in vocabulary}
+    if len(ranks) + 1 < vocab_size:
+        log.warning(
+            f"the text is too small for {vocab_size:,} tokens:"
+            f" the tokenizer has {len(ranks) + 1:,}, all that it could learn"
+        )
+    return ranks
+
+
+def whole_words(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The text of records, cut where words end instead of at the ends of pieces.
+
+    Learning from it is learning from whole documents, in bounded memory.
+    """
+    held = ""
+    for record in records:
+        if record["part"] == 0:
+            if held:
+                yield held
+            held = ""
+        held += record["text"]
+        border = _last_border(held)
+        if border:
+            yield held[:border]
+            held = held[border:]
+        elif len(held) > _HELD_CHARACTERS:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def _last_border(text: str) -> int:
+    """Where the last word that ends within `text` ends; 0 if none does."""
+    for low in (max(0, len(text) - 1000), 0):  # mostly it is near
+        ends = [match.end() for match in _BORDER.finditer(text, low)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for text in texts:
+        stop.raise_if_requested()
+        yield text
+        left -= len(text.encode("utf-8", "replace"))
+        if left <= 0:
+            return

@@ -1,0 +1,133 @@
+"""From a corpus to the rows that a model trains on: tokenizer, token cache, order, packing."""
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gptcli.config.schema import Config, TokenizerConfig
+from gptcli.data.bpe import whole_words
+from gptcli.data.corpus import Corpus
+from gptcli.data.encode import EncodedStream
+from gptcli.data.mixture import Mixture
+from gptcli.data.packing import PackedRows
+from gptcli.data.shards import Shard
+from gptcli.data.store import StoreReader, cache_root, open_store, should_cache
+from gptcli.data.stream import RecordStream, ShardReader
+from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.errors import ConfigError, GptError, ResourceError
+
+log = logging.getLogger("gptcli")
+
+MOST_THREADS = 8  # that encode text at a time; more would outrun the reader
+
+
+def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that needs no training text; None for kind bpe. Raises DataError."""
+    return None if config.kind == "bpe" else build_tokenizer(config, [])
+
+
+def corpus_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    """The BPE tokenizer trained on the corpus; kept in the cache, so that it is trained once.
+
+    Raises DataError for a corpus without text, `stop.Stopped` on a stop request.
+    """
+    settings = config.tokenizer
+    if any(shard.file.kind == "tokens" for shard in corpus.train):
+        raise ConfigError(
+            "a tokenised corpus needs the tokenizer that made it",
+            hint="set tokenizer.kind to tiktoken or file",
+        )
+    key = hashlib.sha256(f"1 {corpus.key} {settings.model_dump_json()}".encode()).hexdigest()
+    place = cache_root() / "tokenizers" / key
+    if config.data.cache != "off" and place.is_dir():
+        try:
+            return Tokenizer.load(place)
+        except GptError as error:
+            log.warning(f"training the tokenizer again: {error}")
+            shutil.rmtree(place, ignore_errors=True)
+    log.info(f"training the tokenizer ({settings.kind}, {settings.vocab_size} tokens)")
+    tokenizer = build_tokenizer(settings, whole_words(corpus.train_records()))
+    if config.data.cache != "off":
+        _keep(tokenizer, place)
+    return tokenizer
+
+
+def training_rows(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, position: dict[str, Any] | None = None
+) -> PackedRows:
+    """The rows of the run from `position` (a state of PackedRows) on, else from the beginning.
+
+    Tokens come from the token cache or are made on the way; the rows are the same.
+    """
+    data = config.data
+    groups = _groups(corpus)
+    states = position["mixture"]["streams"] if position else [None] * len(groups)
+    cached = should_cache(
+        data.cache, corpus.train_bytes, corpus.remote, _expected_tokens(config, corpus)
+    )
+    streams = []
+    for number, (shards, size) in enumerate(groups):
+        seed = config.seed + number  # another order for each source of a mixture
+        reader = _cached(shards, tokenizer, corpus.key) if cached else None
+        stream = RecordStream(
+            reader or ShardReader(shards), size, seed, data.shuffle_window, states[number]
+        )
+        streams.append(stream if reader else EncodedStream(stream, tokenizer, _threads()))
+    return PackedRows(
+        Mixture(streams, corpus.weights, position["mixture"] if position else None),
+        tokenizer,
+        config.model.block_size,
+        config.seed,
+        data.shuffle_window > 0,
+        data.packing,
+        data.document_mask,
+        len(corpus.sources),
+        position,
+    )
+
+
+def _groups(corpus: Corpus) -> list[tuple[list[Shard], int]]:
+    """Shards and size of each stream: one a source where they have weights, else one in all."""
+    if corpus.weights is None:
+        return [(corpus.train, corpus.train_bytes)]
+    return [
+        ([shard for shard in corpus.train if shard.file.number == number], source.train_bytes)
+        for number, source in enumerate(corpus.sources)
+    ]
+
+
+def _cached(shards: list[Shard], tokenizer: Tokenizer, key: str) -> StoreReader | None:
+    """The shards' tokens in the cache, made if missing; None where no cache can be written."""
+    try:
+        return StoreReader(open_store(shards, tokenizer, key, _threads()))
+    except (ResourceError, OSError) as error:
+        log.warning(f"no token cache: {error}; tokenising on the way")
+        return None
+
+
+def _expected_tokens(config: Config, corpus: Corpus) -> float | None:
+    """About how many tokens the run will read, as far as its limits say."""
+    training = config.training
+    limits = [float(training.max_tokens)] if training.max_tokens else []
+    if training.max_epochs:
+        limits.append(training.max_epochs * corpus.train_bytes / 4)
+    if training.max_steps:
+        limits.append(float(training.max_steps) * training.tokens_per_step)
+    return min(limits) if limits else None
+
+
+def _threads() -> int:
+    return min(os.cpu_count() or 1, MOST_THREADS)
+
+
+def _keep(tokenizer: Tokenizer, place: Path) -> None:
+    temporary = place.with_name(f".tmp-{place.name}-{os.getpid()}")
+    try:
+        tokenizer.save(temporary)
+        temporary.rename(place)
+    except OSError as error:  # another process was first, or nothing can be written
+        log.debug(f"tokenizer not kept: {error}")
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,303 @@
+"""Looking at data before training: what a corpus holds, and the rows that a model is fed."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptcli import stop
+from gptcli.config.schema import Config, FinetuneConfig
+from gptcli.data import extras
+from gptcli.data.corpus import Corpus, open_corpus
+from gptcli.data.duplicates import Duplicates
+from gptcli.data.findings import Finding, judge
+from gptcli.data.overlap import N_GRAM, Overlap
+from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
+from gptcli.data.privacy import KINDS, available_kinds, find
+from gptcli.data.rows import RowSource
+from gptcli.data.shown_rows import ShownRow, show_rows
+from gptcli.data.stream import RecordStream, ShardReader
+from gptcli.data.survey import Probes, Survey
+from gptcli.data.tasks import ExampleEncoder, ExampleRows
+from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.data.unicode_scripts import language_of, main_script
+from gptcli.errors import ConfigError, DataError
+from gptcli.runs.load import load_model
+
+log = logging.getLogger("gptcli")
+
+NEAR = 0.8  # Jaccard similarity from which documents count as near duplicates here
+# Documents among which duplicates are looked for: up to about 1 GB and 0.6 GB of memory.
+EXACT_DOCUMENTS, NEAR_DOCUMENTS = 10_000_000, 200_000
+REMOTE_BYTES = 100_000_000  # read of a corpus that is streamed, where nothing else is said
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What `check_data` found. `report` is an object for JSON, the findings in it too."""
+
+    report: dict[str, Any]
+    findings: list[Finding]
+
+    @property
+    def warnings(self) -> int:
+        """How many findings are warnings."""
+        return sum(finding.level == "warning" for finding in self.findings)
+
+
+def check_data(
+    config: Config, *, max_bytes: int | None = None, progress: Progress | None = None
+) -> DataCheck:
+    """Read the training text of `config` as pretraining would, and measure it.
+
+    Reads all of it, or the first `max_bytes`; of a streamed hub corpus 100 MB where nothing is
+    said. `progress` is called with the bytes read and those to read. Raises DataError for data
+    that cannot be read, `stop.Stopped` when a stop is asked for.
+    """
+    log.info(f"reading {', '.join(source.path for source in config.data.train)}")
+    fields = finetuning_fields(config)
+    corpus, tokenizer, block_size = _open(config, fields)
+    if corpus.remote and max_bytes is None:
+        max_bytes = REMOTE_BYTES
+    held_out = [(d.name, d.text) for d in corpus.val_documents if isinstance(d.text, str)]
+    held_out += [(name, _row_text(row, fields)) for name, row in corpus.val_rows]
+    overlap = Overlap(held_out) if held_out else None
+    probes, missing = _probes(overlap)
+    survey = Survey(tokenizer, block_size, probes)
+    total = max(corpus.train_bytes, 1)
+    goal = total if max_bytes is None else min(total, max_bytes)
+    complete = True
+    for record in corpus.train_records():
+        stop.raise_if_requested()
+        if max_bytes is not None and survey.bytes >= max_bytes:
+            complete = False
+            break
+        if "row" in record:
+            record = {**record, "text": _row_text(record["row"], fields)}
+        survey.add(record)
+        if progress is not None:
+            progress(min(survey.bytes, goal), goal)
+    survey.end()
+    report = _report(config, corpus, tokenizer, survey, overlap)
+    report["read"] = {"bytes": survey.bytes, "of_bytes": total, "complete": complete}
+    report["not_looked_for"] = missing
+    findings = judge(report, config.data)
+    report["findings"] = [vars(finding) for finding in findings]
+    return DataCheck(report, findings)
+
+
+def finetuning_fields(config: Config) -> tuple[str, ...] | None:
+    """The rows' fields where `config` is one for finetuning: it starts from a model, or says how
+    rows become prompts. None for pretraining."""
+    if config.finetune == FinetuneConfig() and config.init is None:
+        return None
+    return tuple(config.finetune.fields.values())
+
+
+@dataclass(frozen=True)
+class DataRows:
+    """What `show_data` found: the first rows of optimizer step `step`, each `block_size` long.
+
+    `facts` says how they were made, for a heading.
+    """
+
+    rows: list[ShownRow]
+    step: int
+    block_size: int
+    facts: dict[str, str]
+
+
+def show_data(
+    config: Config, *, rows: int = 4, step: int = 0, model: str | None = None
+) -> DataRows:
+    """The first `rows` rows of optimizer step `step` (0-based), as training would feed them.
+
+    With finetuning fields in `config` these are examples, encoded by `model` (else `config.init`).
+    Reads all rows before them. Raises GptError, `stop.Stopped`.
+    """
+    init = model if model is not None else config.init
+    fields = finetuning_fields(config)
+    if fields is not None and init is None:
+        raise ConfigError(
+            "rows for finetuning are encoded by a model's tokenizer", hint="add --model RUN"
+        )
+    if init is not None:
+        config = config.model_copy(update={"init": init})
+    corpus, tokenizer, block_size = _open(config, fields)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"block_size": block_size})}
+    )
+    source: RowSource
+    if fields is None:
+        source = training_rows(config, corpus, tokenizer)
+    else:
+        stream = RecordStream(
+            ShardReader(corpus.train), corpus.train_bytes, config.seed, config.data.shuffle_window
+        )
+        encoder = ExampleEncoder(config.finetune, tokenizer, block_size)
+        source = ExampleRows(stream, encoder)
+    _skip(source, step * max(1, config.training.tokens_per_step // block_size))
+    taken = source.take(rows)
+    facts = {
+        "data": ", ".join(s.path for s in config.data.train),
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
+        "packing": config.data.packing if fields is None else "one example a row",
+        "document_mask": "on" if config.data.document_mask and fields is None else "off",
+    }
+    shown = show_rows(tokenizer, taken.inputs, taken.targets, taken.starts)
+    return DataRows(shown, step, block_size, facts)
+
+
+def _skip(source: RowSource, rows: int) -> None:
+    while rows > 0:
+        stop.raise_if_requested()
+        source.take(min(rows, 64))
+        rows -= 64
+
+
+def _open(config: Config, fields: tuple[str, ...] | None) -> tuple[Corpus, Tokenizer, int]:
+    """The corpus, the tokenizer that training would use, and its block size."""
+    if config.init is not None:
+        loaded = load_model(config.init, torch.device("cpu"))
+        corpus = open_corpus(config.data, fields, eot=loaded.tokenizer.eot)
+        return corpus, loaded.tokenizer, loaded.model.config.block_size
+    tokenizer = ready_tokenizer(config.tokenizer)
+    corpus = open_corpus(config.data, fields, eot=tokenizer.eot if tokenizer else None)
+    if tokenizer is None and fields is None:
+        tokenizer = corpus_tokenizer(config, corpus)
+    elif tokenizer is None:
+        tokenizer = build_tokenizer(config.tokenizer, _row_texts(corpus, fields or ()))
+    return corpus, tokenizer, config.model.block_size
+
+
+def _row_texts(corpus: Corpus, fields: tuple[str, ...]) -> Iterator[str]:
+    return (_row_text(record["row"], fields) for record in corpus.train_records())
+
+
+def _row_text(row: Mapping[str, Any], fields: tuple[str, ...] | None) -> str:
+    """The texts of a finetuning row, one below the other."""
+    return "\n".join(str(row[name]) for name in fields or ())
+
+
+def _probes(overlap: Overlap | None) -> tuple[Probes, list[str]]:
+    """The measures that the installed packages allow, and the names of those they do not."""
+    missing = []
+    near: float | None = NEAR
+    language: Callable[[str], str | None] = language_of
+    if not _installed("datasketch", "datasketch"):
+        near = None
+        missing.append("near duplicates")
+    if not _installed("py3langid.langid", "py3langid"):
+        language = _no_language
+        missing.append("languages")
+    kinds = available_kinds()
+    missing += [f"personal data: {kind}" for kind in KINDS if kind not in kinds]
+    duplicates = _FirstDocuments(near)
+
+    def personal(text: str) -> Mapping[str, int]:
+        return Counter(kind for kind, _, _ in find(text, kinds))
+
+    return Probes(main_script, duplicates.seen, personal, overlap, language), missing
+
+
+class _FirstDocuments:
+    """`Duplicates` whose memory is bounded: of more documents only the first are remembered."""
+
+    def __init__(self, near: float | None) -> None:
+        self._exact = Duplicates(True, None)
+        self._near = Duplicates(False, near) if near is not None else None
+        self._count = 0
+
+    def seen(self, text: str) -> str | None:
+        """ "exact_duplicates" or "near_duplicates" if an earlier text is the same or alike."""
+        self._count += 1
+        found = self._exact.seen(text) if self._count <= EXACT_DOCUMENTS else None
+        if found is None and self._near is not None and self._count <= NEAR_DOCUMENTS:
+            found = self._near.seen(text)
+        return found
+
+
+def _installed(module: str, package: str) -> bool:
+    try:
+        extras.load(module, package, needed_by="gpt data check")
+    except DataError:
+        return False
+    return True
+
+
+def _no_language(text: str) -> str | None:
+    return None
+
+
+def _report(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, survey: Survey, overlap: Overlap | None
+) -> dict[str, Any]:
+    held = overlap.counts() if overlap is not None else None
+    problems = corpus.problems
+    return {
+        "name": config.name,
+        "job": "pretrain" if finetuning_fields(config) is None else "finetune",
+        "text": survey.characters > 0,
+        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "train": {
+            "documents": survey.documents,
+            "bytes": survey.bytes,
+            "characters": survey.characters,
+            "tokens": survey.tokens,
+            "bytes_per_token": survey.bytes / max(survey.text_tokens, 1),
+        },
+        "lengths": {
+            **survey.lengths.summary(),
+            "block_size": survey.block_size,
+            "shorter_than_block": survey.shorter,
+        },
+        "scripts": survey.scripts.summary(),
+        "languages": dict(survey.languages.most_common()),
+        "sources": [
+            {
+                "path": source.path,
+                "weight": source.weight,
+                **survey.sources.get(number, Counter()),
+                "share": survey.sources[number]["tokens"] / max(survey.tokens, 1)
+                if number in survey.sources
+                else 0.0,
+                "filters": corpus.sources[number].cleaning,
+            }
+            for number, source in enumerate(config.data.train)
+        ],
+        "validation": {
+            "documents": len(corpus.val_documents) + len(corpus.val_rows),
+            "split": corpus.split,
+            "compared": held is not None,
+            "n": N_GRAM,
+            "ngrams": held.grams if held else 0,
+            "ngrams_found": held.found if held else 0,
+            "sampled": held.sampled if held else False,
+            "exact": held.exact if held else 0,
+            "near": held.near if held else 0,
+            "places": list(held.names) if held else [],
+        },
+        "duplicates": {
+            kind: {**survey.duplicates[kind].summary(), "among": min(survey.documents, most)}
+            for kind, most in (("exact", EXACT_DOCUMENTS), ("near", NEAR_DOCUMENTS))
+        },
+        "empty": survey.empty.summary(),
+        "control_characters": {
+            **survey.controls.summary(),
+            "codes": dict(survey.control_codes.most_common(10)),
+        },
+        "replacement_characters": survey.replacement.summary(),
+        "personal": {kind: tally.summary() for kind, tally in sorted(survey.personal.items())},
+        "repetitive": survey.repetitive.summary(),
+        "repeated_lines": {"lines": survey.lines, "repeated": survey.repeated_lines},
+        "problems": {
+            "invalid_utf8": problems.invalid_utf8,
+            "skipped_rows": problems.skipped_rows,
+            "null_rows": problems.null_rows,
+        },
+    }
