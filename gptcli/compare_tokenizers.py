@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from gptcli.config.schema import TokenizerConfig
+from gptcli.config.data_schema import TokenizerConfig
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptcli.errors import DataError
 from gptcli.runs.run_dir import CHECKPOINTS, runs_root

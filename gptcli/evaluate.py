@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gptcli.config.schema import Config, EvalConfig, SourceConfig
+from gptcli.config.data_schema import SourceConfig
+from gptcli.config.schema import Config, EvalConfig
 from gptcli.data.corpus import open_corpus, read_documents
 from gptcli.data.tasks import ExampleEncoder
 from gptcli.device import Device, choose_precision, resolve_device

@@ -118,10 +118,11 @@ def describe(config: Config) -> str:
         model = GPT(config.model, tokenizer.vocab_size)
     tokens = sum(len(d.tokens) - d.first for d in validation)
     per_byte = tokens / max(sum(d.bytes for d in validation), 1)
+    documents = "uncounted" if corpus.documents is None else f"{corpus.documents:,}"
     lines = {
         "parameters": f"{model.parameter_count():,}",
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
-        "training text": f"{corpus.train_bytes:,} bytes of {'uncounted' if corpus.documents is None else f'{corpus.documents:,}'} documents,"
+        "training text": f"{corpus.train_bytes:,} bytes of {documents} documents,"
         f" about {int(corpus.train_bytes * per_byte):,} tokens",
         "validation": f"{len(validation):,} documents, {tokens:,} tokens ({corpus.split} split)",
         "tokens per step": f"{config.training.tokens_per_step:,}",

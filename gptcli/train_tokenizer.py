@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.bpe import whole_words
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.readers import Problems, read_shards

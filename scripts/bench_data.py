@@ -93,14 +93,13 @@ def opened(config: Config) -> tuple[Corpus, Tokenizer]:
     return open_corpus(config.data, eot=tokenizer.eot), tokenizer
 
 
-def one_epoch(rows: PackedRows, per_step: int) -> int:
-    """Steps of batches until an epoch is over; returns the tokens."""
-    tokens = 0
-    for batch in step_batches(rows, per_step):
-        tokens += batch.count
-        if batch.epochs >= 1.0:
-            return tokens
-    raise AssertionError
+def read_steps(rows: PackedRows, per_step: int, tokens: int) -> int:
+    """As many whole steps as there are in `tokens` tokens; returns the tokens read."""
+    batches, read = step_batches(rows, per_step), 0
+    width = rows.take(0).inputs.shape[1]
+    for _ in range(tokens // (per_step * width)):
+        read += next(batches).count
+    return read
 
 
 def bench_encode(text: Path) -> None:
@@ -116,10 +115,12 @@ def bench_encode(text: Path) -> None:
         config = config_for(str(text), block_size, cache="off")
         corpus, tokenizer = opened(config)
         pieces = [record["text"] for record in read_shards(corpus.train)]
+        # One epoch: the step after it would wait for a part of the next one.
+        tokens = sum(len(tokenizer.encode_numpy(piece)) for piece in pieces)
         ours, theirs = [], []
         for _ in range(ROUNDS):
             begin = time.perf_counter()
-            one_epoch(training_rows(config, corpus, tokenizer), 32)
+            read_steps(training_rows(config, corpus, tokenizer), 32, tokens)
             ours.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             peer.encode_ordinary_batch(pieces, num_threads=THREADS)
@@ -139,7 +140,7 @@ def bench_cache(source: Path, what: str | None = None) -> None:
     for block_size in (128, 1024):
         config = config_for(str(source), block_size, cache="on")
         corpus, tokenizer = opened(config)
-        one_epoch(training_rows(config, corpus, tokenizer), 32)  # builds the cache
+        training_rows(config, corpus, tokenizer)  # builds the cache
         rates, starts = [], []
         for _ in range(ROUNDS):
             begin = time.perf_counter()
@@ -148,9 +149,8 @@ def bench_cache(source: Path, what: str | None = None) -> None:
             next(step_batches(rows, 32))
             starts.append(time.perf_counter() - begin)
             rows = training_rows(config, corpus, tokenizer)
-            begin, tokens = time.perf_counter(), 0
-            while tokens < 20_000_000:
-                tokens += one_epoch(rows, 32) if tokens == 0 else next_epoch(rows, 32)
+            begin = time.perf_counter()
+            tokens = read_steps(rows, 32, 20_000_000)
             rates.append(tokens / (time.perf_counter() - begin) / 1e6)
         row(
             f"{what or source.name}: token cache to batches of 32 x {block_size}",
@@ -158,15 +158,6 @@ def bench_cache(source: Path, what: str | None = None) -> None:
             f" {statistics.median(starts):.2f} s, tables and corpus included",
             "> 100 M tokens/s, < 1 s",
         )
-
-
-def next_epoch(rows: PackedRows, per_step: int) -> int:
-    tokens, end = 0, int(rows.epochs) + 1
-    for batch in step_batches(rows, per_step):
-        tokens += batch.count
-        if batch.epochs >= end:
-            break
-    return tokens
 
 
 def bench_short_documents(text: Path, directory: Path) -> None:

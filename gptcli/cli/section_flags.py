@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from gptcli.config.schema import Section
+from gptcli.config.section import Section
 from gptcli.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

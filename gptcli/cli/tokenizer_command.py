@@ -49,7 +49,7 @@ def train(
 
     Use it with --set tokenizer.kind=file --set tokenizer.path=DIR.
     """
-    from gptcli.config.schema import SourceConfig
+    from gptcli.config.data_schema import SourceConfig
     from gptcli.config.units import parse_bytes
     from gptcli.data.tiktoken_tables import PATTERNS
     from gptcli.train_tokenizer import train_tokenizer

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gptcli.config.schema import Config, SourceConfig
+from gptcli.config.data_schema import SourceConfig
+from gptcli.config.schema import Config
 
 Location = tuple[str | int, ...]
 

@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gptcli.config.data_schema import SourceConfig
 from gptcli.config.fields import Location, Wanted, dotted, wanted_at
 from gptcli.config.scalars import Scalar, resolve, shown
-from gptcli.config.schema import Config, SourceConfig
+from gptcli.config.schema import Config
 from gptcli.config.tree import Entry, Node, Origin, Place, Problem, parse
 from gptcli.errors import ConfigError
 

@@ -7,22 +7,19 @@ problems with line numbers. Field descriptions feed the JSON schema for editors.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from gptcli.config.data_schema import (
+    DataConfig,
+    SourceConfig,
+    TokenizerConfig,
+    Written,
+    as_sources,
 )
-
 from gptcli.config.presets import PRESETS
-from gptcli.config.units import parse_bytes, parse_seconds
+from gptcli.config.section import Fraction, NonNegative, PositiveFloat, PositiveInt, Section
+from gptcli.config.units import parse_seconds
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
 
 
@@ -44,166 +41,6 @@ def _device_name(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": _NAME})]
 DeviceName = Annotated[str, AfterValidator(_device_name)]
-
-
-class Section(BaseModel):
-    """Strict and frozen: no coercion, no unknown keys, no nan or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
-
-
-class TokenizerConfig(Section):
-    """Which tokenizer; `bpe` is trained on the training documents."""
-
-    kind: Literal["bpe", "bytes", "tiktoken", "file"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=257)] = Field(
-        default=2048, description="bpe: with the eot token"
-    )
-    pattern: Literal["gpt2", "gpt4", "cjk"] = Field(
-        default="gpt4",
-        description="bpe: how text is split into words; cjk serves Chinese, Japanese and Korean",
-    )
-    train_bytes: str = Field(
-        default="100MB", description="bpe: at most this much text to learn from"
-    )
-    name: Literal["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"] = "gpt2"
-    path: str | None = Field(
-        default=None,
-        description="file: a saved tokenizer directory, a .tiktoken or a tokenizer.json",
-    )
-
-    @field_validator("train_bytes")
-    @classmethod
-    def _size(cls, text: str) -> str:
-        parse_bytes(text)
-        return text
-
-    @model_validator(mode="after")
-    def _file_has_path(self) -> "TokenizerConfig":
-        if self.kind == "file" and not self.path:
-            raise ValueError("kind is file, so path must name a saved tokenizer")
-        return self
-
-
-Personal = Literal["email", "phone", "ip", "card", "national_id", "secret"]
-
-
-class FiltersConfig(Section):
-    """What is left out of a source or rewritten in it. All off by default."""
-
-    min_characters: PositiveInt | None = Field(
-        default=None, description="shorter documents are left out"
-    )
-    max_characters: PositiveInt | None = Field(
-        default=None, description="longer documents are left out"
-    )
-    languages: list[str] | None = Field(
-        default=None, description="ISO 639-1 codes; documents in other languages are left out"
-    )
-    scripts: dict[str, Fraction] | None = Field(
-        default=None,
-        description="Unicode script -> least share of the letters: {Han: 0.5}",
-    )
-    max_repeated_lines: Fraction | None = Field(
-        default=None, description="documents with a larger share of repeated lines are left out"
-    )
-    exact_duplicates: bool = Field(
-        default=False, description="of documents with the same text, only the first is kept"
-    )
-    near_duplicates: Fraction | None = Field(
-        default=None,
-        description="documents at least this alike (Jaccard, MinHash) to an earlier one are left out",
-    )
-    boilerplate: bool = Field(
-        default=False, description="remove lines such as cookie notices and navigation"
-    )
-    stop_words: bool = Field(
-        default=False,
-        description="remove stop words; off because a language model must learn to write them",
-    )
-    redact: list[Personal] = Field(
-        default=[], description="personal data replaced by placeholders such as <EMAIL>"
-    )
-
-    @property
-    def active(self) -> bool:
-        """Whether any filter is on."""
-        return self != FiltersConfig()
-
-
-class SourceConfig(Section):
-    """One corpus: `path` is a file, glob, directory, `hub:NAME` or `builtin:NAME`."""
-
-    path: str
-    text_field: str = Field(default="text", description="may be dotted: article.body")
-    split: str | None = Field(default=None, description="hub: train, validation, ...")
-    weight: PositiveFloat | None = Field(
-        default=None, description="share of the tokens, relative to the other sources' weights"
-    )
-    limit: PositiveInt | None = Field(
-        default=None, description="at most this many documents, the first ones"
-    )
-    document: Literal["file", "line", "paragraph"] = "file"
-    encoding: str = Field(
-        default="utf-8", description="or binary: bytes as they are, for tokenizer.kind bytes"
-    )
-    on_bad_text: Literal["replace", "error"] = "replace"
-    on_bad_row: Literal["error", "skip"] = "error"
-    filters: FiltersConfig = FiltersConfig()
-
-
-def _as_sources(value: Any) -> Any:
-    """One source or a list, each a string or a mapping -> a list of mappings."""
-    if value is None:
-        return value
-    values = value if isinstance(value, list) else [value]
-    return [{"path": v} if isinstance(v, str) else v for v in values]
-
-
-# How sources may be written, for the JSON schema.
-_Written = str | SourceConfig | list[str | SourceConfig]
-
-
-class DataConfig(Section):
-    """Where text comes from and how it is held out and shuffled."""
-
-    train: list[SourceConfig] = Field(
-        default_factory=lambda: [SourceConfig(path="builtin:web-bible")]
-    )
-    val: list[SourceConfig] | None = None
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
-    shuffle_window: Annotated[int, Field(ge=0)] = 10000
-    packing: Literal["concat", "best_fit"] = Field(
-        default="concat",
-        description="concat: documents one after the other; best_fit: whole ones, rows padded",
-    )
-    document_mask: bool = Field(
-        default=False, description="no attention across documents; positions restart at each"
-    )
-    cache: Literal["auto", "on", "off"] = Field(
-        default="auto", description="tokenise once and keep the tokens; never changes the result"
-    )
-
-    _train = field_validator("train", mode="before", json_schema_input_type=_Written)(_as_sources)
-    _val = field_validator("val", mode="before", json_schema_input_type=_Written | None)(
-        _as_sources
-    )
-
-    @field_validator("train", "val")
-    @classmethod
-    def _not_empty(cls, sources: list[SourceConfig] | None) -> list[SourceConfig] | None:
-        if sources is not None and not sources:
-            raise ValueError("name at least one source")
-        return sources
-
-    @field_validator("train")
-    @classmethod
-    def _weights_of_all(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        if len({source.weight is None for source in sources}) > 1:
-            raise ValueError("give every source a weight, or none")
-        return sources
 
 
 class ModelConfig(Section):
@@ -348,15 +185,15 @@ class EvalConfig(Section):
     max_tokens: PositiveInt | None = None
     stride: PositiveInt | None = Field(default=None, description="null: block_size, no overlap")
 
-    _data = field_validator("data", mode="before", json_schema_input_type=_Written | None)(
-        _as_sources
+    _data = field_validator("data", mode="before", json_schema_input_type=Written | None)(
+        as_sources
     )
 
 
 class SamplesConfig(Section):
     """Texts generated along the way."""
 
-    prompts: list[str] = ["Once upon a time"]
+    prompts: list[str] = Field(default=["Once upon a time"])
     n: PositiveInt = 2
     max_new_tokens: PositiveInt = 80
 
@@ -375,7 +212,7 @@ class GenerateConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     min_p: Fraction = 0.0
     repetition_penalty: PositiveFloat = 1.0
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
     seed: int | None = None
     json_lines: bool = Field(default=False, alias="json")
     logprobs: Annotated[int, Field(ge=0)] = 0

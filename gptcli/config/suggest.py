@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gptcli.config.data_schema import SourceConfig
 from gptcli.config.fields import keys_of, sections
-from gptcli.config.schema import Config, SourceConfig
+from gptcli.config.schema import Config
 
 # Words of nanoGPT, transformers, Lightning and papers. Suggested, never accepted.
 _OTHER_WORDS: dict[str, str] = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from gptcli.config.schema import FiltersConfig
+from gptcli.config.data_schema import FiltersConfig
 from gptcli.data.cleaning import Cleaner, CleaningReport
 from gptcli.data.shards import Shard
 

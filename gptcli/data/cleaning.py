@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from gptcli.config.schema import FiltersConfig
+from gptcli.config.data_schema import FiltersConfig
 from gptcli.data import extras, privacy
 from gptcli.data.boilerplate import remove_boilerplate
 from gptcli.data.unicode_scripts import (

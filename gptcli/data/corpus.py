@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gptcli.config.schema import DataConfig, SourceConfig
+from gptcli.config.data_schema import DataConfig, SourceConfig
 from gptcli.data import corpus_index
 from gptcli.data.cleaning import CleaningReport
 from gptcli.data.files import SourceFile, resolve

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gptcli.config.schema import DataConfig
+from gptcli.config.data_schema import DataConfig
 from gptcli.data.builtin import builtin_file
 from gptcli.data.files import SourceFile
 from gptcli.data.scan import Contents, Document, FileScan, SourceFacts

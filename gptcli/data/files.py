@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.builtin import BUILTIN_ROWS, stdlib_files
 from gptcli.data.hub import hub_files
 from gptcli.errors import ConfigError, DataError

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gptcli.config.schema import DataConfig
+from gptcli.config.data_schema import DataConfig
 from gptcli.data.survey import NON_LETTERS
 
 Level = Literal["ok", "note", "warning"]

@@ -118,7 +118,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows: `inputs` and `targets` (n, T) of any integer type, targets IGNORED in padding; `begins`
+    """Rows: `inputs` and `targets` (n, T) int64, targets IGNORED in padding; `begins`
     (n, T) bool, where documents (concat) or chunks (best fit) begin; `counts` (n, sources, 2) are
     the targets and documents of each source. `rest` is left for the next group."""
 
@@ -146,9 +146,10 @@ def concatenated(pieces: Pieces, tokens: Array, block_size: int, sources: int, e
     documents = documents[documents < used]
     cell = documents // block_size * sources + pieces.source_at(documents)
     counts[:, :, 1] = np.bincount(cell, minlength=rows * sources).reshape(rows, sources)
+    wide = tokens[: used + 1].astype(np.int64)  # once for all rows, which then are only copied
     return Group(
-        tokens[:used].reshape(rows, block_size),
-        tokens[1 : used + 1].reshape(rows, block_size),
+        wide[:used].reshape(rows, block_size),
+        wide[1:].reshape(rows, block_size),
         flags[:used].reshape(rows, block_size),
         counts,
         pieces.cut(tokens, used),
@@ -182,7 +183,7 @@ def _cells(
 ) -> tuple[Array, Array, Array]:
     """Inputs, targets and beginnings (rows, T) of the placed chunks."""
     size = placement.rows * block_size
-    inputs, targets = np.zeros(size, dtype=np.uint32), np.full(size, IGNORED, dtype=np.int32)
+    inputs, targets = np.zeros(size, dtype=np.int64), np.full(size, IGNORED, dtype=np.int64)
     begins = np.zeros(size, dtype=np.bool_)
     shape = (placement.rows, block_size)
     place = placement.row * block_size + placement.offset

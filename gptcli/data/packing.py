@@ -47,6 +47,7 @@ class PackedRows:
     ) -> None:
         self._mixture, self._block_size, self._sources = mixture, block_size, sources
         self._eot, self._vocab_size = tokenizer.eot, tokenizer.vocab_size
+        self._eot_array = smallest(tokenizer.eot)
         self._seed, self._shuffle, self._best_fit = seed, shuffle, packing == "best_fit"
         self._document_mask = document_mask
         self._rest, self._head = Pieces(), Pieces()  # behind the last row; for the epoch's end
@@ -55,6 +56,7 @@ class PackedRows:
         self._number = 0  # of the next group
         self._group: Group | None = None
         self._order = np.empty(0, dtype=np.int64)  # of its rows
+        self._counts = np.zeros((1, sources, 2), dtype=np.int64)  # before each of them, in order
         self._position = 0  # rows of it handed out
         self._group_start: dict[str, Any] = {}
         self._seen = np.zeros((sources, 2), dtype=np.int64)  # tokens and documents of each source
@@ -87,14 +89,17 @@ class PackedRows:
                 self._group = self._next_group()
             chosen = self._order[self._position : self._position + n - done]
             part = slice(done, done + len(chosen))
-            inputs[part], targets[part] = self._group.inputs[chosen], self._group.targets[chosen]
+            # Rows are copied as they are: clip, because another mode would buffer them.
+            np.take(self._group.inputs, chosen, axis=0, out=inputs[part], mode="clip")
+            np.take(self._group.targets, chosen, axis=0, out=targets[part], mode="clip")
             if starts is not None:
                 starts[part] = self._group.begins[chosen]
                 starts[part, 0] = True
-            counts = self._group.counts[chosen].sum(axis=0)
-            self._seen += counts
-            count += int(counts[:, 0].sum())
+            before = self._counts[self._position]
             self._position += len(chosen)
+            given = self._counts[self._position] - before
+            self._seen += given
+            count += int(given[:, 0].sum()) if self._sources > 1 else int(given[0, 0])
             done += len(chosen)
         return Rows(inputs, targets, starts, count)
 
@@ -149,6 +154,8 @@ class PackedRows:
         self._rest, self._order, self._position = group.rest, np.arange(rows), 0
         if self._shuffle:
             self._order = philox(self._seed, 1, self._number).permutation(rows)
+        self._counts = np.zeros((rows + 1, self._sources, 2), dtype=np.int64)
+        np.cumsum(group.counts[self._order], axis=0, out=self._counts[1:])
         self._number += 1
         self._span = (start, self._mixture.stream_epochs)
         return group
@@ -163,7 +170,7 @@ class PackedRows:
         self._last = [name, part, number]
         arrays = [tokens]
         if not goes_on and int(tokens[0]) != self._eot:
-            arrays = [smallest(self._eot), tokens]
+            arrays = [self._eot_array, tokens]
         mark = Pieces.BEGINS if part == 0 else Pieces.GOES_ON if goes_on else Pieces.PARTED
         if self._epoch_begins:
             self._epoch_begins = False
@@ -176,10 +183,14 @@ class PackedRows:
         pieces.add(arrays, source, mark, name)
 
     def _follows(self, name: str, part: int, number: int) -> bool:
-        """Whether a piece is the next one of its document: by part within a row, which has one
-        number, and by number within a file."""
+        """Whether a piece continues the one before it. With concat it is enough that both are of
+        one document, since eot stands only between documents; best_fit keeps runs of text whole,
+        so there it must be the next piece: by part within a row, which has one number, and by
+        number within a file."""
         if self._last is None or self._last[0] != name:
             return False
+        if not self._best_fit:
+            return True
         _, last_part, last_number = self._last
         return bool(part == last_part + 1 if number == last_number else number == last_number + 1)
 

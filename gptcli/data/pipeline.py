@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gptcli.config.schema import Config, TokenizerConfig
+from gptcli.config.data_schema import TokenizerConfig
+from gptcli.config.schema import Config
 from gptcli.data.bpe import whole_words
 from gptcli.data.corpus import Corpus
 from gptcli.data.encode import EncodedStream

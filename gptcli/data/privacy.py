@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
-from gptcli.config.schema import Personal
+from gptcli.config.data_schema import Personal
 from gptcli.data import extras, national_ids, phones, secrets_found
 from gptcli.errors import DataError
 

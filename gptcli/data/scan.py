@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.cleaning import Cleaner, CleaningReport
 from gptcli.data.duplicates import Duplicates
 from gptcli.data.files import SourceFile

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tiktoken
 
-from gptcli.config.schema import TokenizerConfig
+from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.units import parse_bytes
 from gptcli.data.bpe import learn_ranks
 from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, named_encoding, parse_tiktoken

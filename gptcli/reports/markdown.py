@@ -2,7 +2,8 @@
 
 import re
 
-from gptcli.reports.page import Page, SampleStep, Table
+from gptcli.reports.page import Page, SampleStep
+from gptcli.reports.table import Table
 from gptcli.reports.text import visible
 
 # What begins markup, links or HTML inside a line or a cell. Underscores inside words are literal

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gptcli.reports.curves import best, lines_of, time_parts
+from gptcli.reports.table import Table, cleaning_table, source_table
 from gptcli.reports.text import (
     NOTHING,
     clip,
@@ -50,17 +51,6 @@ class Headline:
     label: str
     value: str
     note: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of shown text; the first column names the row. `marked` rows stand out."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    marked: frozenset[int] = frozenset()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -314,8 +304,8 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
         _facts("Model", report.get("model")),
         _facts("Training", report.get("training")),
         _data({k: v for k, v in data.items() if k != "sources"}),
-        _sources(data.get("sources") or [], report.get("mixture") or []),
-        _cleaning(data.get("sources") or []),
+        source_table(data.get("sources") or [], report.get("mixture") or []),
+        cleaning_table(data.get("sources") or []),
         _facts("Machine", report.get("machine")),
         _facts("Automatic choices", report.get("choices")),
         _facts("Versions", report.get("versions")),
@@ -338,52 +328,6 @@ def _data(data: dict[str, Any]) -> Table | None:
     blank = [""] * (len(parts) - 1)
     rows += [[str(name), field(str(name), value), *blank] for name, value in whole.items()]
     return Table("Data", ["", *parts], rows)
-
-
-def _sources(sources: list[dict[str, Any]], seen: list[dict[str, Any]]) -> Table | None:
-    """What each source holds and how much of it the run has trained on."""
-    if not sources:
-        return None
-    total = sum(part.get("tokens") or 0 for part in seen)
-    rows = []
-    for place, source in enumerate(sources):
-        part = seen[place] if place < len(seen) else {}
-        share = part["tokens"] / total if total and "tokens" in part else None
-        rows.append(
-            [
-                str(source.get("path")),
-                number(source.get("documents")),
-                field("bytes", source.get("train_bytes")),
-                compact(part.get("tokens")),
-                percent(share),
-                number(part.get("documents")),
-                decimals(part.get("epochs"), 2),
-            ]
-        )
-    head = [
-        "source",
-        "documents",
-        "to train on",
-        "tokens seen",
-        "share",
-        "documents seen",
-        "epochs",
-    ]
-    return Table("Sources", head, rows)
-
-
-def _cleaning(sources: list[dict[str, Any]]) -> Table | None:
-    """What the filters left out and replaced, with short examples."""
-    rows = []
-    for source in sources:
-        for name, done in (source.get("cleaning") or {}).items():
-            counts = {k: v for k, v in done.items() if k != "examples" and v}
-            shown = ", ".join(
-                f"{key.replace('_', ' ')} {field('', v)}" for key, v in counts.items()
-            )
-            examples = " · ".join(clip(str(e), 100) for e in done.get("examples") or [])
-            rows.append([str(source.get("path")), name, shown, examples])
-    return Table("Cleaning", ["source", "filter", "done", "examples"], rows) if rows else None
 
 
 def _facts(title: str, facts: dict[str, Any] | None) -> Table | None:

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gptcli.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
 from gptcli.config.load import config_schema, dump_config, load_config, load_resolved, unused_keys
 from gptcli.config.schema import (
     Config,
-    DataConfig,
     FinetuneConfig,
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrainingConfig,
 )
 from gptcli.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import packing
 from gptcli.data.best_fit import best_fit, cut_documents
 from gptcli.data.files import resolve

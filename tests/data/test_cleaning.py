@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptcli.config.schema import FiltersConfig
+from gptcli.config.data_schema import FiltersConfig
 from gptcli.data import cleaning
 from gptcli.data.boilerplate import is_boilerplate, remove_boilerplate
 from gptcli.data.cleaning import Cleaner, CleaningReport, repeated_lines

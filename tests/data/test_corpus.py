@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import DataConfig, SourceConfig
+from gptcli.config.data_schema import DataConfig, SourceConfig
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
 from gptcli.data.readers import read_shards
 from gptcli.errors import DataError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gptcli.config.schema import DataConfig
+from gptcli.config.data_schema import DataConfig
 from gptcli.data import corpus as corpus_module
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.readers import read_shards

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import encode, packing, pretokenised, readers, stream
 from gptcli.data.encode import EncodedStream
 from gptcli.data.files import resolve

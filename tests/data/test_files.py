@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import resolve
 from gptcli.errors import ConfigError, DataError
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import remote
 from gptcli.data.hub import RemoteFile, hub_files, open_remote
 from gptcli.errors import DataError

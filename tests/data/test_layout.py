@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.layout import Layout, layout
 from gptcli.data.shards import Problems

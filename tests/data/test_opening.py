@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.opening import open_stored, open_utf8
 from gptcli.errors import DataError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import packing, readers
 from gptcli.data.encode import EncodedStream
 from gptcli.data.files import resolve
@@ -319,18 +319,24 @@ def test_a_token_outside_the_vocabulary_names_its_document(tmp_path: Path, token
         packed_rows(shards, tokenizer).take(5)
 
 
-def test_pieces_that_the_shuffle_has_parted_do_not_run_into_each_other(
+def test_eot_stands_only_between_documents(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    """Guards against piece 7 of a book right behind piece 2 as if it were its continuation."""
+    """Guards against separators inside a long document whose pieces the shuffle has parted, and
+    against none between the pieces of two."""
     monkeypatch.setattr(readers, "PIECE_BYTES", 10)
-    shards, texts = corpus(tmp_path, [50, 50])
-    following = {pair for text in texts for pair in itertools.pairwise(tokenizer.encode(text))}
-    packed = packed_rows(shards, tokenizer, window=10000, shuffle=False)
-    for row in take(packed, 12):
-        for pair in itertools.pairwise(row):
-            assert pair in following or tokenizer.eot in pair
-    assert packed.seen[0]["documents"] <= 2
+    for lengths in ([100], [50, 50]):
+        shards, texts = corpus(tmp_path, lengths)
+        owner = {t: i for i, text in enumerate(texts) for t in tokenizer.encode(text)}
+        packed = packed_rows(shards, tokenizer, window=10000, shuffle=False)
+        tokens = [token for row in take(packed, 12) for token in row[:-1]]
+        begins = 0  # the pieces that begin a document, which have one anyway
+        for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+            if token == tokenizer.eot:
+                begins += owner[before] == owner[after]
+            else:
+                assert tokenizer.eot in (before, after) or owner[token] == owner[after]
+        assert begins <= len(lengths)
 
 
 @pytest.mark.parametrize("length", [3, 16384])

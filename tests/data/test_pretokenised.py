@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import pretokenised
 from gptcli.data.files import SourceFile
 from gptcli.data.pretokenised import PIECE_TOKENS, read_tokens, token_count

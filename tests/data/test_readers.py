@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.layout import layout
 from gptcli.data.lines import HELD_BYTES

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcli.config.schema import DataConfig
+from gptcli.config.data_schema import DataConfig
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.errors import ConfigError, DataError
 

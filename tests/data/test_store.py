@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import store_writer
 from gptcli.data.files import resolve
 from gptcli.data.pretokenised import PIECE_TOKENS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptcli import stop
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data import stream as stream_module
 from gptcli.data.files import resolve
 from gptcli.data.readers import Shard, Split, read_shards

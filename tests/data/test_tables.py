@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptcli.config.schema import SourceConfig
+from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.layout import layout
 from gptcli.data.readers import content_hash, read_shards

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gptcli.config.schema import DataConfig, FinetuneConfig
+from gptcli.config.data_schema import DataConfig
+from gptcli.config.schema import FinetuneConfig
 from gptcli.data.corpus import open_corpus
 from gptcli.data.readers import Shard
 from gptcli.data.rows import collate

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from gptcli import stop
-from gptcli.config.schema import TokenizerConfig
+from gptcli.config.data_schema import TokenizerConfig
 from gptcli.data.tiktoken_tables import PATTERNS, byte_characters, format_tiktoken, parse_tiktoken
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer, train_bpe
 from gptcli.errors import CheckpointError, DataError

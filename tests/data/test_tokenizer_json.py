@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from gptcli.config.schema import TokenizerConfig
+from gptcli.config.data_schema import TokenizerConfig
 from gptcli.data.tiktoken_tables import (
     O200K_PATTERN,
     PATTERNS,
