@@ -53,6 +53,7 @@ def finetune(
     if config.init is None:
         raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
     check_limits(config)
+    _check_data(config)
     device = resolve_device(config.training.device)
     with starting(
         "finetune", config, run_dir=run_dir, resume=resume, overwrite=overwrite, command=command
@@ -72,6 +73,12 @@ def finetune(
         held_out = encoder.encode_all(corpus.val_rows)
         if not held_out:
             raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
+        encoder.check(corpus.train)
+        if encoder.skipped or encoder.shortened:
+            log.warning(
+                f"{encoder.skipped} training rows do not fit and are skipped,"
+                f" {encoder.shortened} prompts lose their beginning"
+            )
         validation = encode_examples(held_out)
         session = build_session(config, start, device, tokenizer, corpus, validation, initial)
         tasks = read_run_json(start.directory).get("tasks", {})
@@ -83,13 +90,21 @@ def finetune(
             _example_rows(session, corpus, encoder),
             lambda: {"tasks": _tasks(tasks, "after", session, held_out)},
         )
-        if encoder.skipped or encoder.shortened:
-            log.warning(
-                f"{encoder.skipped} rows did not fit and were skipped,"
-                f" {encoder.shortened} prompts lost their beginning"
-            )
         write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))
+
+
+def _check_data(config: Config) -> None:
+    """Refuse settings of the data that are for text only."""
+    data = config.data
+    asked = {
+        "data.packing: best_fit": data.packing != "concat",
+        "data.document_mask": data.document_mask,
+        "weight": any(source.weight is not None for source in data.train),
+    }
+    for name, given in asked.items():
+        if given:
+            raise ConfigError(f"{name} is for pretraining; finetuning has one row an example")
 
 
 def describe(config: Config) -> str:
@@ -97,15 +112,18 @@ def describe(config: Config) -> str:
     if config.init is None:
         raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
     check_limits(config)
+    _check_data(config)
     start = load_model(config.init, torch.device("cpu"))
     corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
     block_size = start.model.config.block_size
     encoder = ExampleEncoder(config.finetune, start.tokenizer, block_size)
     held_out = encoder.encode_all(corpus.val_rows)
+    held_out_skipped = encoder.skipped
+    encoder.check(corpus.train)
     lines = {
         "model": f"{start.path}, {start.model.parameter_count():,} parameters",
-        "rows": f"{corpus.documents:,}",
-        "held out": f"{len(held_out):,} rows ({encoder.skipped} more do not fit)",
+        "rows": f"{corpus.documents:,} ({encoder.skipped} to train on do not fit)",
+        "held out": f"{len(held_out):,} rows ({held_out_skipped} more do not fit)",
         "tokens per step": f"{config.training.tokens_per_step:,}",
         "limits": describe_limits(config),
     }

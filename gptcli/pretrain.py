@@ -93,7 +93,10 @@ def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> 
                 hint=f"add text, or set model.block_size below {tokens}",
             )
     if not corpus.val_documents:
-        raise DataError("no validation text is left: add text, or set data.val")
+        raise DataError(
+            "the validation part is empty",
+            hint="add text, or set data.val_fraction or data.val",
+        )
 
 
 def _tokenizer(start: Start, initial: LoadedModel | None) -> Tokenizer | None:

@@ -221,7 +221,7 @@ def test_describe(base: Path, rows: Path) -> None:
     """Bug: --dry-run of a finetuning fails, or counts other rows than the run uses."""
     text = describe(settings(rows).model_copy(update={"init": str(base)}))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
-    assert lines["rows"] == "60"
+    assert lines["rows"] == "60 (0 to train on do not fit)"
     assert "max_steps 12" in lines["limits"]
     wrong = settings(rows, finetune={"fields": {"prompt": "q", "response": "answer"}})
     with pytest.raises(DataError, match="no field 'answer'"):
@@ -241,8 +241,11 @@ def test_rows_that_do_not_fit(
     result = finetune(settings(rows), model=str(base), run_dir=tmp_path / "run")
     assert result.status == "finished"
     assert all(r["loss"] is not None for r in read_metrics(tmp_path / "run"))
-    assert "rows did not fit and were skipped" in caplog.messages[-1]
-    assert not caplog.messages[-1].startswith("0 rows")
+    (line,) = [line for line in caplog.messages if "training rows do not fit" in line]
+    config = settings(rows)
+    corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
+    kept = [record["row"] for record in corpus.train_records()]
+    assert line.startswith(f"{sum(len(row['a']) > 60 for row in kept)} training rows")
     rows.write_text("".join(json.dumps({**row, "a": "x" * 99}) + "\n" for row in long))
     with pytest.raises(DataError, match="no held-out row fits"):
         finetune(settings(rows), model=str(base), run_dir=tmp_path / "none")

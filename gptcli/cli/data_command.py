@@ -258,8 +258,8 @@ def _token_text(token: "ShownToken") -> str:
     border = "|" if token.loss else "¦"
     if token.kind == "eot":
         return f"{border}⟨eot⟩"
-    text = token.text.replace("|", "\\|")
-    return f"{border}{text}" + (f"={token.completes}" if token.completes else "")
+    text = token.text + (f"={token.completes}" if token.completes else "")
+    return border + text.replace("|", "\\|")
 
 
 def _token_style(token: "ShownToken") -> str | None:

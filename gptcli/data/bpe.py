@@ -1,9 +1,10 @@
 """Byte-level BPE learned from text (Sennrich et al. 2016; on bytes: Radford et al. 2019)."""
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import regex
 
 from gptcli import stop
 from gptcli.data.tiktoken_tables import PATTERNS, byte_characters
@@ -11,8 +12,18 @@ from gptcli.data.tiktoken_tables import PATTERNS, byte_characters
 log = logging.getLogger("gptcli")
 
 # No split pattern has a word over this place, or looks across it.
-_BORDER = re.compile(r"[^\W\d_](?=[ \n])")
+_BORDER = regex.compile(r"[^\W\d_](?=[ \n])")
 _HELD_CHARACTERS = 1 << 18  # of text without such a place
+
+# Learning takes time quadratic in the length of a word, so runs that a pattern may make one word
+# are cut. The length is a multiple of the groups that patterns make: of 8 Han characters, 3 digits.
+_WORD_CHARACTERS = 240
+_LONG_RUN = regex.compile(
+    "|".join(
+        rf"(?<!{kind}){kind}{{{_WORD_CHARACTERS + 1},}}+"
+        for kind in (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]")
+    )
+)
 
 
 def learn_ranks(
@@ -22,7 +33,8 @@ def learn_ranks(
 
     Reads texts until `max_bytes` of UTF-8 are reached, the last one whole. `pattern` is a name in
     PATTERNS. The same texts give the same ranks, whatever the threads. A text with less to learn
-    gives fewer tokens, and a warning. Raises `stop.Stopped` when a stop is asked for.
+    gives fewer tokens, and a warning. Runs of more than 240 letters, digits, blanks or other signs
+    are learned from in parts. Raises `stop.Stopped` when a stop is asked for.
     """
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
@@ -63,8 +75,9 @@ def whole_words(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             if held:
                 yield held
             held = ""
+        seen = max(0, len(held) - 1)  # but for its last letter, `held` has no border
         held += record["text"]
-        border = _last_border(held)
+        border = _last_border(held, seen)
         if border:
             yield held[:border]
             held = held[border:]
@@ -75,9 +88,9 @@ def whole_words(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         yield held
 
 
-def _last_border(text: str) -> int:
-    """Where the last word that ends within `text` ends; 0 if none does."""
-    for low in (max(0, len(text) - 1000), 0):  # mostly it is near
+def _last_border(text: str, begin: int) -> int:
+    """Where the last word that ends within `text` from `begin` on ends; 0 if none does."""
+    for low in (max(begin, len(text) - 1000), begin):  # mostly it is near
         ends = [match.end() for match in _BORDER.finditer(text, low)]
         if ends:
             return ends[-1]
@@ -87,8 +100,19 @@ def _last_border(text: str) -> int:
 def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
-        stop.raise_if_requested()
-        yield text
+        yield from _without_long_words(text)
         left -= len(text.encode("utf-8", "replace"))
         if left <= 0:
             return
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text, cut inside its long runs so that no word is longer than about a part of them."""
+    begin = 0
+    for run in _LONG_RUN.finditer(text):
+        for end in range(run.start() + _WORD_CHARACTERS, run.end(), _WORD_CHARACTERS):
+            stop.raise_if_requested()
+            yield text[begin:end]
+            begin = end
+    stop.raise_if_requested()
+    yield text[begin:]

@@ -32,6 +32,7 @@ FEW_DOCUMENTS = 100  # below this, the end of each document is held out instead 
 BUILTIN_SHARD_ROWS = 256
 VAL_TOKENS = 1_000_000  # held out of an endless stream where nothing else is said
 MOST_HELD_BYTES = 64 * 1024 * 1024  # of a large corpus, unless eval.max_tokens says otherwise
+_MOST_WARNINGS = 3  # of a kind, by file
 _BYTES_PER_TOKEN = 4  # of English with common vocabularies
 _MOST_BYTES_PER_TOKEN = 64  # no tokenizer of ordinary text makes fewer tokens
 
@@ -156,6 +157,9 @@ def _read(
     val_scans: list[FileScan] = []
     if data.val is not None:
         val_scans, _ = _scan(data.val, val_files, fields, eot, problems)
+        if not any(scan.documents is None or scan.documents for scan in val_scans):
+            names = ", ".join(source.path for source in data.val)
+            raise DataError(f"the validation data has 0 documents: {names}")
         split = WHOLE
         _warn_of_shared_files(scans, val_scans)
     elif counted < FEW_DOCUMENTS and fields is None and not endless:
@@ -180,10 +184,16 @@ def _read(
                 documents=None if None in counts else sum(c for c in counts if c is not None),
                 bytes=total,
                 train_bytes=total - (held_bytes if data.val is None else 0),
-                cleaning=reports[number].to_json() if source.filters.active else {},
+                cleaning=_cleaning(source, reports[number]),
             )
         )
     return Contents(scans, val_scans, split, facts, problems, documents, rows)
+
+
+def _cleaning(source: SourceConfig, report: CleaningReport) -> dict[str, Any]:
+    """What each filter of the source did, those that found nothing too."""
+    active = source.filters.model_dump(exclude_defaults=True)
+    return {name: {"documents": 0} for name in active} | report.to_json()
 
 
 def _scan(
@@ -332,5 +342,7 @@ def _warn(problems: Problems) -> None:
         (problems.skipped_rows, "rows that cannot be used were left out"),
         (problems.null_rows, "rows whose text is null were left out"),
     ):
-        for path, count in counts.items():
+        for path, count in list(counts.items())[:_MOST_WARNINGS]:
             log.warning(f"{path}: {count} {what}")
+        if more := list(counts.values())[_MOST_WARNINGS:]:
+            log.warning(f"{len(more)} more files: {sum(more)} {what}")

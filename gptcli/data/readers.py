@@ -214,7 +214,7 @@ def _whole_row(
     shard: Shard, number: int, row: dict[str, Any], problems: Problems
 ) -> Iterator[dict[str, Any]]:
     for name in shard.fields or ():
-        problem = _no_field(row, name) if name not in row else _not_text(row[name], name)
+        problem = _no_field(row, name) if name not in row else _not_text(row[name], name, row)
         if problem is not None:
             hint = "name the fields in finetune.fields: {prompt: ..., response: ...}"
             bad_row(problem, shard.file, number, problems, hint)
@@ -298,7 +298,7 @@ def _row_text(shard: Shard, number: int, row: dict[str, Any], problems: Problems
         if value is None:
             count(problems.null_rows, shard.file)
             return None
-    problem = problem or _not_text(value, name)
+    problem = problem or _not_text(value, name, row)
     if problem is None:
         return str(value)
     hint = "set text_field of the source to the text's field"
@@ -315,12 +315,12 @@ def _not_a_mapping(value: Any, name: str) -> str:
     return f"field {name!r} has no fields: it is {type(value).__name__}"
 
 
-def _not_text(value: Any, name: str) -> str | None:
-    """What is wrong with the value of a field that must hold text."""
+def _not_text(value: Any, name: str, row: dict[str, Any]) -> str | None:
+    """What is wrong with the value of the row's field that must hold text."""
     if isinstance(value, str):
         return None
     kind = "null" if value is None else type(value).__name__
-    return f"field {name!r} is not text but {kind}"
+    return f"field {name!r} is not text but {kind} (has: {', '.join(map(str, row))})"
 
 
 def _without_surrogates(text: str, shard: Shard, number: int, problems: Problems) -> str:

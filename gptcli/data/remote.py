@@ -257,7 +257,7 @@ class Ranges(io.RawIOBase):
                     if failures == len(BACKOFF_SECONDS):
                         raise DataError(
                             f"{self._path}: the network failed: {_reason(error)}",
-                            hint="the run is saved; --resume goes on where it stopped",
+                            hint="try again later; --resume goes on from what a run has saved",
                         ) from error
                     _pause(max(BACKOFF_SECONDS[failures], getattr(error, "seconds", 0.0)))
                     failures += 1

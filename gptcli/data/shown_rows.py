@@ -16,7 +16,7 @@ class ShownToken:
     """One token of a row.
 
     `text` has control characters and parts of characters as escapes; `completes` are the characters
-    that end with this token and began in earlier ones. `position` is what the model is told; None
+    that end with this token and began in earlier ones, control characters as escapes too. `position` is what the model is told; None
     for a target that is no input, such as a row's last one. `target` is the token to be predicted
     here, None without loss. `loss` tells whether this token itself is a target with loss; `begins`,
     whether a segment (what attends to itself only: the row, or a document of it) begins here.
@@ -128,7 +128,7 @@ def token_texts(
             partial = False
         joined = decoder.decode(data)
         begun, partial = partial, bool(decoder.getstate()[0])
-        completes = joined if begun and "\ufffd" not in joined else ""
+        completes = _escaped(joined.encode()) if begun and "\ufffd" not in joined else ""
         shown.append((_escaped(data), completes))
     return shown
 

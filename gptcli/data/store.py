@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import time
@@ -50,6 +51,7 @@ UNUSED_SECONDS = 60 * 24 * 3600
 _BUILDING = ".building"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REPAIR_RECORDS = 64
+_RELEASE_BYTES = 64 * 1024 * 1024  # of tokens; the index of short documents is as large again
 
 
 class _DamagedError(Exception):
@@ -85,6 +87,14 @@ class TokenStore:
     shard_blocks: list[int]
     names: list[tuple[bool, str]]
     verified: bytearray
+    maps: list[mmap.mmap]
+
+    def release(self) -> None:
+        """Give the pages read so far back: the system keeps them as long as memory allows, but
+        they no longer count as this process's. What is still in use is mapped again."""
+        for mapped in self.maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def cache_root() -> Path:
@@ -160,6 +170,7 @@ class StoreReader:
     def __init__(self, store: TokenStore) -> None:
         self.shards = len(store.shards)
         self._store = store
+        self._mapped_bytes = 0  # read since pages were last given back
         self.open(range(self.shards), (0, 0))
 
     def open(self, order: Sequence[int], cursor: tuple[int, int]) -> None:
@@ -194,7 +205,12 @@ class StoreReader:
         store, shard = self._store, self._order[self._place]
         if self._source is None:
             try:
-                return _block_records(store, shard, self._before)
+                records = _block_records(store, shard, self._before)
+                self._mapped_bytes += sum(r["tokens"].nbytes for r in records)
+                if self._mapped_bytes > _RELEASE_BYTES:
+                    store.release()
+                    self._mapped_bytes = 0
+                return records
             except _DamagedError as error:
                 if (store.path / MANIFEST).exists():  # the next start writes the store again
                     log.warning(f"{store.path}: the token cache is damaged ({error}); reading text")
@@ -293,6 +309,7 @@ def _open(
         names = [
             (bool(relative), str(text)) for relative, text in json.loads((path / NAMES).read_text())
         ]
+        maps: list[mmap.mmap] = []
         files = sum(name.startswith("tokens-") for name in manifest["bytes"])
         dtype = token_dtype(tokenizer.vocab_size)
         store = TokenStore(
@@ -300,13 +317,14 @@ def _open(
             shards,
             tokenizer,
             manifest["tokens"],
-            [_map(path / token_file(n), dtype) for n in range(files)],
-            _map(path / INDEX, np.dtype("<i8")).reshape(-1, len(COLUMNS)),
+            [_map(path / token_file(n), dtype, maps) for n in range(files)],
+            _map(path / INDEX, np.dtype("<i8"), maps).reshape(-1, len(COLUMNS)),
             blocks,
             [0, *np.cumsum(blocks[:, 1]).tolist()],
             np.searchsorted(blocks[:, 0], np.arange(len(shards) + 1)).tolist(),
             names,
             bytearray(len(blocks)),
+            maps,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _DamagedError(str(error)) from error
@@ -330,11 +348,13 @@ def _check(path: Path, manifest: dict[str, Any], about: dict[str, Any]) -> None:
             raise ValueError(f"wrong checksum of {name}")
 
 
-def _map(path: Path, dtype: np.dtype[Any]) -> Ids:
-    """np.asarray: slices of a np.memmap object are slow. An empty file cannot be mapped."""
+def _map(path: Path, dtype: np.dtype[Any], maps: list[mmap.mmap]) -> Ids:
+    """The file as an array; its mapping is added to `maps`. An empty file cannot be mapped."""
     if not path.stat().st_size:
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    with path.open("rb") as f:
+        maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+    return np.frombuffer(maps[-1], dtype=dtype)
 
 
 def _build(

@@ -287,7 +287,8 @@ def _needed(schema: pa.Schema, shard: Shard) -> list[str] | None:
         kind = fields[step]
         fields = {f.name: f.type for f in kind} if pa.types.is_struct(kind) else {}
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{path}: field {name!r} is not text but {kind}", hint=hint)
+        have = ", ".join(schema.names)
+        raise DataError(f"{path}: field {name!r} is not text but {kind} (has: {have})", hint=hint)
     return [name]
 
 

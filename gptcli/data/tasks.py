@@ -8,8 +8,11 @@ import jinja2
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gptcli import stop
 from gptcli.config.schema import FinetuneConfig
+from gptcli.data.readers import read_shards
 from gptcli.data.rows import Row, Rows, collate
+from gptcli.data.shards import Shard, row_place
 from gptcli.data.stream import RecordStream
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
@@ -69,6 +72,19 @@ class ExampleEncoder:
             self.shortened += 1
             body = body[len(body) - room :]
         return Example(prompt + body, response, values["response"])
+
+    def check(self, shards: list[Shard]) -> None:
+        """Try all rows of the shards, so that what is wrong shows before the training; afterwards
+        `skipped` and `shortened` count these rows. DataError with the place of a row that does
+        not fill the template."""
+        self.skipped = self.shortened = 0
+        for shard in shards:
+            for record in read_shards([shard]):
+                stop.raise_if_requested()
+                try:
+                    self.encode(record["row"], record["document"])
+                except DataError:
+                    self.encode(record["row"], row_place(shard.file, record["number"]))
 
     def encode_all(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Example]:
         """The examples of all rows that fit; each comes with its place."""

@@ -113,6 +113,12 @@ def _token_ids(
             yield ids, len(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
             continue
         whole = document.tokens.astype(np.int64)
+        if len(whole) and int(whole.max()) >= tokenizer.vocab_size:
+            raise DataError(
+                f"{document.name}: token id {int(whole.max())} is outside the vocabulary of"
+                f" {tokenizer.vocab_size}",
+                hint="the tokens were made with another tokenizer",
+            )
         for part in np.split(whole, np.flatnonzero(whole == tokenizer.eot)):
             ids = part[1:] if len(part) and part[0] == tokenizer.eot else part
             yield ids, len(tokenizer.decode_bytes(ids.tolist()))

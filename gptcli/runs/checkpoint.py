@@ -144,7 +144,7 @@ def read(
     """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
 
     It is verified first, unless the `manifest` that `verify` has just returned is given.
-    CheckpointError when it is damaged.
+    CheckpointError when it is damaged, or its tokenizer is not the one that the manifest names.
     """
     if manifest is None:
         manifest = verify(directory, optimizer=with_optimizer)
@@ -153,12 +153,18 @@ def read(
         if kept not in model:
             raise CheckpointError(f"{directory}: {name} is tied to {kept}, which is missing")
         model[name] = model[kept]
+    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    if tokenizer.identity != manifest["tokenizer"]:
+        raise CheckpointError(
+            f"{directory / TOKENIZER} holds the tokenizer {tokenizer.identity}, but the model was"
+            f" trained with {manifest['tokenizer']}"
+        )
     return Contents(
         model=model,
         optimizer=_read_tensors(directory / OPTIMIZER) if with_optimizer else {},
         state=read_state(directory),
         config_yaml=_read_text(directory / CONFIG),
-        tokenizer=Tokenizer.load(directory / TOKENIZER),
+        tokenizer=tokenizer,
     )
 
 

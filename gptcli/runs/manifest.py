@@ -110,6 +110,8 @@ def _problems(manifest: dict[str, Any]) -> Iterator[str]:
         yield "no valid step"
     if not isinstance(tied, dict) or not all(isinstance(kept, str) for kept in tied.values()):
         yield "no valid list of tied tensors"
+    if not isinstance(manifest.get("tokenizer"), str):
+        yield "no identity of the tokenizer"
     if not isinstance(files, dict):
         yield "no list of files"
         return
