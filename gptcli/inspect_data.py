@@ -20,7 +20,7 @@ from gptcli.data.privacy import KINDS, available_kinds, find
 from gptcli.data.rows import RowSource
 from gptcli.data.shown_rows import ShownRow, show_rows
 from gptcli.data.stream import RecordStream, ShardReader
-from gptcli.data.survey import Probes, Survey
+from gptcli.data.survey import EXACT_DOCUMENTS, Probes, Survey
 from gptcli.data.tasks import ExampleEncoder, ExampleRows
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer
 from gptcli.data.unicode_scripts import language_of, main_script
@@ -31,7 +31,7 @@ log = logging.getLogger("gptcli")
 
 NEAR = 0.8  # Jaccard similarity from which documents count as near duplicates here
 # Documents among which duplicates are looked for: up to about 1 GB and 0.6 GB of memory.
-EXACT_DOCUMENTS, NEAR_DOCUMENTS = 10_000_000, 200_000
+NEAR_DOCUMENTS = 200_000
 REMOTE_BYTES = 100_000_000  # read of a corpus that is streamed, where nothing else is said
 
 Progress = Callable[[int, int], None]
@@ -285,6 +285,12 @@ def _report(
         "duplicates": {
             kind: {**survey.duplicates[kind].summary(), "among": min(survey.documents, most)}
             for kind, most in (("exact", EXACT_DOCUMENTS), ("near", NEAR_DOCUMENTS))
+        },
+        "no_text": {
+            "documents": survey.data_documents,
+            "duplicates": survey.data_duplicates.summary(),
+            "outside_vocabulary": survey.outside.summary(),
+            "largest_id": survey.largest_id,
         },
         "empty": survey.empty.summary(),
         "control_characters": {

@@ -10,8 +10,9 @@ from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.data.bpe import whole_words
 from gptcli.data.files import SourceFile, resolve
-from gptcli.data.readers import Problems, read_shards
+from gptcli.data.readers import read_shards
 from gptcli.data.scan import SourceScan
+from gptcli.data.shards import Problems
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import ConfigError, DataError, ResourceError
 

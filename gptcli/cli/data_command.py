@@ -172,7 +172,9 @@ def _facts(report: dict[str, Any]) -> list[list[str]]:
         most = list(report["languages"].items())[:5]
         shown = ", ".join(f"{code} {percent(count / total)}" for code, count in most)
         rows.append(["languages", f"{shown} (of the first {total:,} documents)"])
-    return rows if report["text"] else [row for row in rows if row[0] != "characters"]
+    if report["text"]:
+        return rows
+    return [row for row in rows if row[0] not in ("characters", "bytes per token")]
 
 
 def _scripts(report: dict[str, Any]) -> list[list[str]]:
@@ -206,7 +208,7 @@ def _sources(report: dict[str, Any]) -> list[list[str]]:
 
 def _findings(findings: list[dict[str, str]], width: int | None, colours: bool) -> str:
     """One finding a line, on a terminal wrapped behind its name."""
-    indent = max(len(f["check"]) for f in findings) + 11
+    indent = max((len(f["check"]) for f in findings), default=0) + 11
     lines = []
     for finding in findings:
         level = _styled(f"{finding['level']:<7}", _LEVEL_COLOURS[finding["level"]], colours)

@@ -18,12 +18,10 @@ _HELD_CHARACTERS = 1 << 18  # of text without such a place
 # Learning takes time quadratic in the length of a word, so runs that a pattern may make one word
 # are cut. The length is a multiple of the groups that patterns make: of 8 Han characters, 3 digits.
 _WORD_CHARACTERS = 240
-_LONG_RUN = regex.compile(
-    "|".join(
-        rf"(?<!{kind}){kind}{{{_WORD_CHARACTERS + 1},}}+"
-        for kind in (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]")
-    )
-)
+_STRIDE = _WORD_CHARACTERS // 2
+_KINDS = (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]")
+_RUN = regex.compile("|".join(rf"({kind}{{{_STRIDE},}}+)" for kind in _KINDS))
+_BEFORE = [regex.compile(rf"(?r){kind}*") for kind in _KINDS]  # of the same kind, backwards
 
 
 def learn_ranks(
@@ -109,10 +107,28 @@ def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 def _without_long_words(text: str) -> Iterator[str]:
     """The text, cut inside its long runs so that no word is longer than about a part of them."""
     begin = 0
-    for run in _LONG_RUN.finditer(text):
-        for end in range(run.start() + _WORD_CHARACTERS, run.end(), _WORD_CHARACTERS):
+    for low, high in _long_runs(text):
+        for end in range(low + _WORD_CHARACTERS, high, _WORD_CHARACTERS):
             stop.raise_if_requested()
             yield text[begin:end]
             begin = end
     stop.raise_if_requested()
     yield text[begin:]
+
+
+def _long_runs(text: str) -> Iterator[tuple[int, int]]:
+    """Where runs longer than a part begin and end.
+
+    Only every 120th character is looked at, and what follows it: a longer run covers the whole way
+    from one of these places to the next. Searching the text instead takes longer than learning.
+    """
+    place = 0
+    while place + _STRIDE <= len(text):
+        run = _RUN.match(text, place)
+        if run is None:
+            place += _STRIDE
+            continue
+        low = _BEFORE[run.lastindex - 1].match(text, 0, place).start()
+        if run.end() - low > _WORD_CHARACTERS:
+            yield low, run.end()
+        place += (run.end() - place) // _STRIDE * _STRIDE

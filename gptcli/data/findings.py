@@ -34,6 +34,8 @@ def judge(report: Report, data: DataConfig) -> list[Finding]:
     checks: list[Callable[[Report, DataConfig], Iterator[Finding]]] = [_size, _validation]
     if report["text"]:
         checks += [_duplicates, _empty, _encoding, _controls, _personal, _repetition, _tokenizer]
+    if report["no_text"]["documents"]:
+        checks.append(_no_text)
     checks += [_short, _left_out]
     found = [finding for check in checks for finding in check(report, data)]
     order = {"warning": 0, "note": 1, "ok": 2}
@@ -210,6 +212,40 @@ def _tokenizer(report: Report, data: DataConfig) -> Iterator[Finding]:
                 f"{per_token:.2f} bytes per token of {name}: a larger tokenizer.vocab_size or, for"
                 " Chinese, Japanese and Korean, tokenizer.pattern: cjk makes texts shorter",
             )
+
+
+def _no_text(report: Report, data: DataConfig) -> Iterator[Finding]:
+    """Of token ids and binary data."""
+    found, vocab_size = report["no_text"], report["tokenizer"]["vocab_size"]
+    outside, same = found["outside_vocabulary"], found["duplicates"]
+    if outside["count"]:
+        yield Finding(
+            "warning",
+            "vocabulary",
+            f"{outside['count']:,} token ids, up to {found['largest_id']:,}, are outside the"
+            f" vocabulary of {vocab_size:,}{_places(outside['places'])}: training stops there; set"
+            " tokenizer to the one that made the files",
+        )
+    else:
+        text = f"all token ids are inside the vocabulary of {vocab_size:,}"
+        yield Finding("ok", "vocabulary", text)
+    share = same["count"] / found["documents"]
+    if same["count"]:
+        yield Finding(
+            "warning" if share > _DUPLICATES else "note",
+            "duplicates",
+            f"{same['count']:,} of {found['documents']:,} documents ({share:.1%}) have the same"
+            f" tokens as an earlier one{_places(same['places'])}: leave them out of the files;"
+            " filters are for text",
+        )
+    else:
+        yield Finding("ok", "duplicates", "no document has the same tokens as an earlier one")
+    yield Finding(
+        "note",
+        "no text",
+        f"{found['documents']:,} documents are token ids or binary data: near duplicates, overlap"
+        " with the validation data and what concerns text are not looked for in them",
+    )
 
 
 def _short(report: Report, data: DataConfig) -> Iterator[Finding]:

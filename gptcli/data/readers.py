@@ -16,15 +16,16 @@ from gptcli.data.files import SourceFile
 from gptcli.data.lines import LineDocument, json_rows, line_documents
 from gptcli.data.opening import open_utf8
 from gptcli.data.pretokenised import read_tokens
-from gptcli.data.shards import PIECE_BYTES as PIECE_BYTES
-from gptcli.data.shards import SHARD_BYTES as SHARD_BYTES
-from gptcli.data.shards import SHARD_PIECES as SHARD_PIECES
-from gptcli.data.shards import Problems as Problems
-from gptcli.data.shards import Shard as Shard
-from gptcli.data.shards import Split as Split
-from gptcli.data.shards import bad_row, count, last_end, row_place
-from gptcli.data.shards import decode as decode
-from gptcli.data.shards import whole_characters as whole_characters
+from gptcli.data.shards import (
+    PIECE_BYTES,
+    Problems,
+    Shard,
+    bad_row,
+    count,
+    decode,
+    last_end,
+    row_place,
+)
 from gptcli.data.tables import table_rows
 from gptcli.errors import DataError
 

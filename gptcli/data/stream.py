@@ -13,7 +13,8 @@ import numpy as np
 from datasets import IterableDataset
 
 from gptcli import stop
-from gptcli.data.readers import Shard, read_shards
+from gptcli.data.readers import read_shards
+from gptcli.data.shards import Shard
 
 WINDOW_BYTES = 64 * 1024 * 1024
 

@@ -4,6 +4,7 @@ Memory stays bounded whatever the corpus: lengths go into a histogram, lines of 
 limited set, examples into short lists.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from gptcli.data.overlap import ContentDigest, Overlap
 from gptcli.data.tokenizer import Tokenizer
 
+EXACT_DOCUMENTS = 10_000_000  # among which exact duplicates are looked for: about 1 GB
 HEAD_CHARACTERS = 1 << 20  # of a document, by which duplicates are recognised
 MAX_LINES = 1 << 18  # of a document, among which repeated ones are counted
 MIN_LINES = 4  # fewer lines say nothing about repetition
@@ -172,6 +174,7 @@ class _Open:
     line_count: int = 0
     repeated: int = 0
     blank: bool = True
+    data: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # that is no text
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,11 @@ class Probes:
 
 
 class Survey:
-    """Counts over the training records, given in file order to `add`, then `end`."""
+    """Counts over the training records, given in file order to `add`, then `end`.
+
+    Of documents that are no text (token ids, binary data) only sizes, exact duplicates and ids
+    outside the vocabulary are counted; each eot in a record of token ids begins one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, block_size: int, probes: Probes) -> None:
         self._tokenizer, self._probes = tokenizer, probes
@@ -201,6 +208,9 @@ class Survey:
         self.sources: dict[int, Counter[str]] = {}
         self.empty, self.repetitive, self.controls = Tally(), Tally(), Tally()
         self.replacement = Tally()
+        self.data_documents = self.largest_id = 0  # of documents that are no text
+        self.data_duplicates, self.outside = Tally(), Tally()
+        self._data_seen: set[bytes] = set()
         self.control_codes: Counter[str] = Counter()
         self.duplicates = {"exact": Tally(), "near": Tally()}
         self.personal: dict[str, Tally] = {}
@@ -209,6 +219,17 @@ class Survey:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Count one record."""
+        if "tokens" not in record:
+            self._add(record)
+            return
+        tokens = record["tokens"]
+        begins = np.flatnonzero(tokens == self._tokenizer.eot)
+        first, *others = np.split(tokens, begins)
+        self._add({**record, "tokens": first})
+        for document in others:
+            self._add({**record, "part": 0, "bytes": 0, "tokens": document[1:]})
+
+    def _add(self, record: Mapping[str, Any]) -> None:
         name = record["document"]
         begins = record["part"] == 0 or self._open is None or self._open.name != name
         if begins:
@@ -226,6 +247,8 @@ class Survey:
         source["documents"] += begins
         if isinstance(text, str):
             self._add_text(self._open, text, tokens, begins)
+        else:
+            self._add_data(self._open, tokens, begins)
 
     def end(self) -> None:
         """The last document ends."""
@@ -242,6 +265,8 @@ class Survey:
         self.repeated_lines += document.repeated
         if document.line_count >= MIN_LINES and document.repeated > 0.3 * document.line_count:
             self.repetitive.add(document.name, 1)
+        if document.tokens and not document.characters:
+            self._end_data(document)
         if document.head:
             if self.documents <= LANGUAGE_DOCUMENTS:
                 self.languages[self._probes.language(document.head[0]) or "unclear"] += 1
@@ -259,6 +284,23 @@ class Survey:
         if isinstance(text, bytes):
             return np.frombuffer(text, dtype=np.uint8)
         return self._tokenizer.encode_numpy(text)
+
+    def _add_data(
+        self, document: _Open, tokens: np.ndarray[Any, np.dtype[Any]], begins: bool
+    ) -> None:
+        self.data_documents += begins
+        document.data.update(tokens.astype("<u4").tobytes())
+        if len(tokens):
+            self.largest_id = max(self.largest_id, int(tokens.max()))
+            bad = np.count_nonzero(tokens >= self._tokenizer.vocab_size)
+            self.outside.add(document.name, int(bad))
+
+    def _end_data(self, document: _Open) -> None:
+        digest = document.data.digest()
+        if digest in self._data_seen:
+            self.data_duplicates.add(document.name, 1)
+        elif len(self._data_seen) < EXACT_DOCUMENTS:
+            self._data_seen.add(digest)
 
     def _add_text(
         self, document: _Open, text: str, tokens: np.ndarray[Any, np.dtype[Any]], begins: bool

@@ -15,7 +15,7 @@ from gptcli.data.best_fit import best_fit, cut_documents
 from gptcli.data.files import resolve
 from gptcli.data.mixture import Mixture
 from gptcli.data.packing import PackedRows
-from gptcli.data.readers import Shard, Split
+from gptcli.data.shards import Shard, Split
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.model.gpt import IGNORED

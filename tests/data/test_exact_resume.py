@@ -24,7 +24,8 @@ from gptcli.data.files import resolve
 from gptcli.data.layout import layout
 from gptcli.data.mixture import Mixture
 from gptcli.data.packing import PackedRows
-from gptcli.data.readers import Problems, Shard, Split, read_shards
+from gptcli.data.readers import read_shards
+from gptcli.data.shards import Problems, Shard, Split
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
 

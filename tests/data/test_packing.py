@@ -16,7 +16,7 @@ from gptcli.data.encode import EncodedStream
 from gptcli.data.files import resolve
 from gptcli.data.mixture import Mixture
 from gptcli.data.packing import PackedRows
-from gptcli.data.readers import Shard, Split
+from gptcli.data.shards import Shard, Split
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import DataError

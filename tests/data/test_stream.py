@@ -13,7 +13,8 @@ from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.data import stream as stream_module
 from gptcli.data.files import resolve
-from gptcli.data.readers import Shard, Split, read_shards
+from gptcli.data.readers import read_shards
+from gptcli.data.shards import Shard, Split
 from gptcli.data.stream import RecordStream, ShardReader, permutation
 
 ROWS = 13

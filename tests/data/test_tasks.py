@@ -9,8 +9,8 @@ import pytest
 from gptcli.config.data_schema import DataConfig
 from gptcli.config.schema import FinetuneConfig
 from gptcli.data.corpus import open_corpus
-from gptcli.data.readers import Shard
 from gptcli.data.rows import collate
+from gptcli.data.shards import Shard
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows, example_row
 from gptcli.data.tokenizer import Tokenizer
