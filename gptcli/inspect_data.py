@@ -30,8 +30,7 @@ from gptcli.runs.load import load_model
 log = logging.getLogger("gptcli")
 
 NEAR = 0.8  # Jaccard similarity from which documents count as near duplicates here
-# Documents among which duplicates are looked for: up to about 1 GB and 0.6 GB of memory.
-NEAR_DOCUMENTS = 200_000
+NEAR_DOCUMENTS = 200_000  # among which near duplicates are looked for: up to 0.6 GB of memory
 REMOTE_BYTES = 100_000_000  # read of a corpus that is streamed, where nothing else is said
 
 Progress = Callable[[int, int], None]
@@ -238,6 +237,7 @@ def _report(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, survey: Survey, overlap: Overlap | None
 ) -> dict[str, Any]:
     held = overlap.counts() if overlap is not None else None
+    texts = survey.documents - survey.data_documents
     problems = corpus.problems
     return {
         "name": config.name,
@@ -283,15 +283,10 @@ def _report(
             "places": list(held.names) if held else [],
         },
         "duplicates": {
-            kind: {**survey.duplicates[kind].summary(), "among": min(survey.documents, most)}
+            kind: {**survey.duplicates[kind].summary(), "among": min(texts, most)}
             for kind, most in (("exact", EXACT_DOCUMENTS), ("near", NEAR_DOCUMENTS))
         },
-        "no_text": {
-            "documents": survey.data_documents,
-            "duplicates": survey.data_duplicates.summary(),
-            "outside_vocabulary": survey.outside.summary(),
-            "largest_id": survey.largest_id,
-        },
+        "no_text": _no_text(survey),
         "empty": survey.empty.summary(),
         "control_characters": {
             **survey.controls.summary(),
@@ -306,4 +301,14 @@ def _report(
             "skipped_rows": problems.skipped_rows,
             "null_rows": problems.null_rows,
         },
+    }
+
+
+def _no_text(survey: Survey) -> dict[str, Any]:
+    """What applies to token ids and binary data."""
+    return {
+        "documents": survey.data_documents,
+        "duplicates": survey.data_duplicates.summary(),
+        "outside_vocabulary": survey.outside.summary(),
+        "largest_id": survey.largest_id,
     }

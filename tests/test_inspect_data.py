@@ -187,8 +187,32 @@ def test_binary_and_tokens(tmp_path):
     assert not check.report["text"]
     assert check.report["train"]["bytes"] == pytest.approx(0.98 * len(data), rel=0.02)
     np.save(tmp_path / "t.npy", np.arange(5000, dtype=np.uint16) % 250)
+    assert check.report["no_text"]["outside_vocabulary"]["count"] == 0
     tokens = check_data(config(tmp_path / "t.npy"))
     assert tokens.report["train"]["tokens"] == pytest.approx(4900, abs=20)
+
+
+def test_documents_of_tokens(tmp_path):
+    """Guards against pieces of a token file counted as documents: each eot begins one, and repeated
+    ones and ids outside the vocabulary are found."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 256, n) for n in rng.integers(10, 400, 300)]  # several pieces of 16384
+    texts += [texts[k] for k in range(5)] + [np.array([65, 999, 300, 66])]
+    np.save(tmp_path / "t.npy", np.concatenate([[256, *t] for t in texts]).astype(np.uint16))
+    np.save(tmp_path / "v.npy", np.arange(600, dtype=np.uint16) % 250)
+    check = check_data(config(tmp_path / "t.npy", val=tmp_path / "v.npy"))
+    report = check.report
+    assert report["train"]["documents"] == len(texts) == report["no_text"]["documents"]
+    assert report["train"]["tokens"] == sum(map(len, texts)) + len(texts)
+    assert report["lengths"]["max"] == max(map(len, texts))
+    assert report["lengths"]["min"] == 4
+    assert report["no_text"]["duplicates"]["count"] == 5
+    assert report["no_text"]["outside_vocabulary"]["count"] == 2
+    assert report["no_text"]["largest_id"] == 999
+    found = levels(check)
+    assert found["vocabulary"] == found["duplicates"] == "warning"
+    assert found["no text"] == "note"
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_finetuning_rows(tmp_path):

@@ -130,8 +130,8 @@ def check_text(report: dict[str, Any], width: int | None, colours: bool) -> str:
         for source in report["sources"]
         if source["filters"]
     ]
-    parts.append(_findings(report["findings"], width, colours))
-    return "\n".join(visible(part) if i < len(parts) - 1 else part for i, part in enumerate(parts))
+    shown = [visible(part) for part in parts if part]
+    return "\n".join([*shown, _findings(report["findings"], width, colours)])
 
 
 def rows_text(data: "DataRows", width: int, colours: bool) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptcli.config.data_schema import DataConfig, SourceConfig
-from gptcli.data import corpus_index
+from gptcli.data import corpus_index, extras
 from gptcli.data.cleaning import CleaningReport
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.pretokenised import PIECE_TOKENS
@@ -314,8 +314,9 @@ def _document(name: str, pieces: list[Any], kind: str) -> Document:
 
 def _key(data: DataConfig, fingerprint: dict[str, Any], split: Split) -> str:
     """Identifies the training records: equal keys mean equal records in equal order."""
-    sources = [source.model_dump() for source in data.train]
-    text = json.dumps([sources, fingerprint, vars(split)], sort_keys=True)
+    sources = [source.model_dump(exclude={"weight"}) for source in data.train]
+    libraries = extras.versions() if any(s.filters.active for s in data.train) else {}
+    text = json.dumps([sources, fingerprint, vars(split), libraries], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcli.config.data_schema import DataConfig
+from gptcli.data import extras
 from gptcli.data.builtin import builtin_file
 from gptcli.data.files import SourceFile
 from gptcli.data.scan import Contents, Document, FileScan, SourceFacts
@@ -38,7 +39,9 @@ def entry(data: DataConfig, files: list[SourceFile], also: list[Any]) -> Path | 
         states = [_file_state(file) for file in files]
     except OSError:  # the scan says what is wrong with it
         return None
-    key = json.dumps([_FORMAT, settings, states, also], sort_keys=True)
+    filtered = any(source.filters.active for source in [*data.train, *(data.val or [])])
+    libraries = extras.versions() if filtered else {}
+    key = json.dumps([_FORMAT, settings, states, also, libraries], sort_keys=True)
     return cache_root() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 

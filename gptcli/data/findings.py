@@ -243,8 +243,8 @@ def _no_text(report: Report, data: DataConfig) -> Iterator[Finding]:
     yield Finding(
         "note",
         "no text",
-        f"{found['documents']:,} documents are token ids or binary data: near duplicates, overlap"
-        " with the validation data and what concerns text are not looked for in them",
+        "near duplicates, overlap with the validation data and what concerns text are not looked"
+        f" for in token ids and binary data (documents: {found['documents']:,})",
     )
 
 

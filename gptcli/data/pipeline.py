@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gptcli.errors import ConfigError, GptError, ResourceError
 
 log = logging.getLogger("gptcli")
 
+_FORMAT = 1  # of kept tokenizers; raised when training changes
 MOST_THREADS = 8  # that encode text at a time; more would outrun the reader
 
 
@@ -41,7 +43,9 @@ def corpus_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
             "a tokenised corpus needs the tokenizer that made it",
             hint="set tokenizer.kind to tiktoken or file",
         )
-    key = hashlib.sha256(f"1 {corpus.key} {settings.model_dump_json()}".encode()).hexdigest()
+    # Another version of the library that trains it may learn other tokens.
+    about = f"{_FORMAT} {version('tokenizers')} {corpus.key} {settings.model_dump_json()}"
+    key = hashlib.sha256(about.encode()).hexdigest()
     place = cache_root() / "tokenizers" / key
     if config.data.cache != "off" and place.is_dir():
         try:

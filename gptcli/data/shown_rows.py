@@ -16,10 +16,11 @@ class ShownToken:
     """One token of a row.
 
     `text` has control characters and parts of characters as escapes; `completes` are the characters
-    that end with this token and began in earlier ones, control characters as escapes too. `position` is what the model is told; None
-    for a target that is no input, such as a row's last one. `target` is the token to be predicted
-    here, None without loss. `loss` tells whether this token itself is a target with loss; `begins`,
-    whether a segment (what attends to itself only: the row, or a document of it) begins here.
+    that end with this token and began in earlier ones, control characters as escapes too.
+    `position` is what the model is told; None for a target that is no input, such as a row's last
+    one. `target` is the token to be predicted here, None without loss. `loss` tells whether this
+    token itself is a target with loss; `begins`, whether a segment (what attends to itself only:
+    the row, or a document of it) begins here.
     """
 
     id: int

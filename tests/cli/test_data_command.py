@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 TINY = [
@@ -84,6 +85,53 @@ def test_missing_data(gpt, corpus, tmp_path):
         code, out, err = gpt("data", "check", corpus[1], "--set", f"data.train={tmp_path / name}")
         assert (code, out) == (3, "")
         assert name in err
+
+
+def test_check_and_show_without_text(gpt, tmp_path, monkeypatch):
+    """Guards against a crash on a corpus of token ids or binary data, without text findings."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, 50) for _ in range(99)] + [np.arange(20)] * 2
+    ids = np.concatenate([[256, *document] for document in documents]).astype(np.uint16)
+    np.save(tmp_path / "t.npy", ids)
+    (tmp_path / "a.bin").write_bytes(rng.bytes(5000))
+    for source in ("{path: t.npy}", "{path: a.bin, encoding: binary}"):
+        config = tmp_path / "other.yaml"
+        config.write_text(f"data: {{train: [{source}], val_fraction: 0.2}}\n")
+        page = tmp_path / "page.html"
+        code, out, err = gpt("data", "check", str(config), *TINY, "--out", str(page))
+        assert code == 0, err
+        assert "near duplicates, overlap with the validation data and" in out
+        assert "bytes per token" not in out
+        assert "are not looked for in token ids" in page.read_text()
+        code, out, err = gpt("data", "show", str(config), *TINY, "-n", "1")
+        assert code == 0, err
+        assert "[   0]" in out
+    np.save(tmp_path / "t.npy", np.where(np.arange(len(ids)) == 7, 300, ids).astype(np.uint16))
+    config.write_text("data: {train: t.npy}\n")
+    code, out, err = gpt("data", "check", str(config), *TINY)
+    assert code == 0, err
+    assert "1 token ids, up to 300, are outside the vocabulary of 257, as in" in out
+    code, _, err = gpt("data", "show", str(config), *TINY)
+    assert (code, "token id 300 is outside the vocabulary" in err) == (3, True)
+
+
+def test_show_makes_controls_visible(gpt, tmp_path, monkeypatch):
+    """D19: guards against C1 commands, bidi overrides and line ends shown as they are, where they
+    end a character whose first byte is another token."""
+    monkeypatch.chdir(tmp_path)
+    text = "a\x9b31m b\u202ec d\u2066e \x1b[0m \x7f f\ufeff g\u2028h" * 9
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "c.yaml").write_text("data: {train: a.txt}\n")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for flags in ((), ("--html", str(tmp_path / "p.html")), ("--json",)):
+        code, out, err = gpt("data", "show", str(tmp_path / "c.yaml"), *TINY, "-n", "4", *flags)
+        assert code == 0, err
+        for text in (out, (tmp_path / "p.html").read_text() if "--html" in flags else ""):
+            assert [c for c in text if not c.isprintable() and c != "\n"] == []
+    code, out, _ = gpt("data", "show", str(tmp_path / "c.yaml"), *TINY, "-n", "4")
+    assert "=\\x9b" in out
+    assert "=\\u202e" in out
 
 
 def test_show(gpt, corpus):

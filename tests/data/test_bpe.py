@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import regex
 import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
+from gptcli.data import bpe
 from gptcli.data.bpe import learn_ranks, whole_words
 from gptcli.data.tiktoken_tables import PATTERNS
 from gptcli.data.tokenizer import train_bpe
@@ -106,6 +108,43 @@ def test_long_unspaced_text_is_encoded_in_time(pattern: str):
         tokens = tokenizer.encode_numpy(text)
         assert time.process_time() - begun < 2.0
         assert tokenizer.decode(tokens.tolist()) == text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_long_unspaced_text_is_learned_in_time(pattern: str):
+    """D11: guards against learning in quadratic time from 300,000 letters or a million ^."""
+    runs = ["x" * 300_000, "^" * 1_000_000, " " * 300_000, "7" * 300_000, "中" * 300_000]
+    begun = time.process_time()
+    tokenizer = train_bpe([english(), *runs, "".join(runs)], 700, pattern, 10**9)
+    assert time.process_time() - begun < 5.0
+    assert tokenizer.vocab_size == 700
+    records = [{"part": k, "text": runs[0][:65_536]} for k in range(5)]
+    assert train_bpe(whole_words(records), 262, pattern, 10**9).vocab_size == 262
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_only_long_runs_are_cut(pattern: str, monkeypatch: pytest.MonkeyPatch):
+    """Guards against other words learned from English, Chinese and code because runs are cut."""
+    texts = [english(), chinese(30_000), MIXED * 9, "=" * 240 + "\n" + " " * 200 + "x" * 240]
+    cut = train_bpe(texts, 1200, pattern, 10**9)
+    assert all(list(bpe._without_long_words(text)) == [text] for text in texts)
+    monkeypatch.setattr(bpe, "_without_long_words", lambda text: iter([text]))
+    assert train_bpe(texts, 1200, pattern, 10**9).identity == cut.identity
+
+
+def test_long_runs_are_found_wherever_they_are():
+    """Guards against runs missed between the places that are looked at."""
+    kinds = (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]")
+    longer = regex.compile("|".join(rf"(?<!{kind}){kind}{{241,}}+" for kind in kinds))
+    rng = random.Random(3)
+    lengths = [1, 3, 119, 120, 121, 239, 240, 241, 242, 360, 500, 1000]
+    for _ in range(1000):
+        parts = [rng.choice("a1 ^中") * rng.choice(lengths) for _ in range(rng.randint(0, 8))]
+        text = "".join(parts)
+        assert list(bpe._long_runs(text)) == [run.span() for run in longer.finditer(text)]
+        pieces = list(bpe._without_long_words(text))
+        assert "".join(pieces) == text
+        assert not any(longer.search(piece) for piece in pieces)
 
 
 _TRAIN = """

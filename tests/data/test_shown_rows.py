@@ -29,3 +29,7 @@ def test_text_cannot_steer_the_terminal():
     (row,) = show_rows(tokenizer, ids[:, :-1], ids[:, 1:], None)
     assert [t.text for t in row.tokens] == ["", "\\x1b", "\\n", "\\\\", "\\xe6", "\\x98", "\\x8e"]
     assert [t.completes for t in row.tokens] == [""] * 6 + ["明"]
+    ids = np.array([[256, *"\x9b\x85\u202e\u2066\ufeff".encode()]])
+    (row,) = show_rows(tokenizer, ids[:, :-1], ids[:, 1:], None)
+    completes = [t.completes for t in row.tokens if t.completes]
+    assert completes == ["\\x9b", "\\x85", "\\u202e", "\\u2066", "\\ufeff"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
 from gptcli.runs.checkpoint import (
     Contents,
@@ -28,8 +29,10 @@ from gptcli.runs.checkpoint import (
     verify,
     write_best,
 )
+from gptcli.runs.load import load_model
 
 Make = Callable[..., Contents]
+CPU = torch.device("cpu")
 log = logging.getLogger("gptcli")
 
 
@@ -40,6 +43,28 @@ def steps(run_dir: Path) -> list[int]:
 def publish_all(run_dir: Path, make_contents: Make, *at: int) -> None:
     for step in at:
         publish(run_dir, step, make_contents(step))
+
+
+def test_the_tokenizer_is_the_one_of_the_manifest(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
+) -> None:
+    """T1: guards against another whole tokenizer put into a checkpoint, with the hashes of its
+    files in the manifest: generation, evaluation and resuming read it with other meanings."""
+    contents = make_contents()
+    path = publish(tmp_path, 1, contents)
+    ranks = {bytes([255 - b]): b for b in range(256)}
+    other = Tokenizer("bytes", ranks, contents.tokenizer.pattern, 256)
+    other.save(path / "tokenizer")
+    reseal(path)
+    for load in (lambda: read(path, with_optimizer=True), lambda: load_model(str(path), CPU)):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        assert caught.value.exit_code == 4
+        assert contents.tokenizer.identity in caught.value.message
+        assert other.identity in caught.value.message
+    reseal(path, tokenizer=None)
+    with pytest.raises(CheckpointError, match="no identity of the tokenizer"):
+        verify(path)
 
 
 @pytest.mark.parametrize("tie", [False, True])
