@@ -61,7 +61,9 @@ def finetune(
         if start.done:
             return nothing_to_do(start)
         config, initial = starting_point(config, start)
-        corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
+        fields = tuple(config.finetune.fields.values())
+        known = start.contents.state["data_fingerprint"] if start.contents is not None else None
+        corpus = open_corpus(config.data, fields, known=known, val_tokens=config.eval.max_tokens)
         if start.contents is not None:
             saved = start.contents.state["data_fingerprint"]
             check_fingerprint(saved, corpus.fingerprint, allow_data_change)
@@ -73,7 +75,8 @@ def finetune(
         held_out = encoder.encode_all(corpus.val_rows)
         if not held_out:
             raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
-        encoder.check(corpus.train)
+        if not corpus.remote:
+            encoder.check(corpus.train)
         if encoder.skipped or encoder.shortened:
             log.warning(
                 f"{encoder.skipped} training rows do not fit and are skipped,"
@@ -101,6 +104,7 @@ def _check_data(config: Config) -> None:
         "data.packing: best_fit": data.packing != "concat",
         "data.document_mask": data.document_mask,
         "weight": any(source.weight is not None for source in data.train),
+        "text_field": any(source.text_field != "text" for source in data.train),
     }
     for name, given in asked.items():
         if given:
@@ -119,10 +123,12 @@ def describe(config: Config) -> str:
     encoder = ExampleEncoder(config.finetune, start.tokenizer, block_size)
     held_out = encoder.encode_all(corpus.val_rows)
     held_out_skipped = encoder.skipped
-    encoder.check(corpus.train)
+    if not corpus.remote:
+        encoder.check(corpus.train)
+    documents = "uncounted" if corpus.documents is None else f"{corpus.documents:,}"
     lines = {
         "model": f"{start.path}, {start.model.parameter_count():,} parameters",
-        "rows": f"{corpus.documents:,} ({encoder.skipped} to train on do not fit)",
+        "rows": f"{documents} ({encoder.skipped} to train on do not fit)",
         "held out": f"{len(held_out):,} rows ({held_out_skipped} more do not fit)",
         "tokens per step": f"{config.training.tokens_per_step:,}",
         "limits": describe_limits(config),

@@ -161,12 +161,14 @@ def _skip(source: RowSource, rows: int) -> None:
 
 def _open(config: Config, fields: tuple[str, ...] | None) -> tuple[Corpus, Tokenizer, int]:
     """The corpus, the tokenizer that training would use, and its block size."""
+    most = config.eval.max_tokens
     if config.init is not None:
         loaded = load_model(config.init, torch.device("cpu"))
-        corpus = open_corpus(config.data, fields, eot=loaded.tokenizer.eot)
+        corpus = open_corpus(config.data, fields, eot=loaded.tokenizer.eot, val_tokens=most)
         return corpus, loaded.tokenizer, loaded.model.config.block_size
     tokenizer = ready_tokenizer(config.tokenizer)
-    corpus = open_corpus(config.data, fields, eot=tokenizer.eot if tokenizer else None)
+    eot = tokenizer.eot if tokenizer is not None else None
+    corpus = open_corpus(config.data, fields, eot=eot, val_tokens=most)
     if tokenizer is None and fields is None:
         tokenizer = corpus_tokenizer(config, corpus)
     elif tokenizer is None:

@@ -15,7 +15,7 @@ from gptcli.errors import DataError
 from gptcli.evaluation.perplexity import encode_documents
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
-from gptcli.runs.load import LoadedModel
+from gptcli.runs.load import LoadedModel, load_model
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -115,7 +115,10 @@ def describe(config: Config) -> str:
     """What `gpt pretrain --dry-run` prints: model size, data, limits. Trains nothing."""
     check_limits(config)
     resolve_device(config.training.device)
-    corpus, tokenizer = read_corpus(config, None)
+    initial = load_model(config.init, torch.device("cpu")) if config.init is not None else None
+    if initial is not None:
+        config = config.model_copy(update={"model": initial.config.model})
+    corpus, tokenizer = read_corpus(config, initial.tokenizer if initial is not None else None)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     with torch.device("meta"):
         model = GPT(config.model, tokenizer.vocab_size)

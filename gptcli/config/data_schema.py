@@ -150,6 +150,13 @@ class DataConfig(Section):
             raise ValueError("name at least one source")
         return sources
 
+    @field_validator("val")
+    @classmethod
+    def _no_weights(cls, sources: list[SourceConfig] | None) -> list[SourceConfig] | None:
+        if any(source.weight is not None for source in sources or []):
+            raise ValueError("weight is for data.train; validation reads all of each source")
+        return sources
+
     @field_validator("train")
     @classmethod
     def _weights_of_all(cls, sources: list[SourceConfig]) -> list[SourceConfig]:

@@ -54,6 +54,8 @@ class Corpus:
     sources: list[SourceFacts]
     weights: list[float] | None
     key: str
+    files: list[SourceFile]
+    states: list[list[Any] | None]
     remote: bool = False
 
     @property
@@ -66,6 +68,14 @@ class Corpus:
     def train_bytes(self) -> int:
         """UTF-8 bytes of text to train on (an estimate for an endless stream)."""
         return sum(source.train_bytes for source in self.sources)
+
+    def check_unchanged(self) -> None:
+        """DataError when a file is no longer what the fingerprint says."""
+        for file, before, now in zip(
+            self.files, self.states, corpus_index.file_states(self.files), strict=True
+        ):
+            if now != before:
+                raise DataError(f"{file.path} was changed while it was read", hint="start again")
 
     def train_records(self) -> Iterator[dict[str, Any]]:
         """The training records in file order."""
@@ -94,12 +104,15 @@ def open_corpus(
     """
     files = resolve(data.train, known)
     val_files = resolve(data.val, known) if data.val is not None else []
+    states = corpus_index.file_states(files + val_files)
     entry = corpus_index.entry(data, files + val_files, [fields, eot, val_tokens])
     contents = corpus_index.load(entry, files, val_files)
     if contents is None:
         contents = _read(data, files, val_files, fields, eot, val_tokens)
-        corpus_index.save(entry, contents)
+        if corpus_index.file_states(files + val_files) == states:
+            corpus_index.save(entry, contents)
     _warn(contents.problems)
+    _warn_of_shared_files(contents.scans, contents.val_scans)
     split, scans = contents.split, contents.scans
     train = [s for scan in scans for s in _shards(scan, split, fields, eot)]
     if not train or sum(source.train_bytes for source in contents.sources) <= 0:
@@ -109,7 +122,7 @@ def open_corpus(
         scan.file.path: {"bytes": scan.size, "sha256": scan.sha256}
         for scan in scans + contents.val_scans
     }
-    return Corpus(
+    corpus = Corpus(
         train=train,
         val_documents=contents.val_documents,
         val_rows=contents.val_rows,
@@ -118,9 +131,13 @@ def open_corpus(
         problems=contents.problems,
         sources=contents.sources,
         weights=weights or None,
-        key=_key(data, fingerprint, split),
+        key=_key(data, scans, split),
+        files=files + val_files,
+        states=states,
         remote=any(scan.documents is None for scan in scans),
     )
+    corpus.check_unchanged()
+    return corpus
 
 
 def read_documents(sources: list[SourceConfig], max_tokens: int | None = None) -> list[Document]:
@@ -161,7 +178,6 @@ def _read(
             names = ", ".join(source.path for source in data.val)
             raise DataError(f"the validation data has 0 documents: {names}")
         split = WHOLE
-        _warn_of_shared_files(scans, val_scans)
     elif counted < FEW_DOCUMENTS and fields is None and not endless:
         split = Split("tail", fraction=data.val_fraction)
     else:
@@ -177,7 +193,8 @@ def _read(
         own = [scan for scan in scans if scan.file.number == number]
         counts = [scan.documents for scan in own]
         total = sum(scan.text_bytes for scan in own)
-        held_bytes = sizes.get(number, 0) if all_read else int(total * data.val_fraction)
+        exact = all_read and None not in counts
+        held_bytes = sizes.get(number, 0) if exact else int(total * data.val_fraction)
         facts.append(
             SourceFacts(
                 path=source.path,
@@ -224,6 +241,7 @@ def _shards(
     file = scan.file
     if not scan.documents and scan.documents is not None:
         return []
+    judged = scan.documents is not None
     if scan.pieces is not None:  # the file is one document, read by pieces
         low, high = 0, scan.size
         if split.kind == "tail":
@@ -235,13 +253,14 @@ def _shards(
         elif split.kind == "hash" and not split.has(scan.digest):
             return []
         pieces = -(-(high - low) // (PIECE_TOKENS if file.kind == "tokens" else PIECE_BYTES))
-        step = SHARD_PIECES if file.seekable else max(pieces, 1)
+        # A file that is still to be judged is read from its beginning.
+        whole = not file.seekable or (not judged and file.source.filters.active)
+        step = max(pieces, 1) if whole else SHARD_PIECES
         return [
-            Shard(file, k, min(k + step, pieces), split, low, high, eot=eot)
+            Shard(file, k, min(k + step, pieces), split, low, high, eot=eot, judged=judged)
             for k in range(0, pieces, step)
         ]
     size = min(scan.size, scan.end)
-    judged = scan.documents is not None
     return [
         Shard(file, low, high, split, fields=fields, dropped=scan.dropped, judged=judged)
         for low, high in _ranges(scan, size)
@@ -279,7 +298,7 @@ def _collect(
     shards: list[Shard], max_bytes: int | None
 ) -> tuple[list[Document], list[tuple[str, dict[str, Any]]], dict[int, int], bool]:
     """Held-out documents, their pieces joined again, rows with their places, bytes by source, and
-    whether that is all: documents end with the one that reaches `max_bytes`."""
+    whether that is all: reading ends with the piece that reaches `max_bytes`."""
     parts: list[tuple[str, list[Any], str]] = []
     rows: list[tuple[str, dict[str, Any]]] = []
     sizes: dict[int, int] = {}
@@ -287,14 +306,14 @@ def _collect(
     for record in read_shards(shards):  # problems are counted by the scan
         sizes[record["source"]] = sizes.get(record["source"], 0) + record["bytes"]
         name = record["document"]
+        if left is not None and left <= 0:
+            all_read = False
+            break
         if "row" in record:
             rows.append((name, record["row"]))
         else:
             kind = "tokens" if "tokens" in record else "text"
             if record["part"] == 0 or name != previous:
-                if left is not None and left <= 0:
-                    all_read = False
-                    break
                 parts.append((name, [record[kind]], kind))
             else:
                 parts[-1][1].append(record[kind])
@@ -312,8 +331,9 @@ def _document(name: str, pieces: list[Any], kind: str) -> Document:
     return Document(name, pieces[0][:0].join(pieces))
 
 
-def _key(data: DataConfig, fingerprint: dict[str, Any], split: Split) -> str:
+def _key(data: DataConfig, scans: list[FileScan], split: Split) -> str:
     """Identifies the training records: equal keys mean equal records in equal order."""
+    fingerprint = [[scan.file.path, scan.size, scan.sha256] for scan in scans]
     sources = [source.model_dump(exclude={"weight"}) for source in data.train]
     libraries = extras.versions() if any(s.filters.active for s in data.train) else {}
     text = json.dumps([sources, fingerprint, vars(split), libraries], sort_keys=True)

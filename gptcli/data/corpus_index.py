@@ -35,9 +35,8 @@ def entry(data: DataConfig, files: list[SourceFile], also: list[Any]) -> Path | 
     if data.cache == "off":
         return None
     settings = data.model_dump(include={"train", "val", "val_fraction"})
-    try:
-        states = [_file_state(file) for file in files]
-    except OSError:  # the scan says what is wrong with it
+    states = file_states(files)
+    if None in states:  # the scan says what is wrong with it
         return None
     filtered = any(source.filters.active for source in [*data.train, *(data.val or [])])
     libraries = extras.versions() if filtered else {}
@@ -104,10 +103,18 @@ def _remove_unused(folder: Path) -> None:
                 entry.unlink()
 
 
-def _file_state(file: SourceFile) -> list[Any]:
+def file_states(files: list[SourceFile]) -> list[list[Any] | None]:
+    """What of each file changes when its content does; None where it cannot be known."""
+    return [_file_state(file) for file in files]
+
+
+def _file_state(file: SourceFile) -> list[Any] | None:
     if file.identity is not None:
         return [file.path, file.number, file.size, file.identity]
-    stat = os.stat(builtin_file() if file.kind == "builtin" else file.path)
+    try:
+        stat = os.stat(builtin_file() if file.kind == "builtin" else file.path)
+    except OSError:
+        return None
     # A change of the content changes ctime, which no program can set back.
     times = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     return [os.path.abspath(file.path), file.number, stat.st_size, *times]

@@ -21,6 +21,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".text": "text",
     ".py": "text",
     ".jsonl": "rows",
+    ".json": "rows",
     ".ndjson": "rows",
     ".csv": "table",
     ".tsv": "table",

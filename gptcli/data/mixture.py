@@ -24,8 +24,10 @@ class Mixture:
 
     Each record comes from the stream that is furthest behind its share of the tokens so far, the
     first one of equals; so after every record each share is right to within a record or two, and
-    the order is a function of the streams alone. A document counts one token more than it has, for
-    its separator. One stream passes through, None at its epochs' ends included; several give none.
+    the order is a function of the streams alone. (Rows are shuffled in groups of about a million
+    tokens later on: within a group that has been read in part, shares vary as in any sample.) A
+    document counts one token more than it has, for its separator. One stream passes through, None
+    at its epochs' ends included; several give none.
 
     Streams are restored by whoever makes them, from `state["streams"]`; `state` is what `state()`
     gave.

@@ -166,7 +166,8 @@ class PackedRows:
         part, number = record["part"], record["number"]
         if not len(tokens):
             return
-        goes_on = part > 0 and self._follows(name, part, number)
+        loose = not self._best_fit and not record.get("mixed", False)
+        goes_on = part > 0 and self._follows(name, part, number, loose)
         self._last = [name, part, number]
         arrays = [tokens]
         if not goes_on and int(tokens[0]) != self._eot:
@@ -182,14 +183,14 @@ class PackedRows:
                 mark = Pieces.GOES_ON if offset else mark
         pieces.add(arrays, source, mark, name)
 
-    def _follows(self, name: str, part: int, number: int) -> bool:
-        """Whether a piece continues the one before it. With concat it is enough that both are of
-        one document, since eot stands only between documents; best_fit keeps runs of text whole,
-        so there it must be the next piece: by part within a row, which has one number, and by
-        number within a file."""
+    def _follows(self, name: str, part: int, number: int, loose: bool) -> bool:
+        """Whether a piece continues the one before it. Where `loose` it is enough that both are of
+        one document, since eot stands only between documents. Otherwise (best_fit, which keeps
+        runs of text whole; tokenised files, whose name is that of many documents) it must be the
+        next piece: by part within a row, which has one number, and by number within a file."""
         if self._last is None or self._last[0] != name:
             return False
-        if not self._best_fit:
+        if loose:
             return True
         _, last_part, last_number = self._last
         return bool(part == last_part + 1 if number == last_number else number == last_number + 1)

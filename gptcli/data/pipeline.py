@@ -4,9 +4,10 @@ import hashlib
 import logging
 import os
 import shutil
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.schema import Config
@@ -15,8 +16,9 @@ from gptcli.data.corpus import Corpus
 from gptcli.data.encode import EncodedStream
 from gptcli.data.mixture import Mixture
 from gptcli.data.packing import PackedRows
+from gptcli.data.readers import read_shards
 from gptcli.data.shards import Shard
-from gptcli.data.store import StoreReader, cache_root, open_store, should_cache
+from gptcli.data.store import StoreReader, cache_root, open_store
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer
 from gptcli.errors import ConfigError, GptError, ResourceError
@@ -24,6 +26,7 @@ from gptcli.errors import ConfigError, GptError, ResourceError
 log = logging.getLogger("gptcli")
 
 _FORMAT = 1  # of kept tokenizers; raised when training changes
+AUTO_BYTES = 4 * 2**30
 MOST_THREADS = 8  # that encode text at a time; more would outrun the reader
 
 
@@ -54,10 +57,40 @@ def corpus_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
             log.warning(f"training the tokenizer again: {error}")
             shutil.rmtree(place, ignore_errors=True)
     log.info(f"training the tokenizer ({settings.kind}, {settings.vocab_size} tokens)")
-    tokenizer = build_tokenizer(settings, whole_words(corpus.train_records()))
+    tokenizer = build_tokenizer(settings, whole_words(read_shards(_interleaved(corpus))))
     if config.data.cache != "off":
         _keep(tokenizer, place)
     return tokenizer
+
+
+def should_cache(
+    choice: Literal["auto", "on", "off"],
+    train_bytes: int | None,
+    remote: bool,
+    expected_tokens: float | None,
+) -> bool:
+    """Whether a run keeps its tokens. auto: for local text of at most 4 GiB (None: not known) of
+    which the run's `expected_tokens` (None: not known) will read at least half, at about four bytes
+    a token."""
+    if choice != "auto":
+        return choice == "on"
+    if remote or train_bytes is None or expected_tokens is None:
+        return False
+    return train_bytes <= AUTO_BYTES and expected_tokens >= 0.5 * train_bytes / 4
+
+
+def _interleaved(corpus: Corpus) -> list[Shard]:
+    """The shards, each source's in order, so that the beginning holds something of each source."""
+    if len(corpus.sources) == 1:
+        return corpus.train
+    sizes = Counter(shard.file.number for shard in corpus.train)
+    places: Counter[int] = Counter()
+    keyed: list[tuple[float, int, int]] = []
+    for shard in corpus.train:
+        number = shard.file.number
+        keyed.append((places[number] / sizes[number], number, len(keyed)))
+        places[number] += 1
+    return [corpus.train[place] for _, _, place in sorted(keyed)]
 
 
 def training_rows(
@@ -76,7 +109,7 @@ def training_rows(
     streams = []
     for number, (shards, size) in enumerate(groups):
         seed = config.seed + number  # another order for each source of a mixture
-        reader = _cached(shards, tokenizer, corpus.key) if cached else None
+        reader = _cached(shards, tokenizer, corpus) if cached else None
         stream = RecordStream(
             reader or ShardReader(shards), size, seed, data.shuffle_window, states[number]
         )
@@ -104,10 +137,11 @@ def _groups(corpus: Corpus) -> list[tuple[list[Shard], int]]:
     ]
 
 
-def _cached(shards: list[Shard], tokenizer: Tokenizer, key: str) -> StoreReader | None:
+def _cached(shards: list[Shard], tokenizer: Tokenizer, corpus: Corpus) -> StoreReader | None:
     """The shards' tokens in the cache, made if missing; None where no cache can be written."""
     try:
-        return StoreReader(open_store(shards, tokenizer, key, _threads()))
+        key, check = corpus.key, corpus.check_unchanged
+        return StoreReader(open_store(shards, tokenizer, key, _threads(), check))
     except (ResourceError, OSError) as error:
         log.warning(f"no token cache: {error}; tokenising on the way")
         return None

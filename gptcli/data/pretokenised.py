@@ -34,6 +34,11 @@ def token_count(file: SourceFile) -> int:
     return len(_open(file))
 
 
+def token_bytes(file: SourceFile) -> int:
+    """Bytes that the token ids take in the file, as the records' "bytes" add up to."""
+    return _open(file).nbytes
+
+
 def read_tokens(shard: Shard) -> Iterator[dict[str, Any]]:
     """Records of a shard of kind tokens: pieces of about 16384 tokens (uint16 or uint32).
 
@@ -64,6 +69,7 @@ def read_tokens(shard: Shard) -> Iterator[dict[str, Any]]:
                 "number": number,
                 "bytes": size,
                 "source": file.number,
+                "mixed": True,  # pieces of one file are of many documents
                 "tokens": tokens,
             }
         begin = end

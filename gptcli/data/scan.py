@@ -1,20 +1,22 @@
 """One pass over the files of a corpus: what they hold, what of it is left out, their identity."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
+from gptcli.data.cleaned import JUDGED_CHARACTERS
 from gptcli.data.cleaning import Cleaner, CleaningReport
 from gptcli.data.duplicates import Duplicates
 from gptcli.data.files import SourceFile
 from gptcli.data.layout import layout
-from gptcli.data.pretokenised import PIECE_TOKENS
+from gptcli.data.pretokenised import PIECE_TOKENS, token_bytes
 from gptcli.data.readers import content_hash, read_shards
 from gptcli.data.shards import PIECE_BYTES, Problems, Shard, Split
 from gptcli.errors import ConfigError, DataError
@@ -22,7 +24,6 @@ from gptcli.errors import ConfigError, DataError
 log = logging.getLogger("gptcli")
 
 WHOLE = Split("none")
-_JUDGED_CHARACTERS = 1 << 20  # a longer document is judged by its first million characters
 _FAR = 2**64
 
 
@@ -106,6 +107,7 @@ class _Document:
     characters: int = 0
     bytes: int = 0
     blank: bool = True
+    rest: Any = field(default_factory=hashlib.blake2b)  # of what is not in `text`
 
 
 class SourceScan:
@@ -142,6 +144,7 @@ class SourceScan:
                     " give it a limit, or use local files"
                 )
             scan.documents, scan.text_bytes = None, file.size
+            scan.digest = content_hash(f"{file.path} {file.identity}")  # a text file's, unread
             return scan
         if file.kind == "tokens":
             self._count_tokens(scan)
@@ -153,7 +156,7 @@ class SourceScan:
         if self._source.filters.active:
             raise ConfigError(f"{scan.file.path}: filters are for text, not for tokens")
         if scan.size and self._left:
-            scan.documents, scan.text_bytes = 1, 2 * scan.size
+            scan.documents, scan.text_bytes = 1, token_bytes(scan.file)
             scan.digest = scan.least = int(scan.sha256[:16], 16)
             self._left -= 1
 
@@ -176,8 +179,10 @@ class SourceScan:
             document.blank = document.blank and isinstance(text, str) and text.isspace()
             if self._cleaner is not None and text is not None:
                 document.characters += len(text)
-                if len(document.text) < _JUDGED_CHARACTERS:
+                if len(document.text) < JUDGED_CHARACTERS:
                     document.text += text
+                elif self._duplicates is not None:  # so that only equal endings are duplicates
+                    document.rest.update(text.encode("utf-8", "surrogatepass"))
         if document is not None:
             self._finish(scan, document, dropped)
         scan.dropped = frozenset(dropped)
@@ -215,7 +220,9 @@ class SourceScan:
             return False
         reason = self._cleaner.judge(document.text, document.characters)
         if reason is None and self._duplicates is not None:
-            reason = self._duplicates.seen(document.text)
+            long = document.characters > len(document.text)
+            rest = document.rest.hexdigest() if long else ""
+            reason = self._duplicates.seen(document.text + rest)
         if reason is not None:
             self.report.left_out(reason, document.text)
         return reason is not None

@@ -13,11 +13,12 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,6 @@ from gptcli.errors import ResourceError
 log = logging.getLogger("gptcli")
 
 FORMAT = 1  # a number of its own for each change of what a store holds or how it is read
-AUTO_BYTES = 4 * 2**30
 UNUSED_SECONDS = 60 * 24 * 3600
 _BUILDING = ".building"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -104,28 +104,20 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptcli"
 
 
-def should_cache(
-    choice: Literal["auto", "on", "off"],
-    train_bytes: int | None,
-    remote: bool,
-    expected_tokens: float | None,
-) -> bool:
-    """Whether a run keeps its tokens. auto: for local text of at most 4 GiB (None: not known) of
-    which the run's `expected_tokens` (None: not known) will read at least half, at about four bytes
-    a token."""
-    if choice != "auto":
-        return choice == "on"
-    if remote or train_bytes is None or expected_tokens is None:
-        return False
-    return train_bytes <= AUTO_BYTES and expected_tokens >= 0.5 * train_bytes / 4
-
-
-def open_store(shards: list[Shard], tokenizer: Tokenizer, key: str, threads: int) -> TokenStore:
+def open_store(
+    shards: list[Shard],
+    tokenizer: Tokenizer,
+    key: str,
+    threads: int,
+    check_unchanged: Callable[[], None] = lambda: None,
+) -> TokenStore:
     """The tokens of `shards`, written first where they are not yet there or damaged.
 
     `key` is a sha256 over what the shards' description leaves out: the files' fingerprint, reading
-    options, filters and split. Two processes write one store once. Raises ResourceError when it
-    cannot be written, `stop.Stopped` on a stop request, and what reading the shards raises.
+    options, filters and split; `check_unchanged` raises where a file is no longer what that says,
+    and is called before a new store is kept. Two processes write one store once. Raises
+    ResourceError when it cannot be written, `stop.Stopped` on a stop request, and what reading the
+    shards raises.
     """
     assert all(shard.fields is None for shard in shards), "rows of finetuning are not cached"
     about = {
@@ -150,7 +142,7 @@ def open_store(shards: list[Shard], tokenizer: Tokenizer, key: str, threads: int
             except _DamagedError as error:
                 log.warning(f"{path}: the token cache is damaged ({error}); tokenising again")
                 shutil.rmtree(path)
-            _build(path, shards, tokenizer, threads, about)
+            _build(path, shards, tokenizer, threads, about, check_unchanged)
         _remove_unused(root)
         return _open(path, shards, tokenizer, about)
     except _DamagedError as error:
@@ -227,13 +219,13 @@ class StoreReader:
 
 def _block_records(store: TokenStore, shard: int, skip: int) -> list[dict[str, Any]]:
     """Records of the block in which record `skip` of the shard is, from that one on."""
-    for block in range(store.shard_blocks[shard], store.shard_blocks[shard + 1]):
-        first, last = store.block_rows[block], store.block_rows[block + 1]
-        if skip < last - first:
-            break
-        skip -= last - first
-    else:
+    begin, end = store.shard_blocks[shard], store.shard_blocks[shard + 1]
+    row = store.block_rows[begin] + skip
+    if row >= store.block_rows[end]:
         return []
+    block = bisect_right(store.block_rows, row, begin, end) - 1
+    first, last = store.block_rows[block], store.block_rows[block + 1]
+    skip = row - first
     _, _, holder, place, count, crc = store.blocks[block].tolist()
     rows, ids = store.index[first:last], store.files[holder][place : place + count]
     if not store.verified[block]:
@@ -255,6 +247,7 @@ def _block_records(store: TokenStore, shard: int, skip: int) -> list[dict[str, A
             "number": number,
             "bytes": size,
             "source": file.number,
+            "mixed": file.kind == "tokens",
             "tokens": ids[begin:end],
         }
         for begin, end, size, part, number, name, document in zip(
@@ -358,13 +351,19 @@ def _map(path: Path, dtype: np.dtype[Any], maps: list[mmap.mmap]) -> Ids:
 
 
 def _build(
-    path: Path, shards: list[Shard], tokenizer: Tokenizer, threads: int, about: dict[str, Any]
+    path: Path,
+    shards: list[Shard],
+    tokenizer: Tokenizer,
+    threads: int,
+    about: dict[str, Any],
+    check_unchanged: Callable[[], None],
 ) -> None:
     building = path.with_name(path.name + _BUILDING)
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
         write_store(building, shards, tokenizer, threads, about)
+        check_unchanged()
         building.rename(path)
         fsync(path.parent)
     finally:

@@ -130,8 +130,9 @@ class RecordStream:
 
     @property
     def epochs(self) -> float:
-        """Passes over the records so far, as a fraction by bytes."""
-        return self.epoch + min(self.epoch_bytes / max(self._size, 1), 1.0)
+        """Passes over the records so far, as a fraction by bytes; a whole one only at its end, for
+        `size` may be an estimate."""
+        return self.epoch + min(self.epoch_bytes / max(self._size, 1), 1.0 - 1e-9)
 
     def next(self) -> dict[str, Any] | None:
         """The next record, or None once at the end of each epoch."""

@@ -1,5 +1,7 @@
 """What a report says, in order, before it is HTML or Markdown: both say the same."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ MAX_EVAL_ROWS = 40
 MAX_SAMPLE_STEPS = 10
 MAX_SAMPLES_A_STEP = 12
 MAX_SAMPLE_CHARACTERS = 4000
+MAX_FINGERPRINTS = 8
 MAX_EVENTS = 50
 
 DEFINITIONS = [
@@ -312,9 +315,18 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
         _facts("Timings", report.get("timings")),
         _facts("Seeds", report.get("seeds")),
         _facts("Text left out or replaced", report.get("skipped_text")),
-        _facts("Fingerprints", report.get("fingerprints")),
+        _facts("Fingerprints", _fingerprints(report.get("fingerprints") or {})),
     ]
     return [table for table in tables if table is not None]
+
+
+def _fingerprints(prints: dict[str, Any]) -> dict[str, Any]:
+    """Of many files, their number and one hash over all of theirs; run.json has each."""
+    data = prints.get("data")
+    if not isinstance(data, dict) or len(data) <= MAX_FINGERPRINTS:
+        return prints
+    whole = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return prints | {"data": f"{len(data):,} files, together {whole}; each is in run.json"}
 
 
 def _data(data: dict[str, Any]) -> Table | None:

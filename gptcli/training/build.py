@@ -213,7 +213,7 @@ def _scorer(
 
 def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, Any]:
     return {
-        "train": {"documents": corpus.documents, "bytes": corpus.train_bytes},
+        "train": {"documents": _train_documents(corpus), "bytes": corpus.train_bytes},
         "sources": [asdict(source) for source in corpus.sources],
         "val": {
             "documents": len(validation),
@@ -222,6 +222,13 @@ def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, 
             "split": corpus.split,
         },
     }
+
+
+def _train_documents(corpus: Corpus) -> int | None:
+    """Documents to train on; None if not counted. With a tail split, each is in both parts."""
+    if corpus.documents is None or corpus.split != "hash":
+        return corpus.documents
+    return corpus.documents - len(corpus.val_documents) - len(corpus.val_rows)
 
 
 def _left_out(corpus: Corpus) -> dict[str, dict[str, int]]:

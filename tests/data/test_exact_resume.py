@@ -234,9 +234,10 @@ def test_each_epoch_has_every_token_once_in_a_new_order(tmp_path: Path, name: st
         given += counted.ravel().tolist()
         state = packed.state()
         rest = state["rest"]["tokens"][0 if kind == "concat" else 1 :]
-        if state["row"] or packed.epochs % 1:
+        epochs = round(packed.epochs, 6)  # a whole one comes with the end that is read next
+        if state["row"] or epochs % 1:
             continue
-        epochs = int(packed.epochs)
+        epochs = int(epochs)
         begins.setdefault(epochs, len(given))
         counts = Counter(given + rest + state["head"]["tokens"])
         del counts[EOT]

@@ -22,6 +22,7 @@ from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.data import store_writer
 from gptcli.data.files import resolve
+from gptcli.data.pipeline import should_cache
 from gptcli.data.pretokenised import PIECE_TOKENS
 from gptcli.data.readers import file_tail_start
 from gptcli.data.shards import PIECE_BYTES, Shard, Split
@@ -30,7 +31,6 @@ from gptcli.data.store import (
     TokenStore,
     cache_root,
     open_store,
-    should_cache,
     store_sizes,
 )
 from gptcli.data.stream import RecordStream, ShardReader, permutation
