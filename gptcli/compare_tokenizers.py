@@ -1,5 +1,6 @@
 """`gpt tokenizer show`: what several tokenizers make of one text."""
 
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from gptcli.config.data_schema import TokenizerConfig
+from gptcli.config.data_schema import SourceConfig, TokenizerConfig
+from gptcli.data.files import SourceFile
+from gptcli.data.opening import HEAD_BYTES, open_utf8, refuse_utf16
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptcli.errors import DataError
 from gptcli.runs.run_dir import CHECKPOINTS, runs_root
@@ -60,6 +63,21 @@ def compare_tokenizers(names: Sequence[str], text: str) -> list[Encoded]:
     """
     opened = [(name, open_tokenizer(name)) for name in names]
     return [_encode(name, tokenizer, text) for name, tokenizer in opened]
+
+
+def read_text(name: str) -> str:
+    """The text of a file, opened as a source is (archives, byte-order marks), or of stdin for `-`.
+
+    Bytes that are no UTF-8 become U+FFFD. Raises DataError when it cannot be read or is UTF-16.
+    """
+    if name == "-":
+        data = sys.stdin.buffer.read()
+        refuse_utf16("stdin", data[:HEAD_BYTES])
+    else:
+        path = str(Path(name).expanduser())
+        with open_utf8(SourceFile(SourceConfig(path=path), path, "text")) as content:
+            data = content.read()
+    return data.decode("utf-8-sig", "replace")
 
 
 def open_tokenizer(name: str) -> Tokenizer:

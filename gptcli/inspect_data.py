@@ -251,7 +251,7 @@ def _report(
             "bytes": survey.bytes,
             "characters": survey.characters,
             "tokens": survey.tokens,
-            "bytes_per_token": survey.bytes / max(survey.text_tokens, 1),
+            "bytes_per_token": survey.text_bytes / max(survey.text_tokens, 1),
         },
         "lengths": {
             **survey.lengths.summary(),

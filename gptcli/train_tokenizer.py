@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from gptcli import stop
@@ -45,11 +46,15 @@ def train_tokenizer(
         raise ConfigError(f"{out}: exists already", "name another directory with --out")
     log.info(f"reading {', '.join(source.path for source in sources)}")
     begun = time.monotonic()
+    found = _texts(sources)
+    first = next((text for text in found if text), None)
+    if first is None:
+        raise DataError(f"no text in {', '.join(source.path for source in sources)}")
     size, sample = 0, list[str]()
 
     def texts() -> Iterator[str]:
         nonlocal size
-        for text in _texts(sources):
+        for text in chain((first,), found):
             if size < _MEASURED_BYTES:
                 sample.append(text)
             size += len(text.encode("utf-8", "replace"))
@@ -57,8 +62,6 @@ def train_tokenizer(
 
     tokenizer = train_bpe(texts(), vocab_size, pattern, max_bytes)
     seconds = time.monotonic() - begun
-    if not size:
-        raise DataError(f"no text in {', '.join(source.path for source in sources)}")
     tokens, measured = 0, 0
     for text in sample:
         stop.raise_if_requested()

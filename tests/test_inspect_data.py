@@ -67,6 +67,21 @@ def test_a_clean_corpus_has_no_warning(tmp_path):
     assert json.loads(json.dumps(check.report)) == check.report
 
 
+def test_bytes_per_token_are_those_of_the_text_that_was_encoded(tmp_path):
+    """Guards against bytes on disk: of token ids, or of text whose damaged bytes became U+FFFD.
+    The bytes tokenizer has 1 byte a token of any text."""
+    (tmp_path / "a.txt").write_bytes("明月幾時有，把酒問青天。\n".encode("gb18030") * 200)
+    np.save(tmp_path / "b.npy", np.arange(4000, dtype=np.uint16) % 256)
+    held = write_rows(tmp_path / "val.jsonl", documents(5))
+    for names in (["a.txt"], ["a.txt", "b.npy"]):
+        sources = [{"path": str(tmp_path / name)} for name in names]
+        base = config("unused", val=held).model_dump()
+        base["data"]["train"] = sources
+        train = check_data(Config.model_validate(base)).report["train"]
+        assert train["bytes_per_token"] == 1.0
+        assert train["bytes"] != train["tokens"]
+
+
 def test_every_fault_is_found(tmp_path):
     """Each planted fault is found with its count, and the finding names the key that helps."""
     texts = documents(300)

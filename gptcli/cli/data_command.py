@@ -81,7 +81,8 @@ def check(
 
         _write(out, check_html(result.report))
     if strict and result.warnings:
-        raise DataError(f"{result.warnings} warnings about the data", "see the findings above")
+        warnings = "1 warning" if result.warnings == 1 else f"{result.warnings} warnings"
+        raise DataError(f"{warnings} about the data", "see the findings above")
     return 0
 
 

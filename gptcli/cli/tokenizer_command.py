@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptcli.cli.terminal import columns, write_out
-from gptcli.errors import ConfigError, DataError
+from gptcli.errors import ConfigError
 from gptcli.reports.text import visible
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def show(
     """Compare tokenizers on a text: vocabulary, tokens, bytes and characters per token."""
     if text is not None and file is not None:
         raise ConfigError("--text and --file exclude each other; give one text")
-    from gptcli.compare_tokenizers import compare_tokenizers
+    from gptcli.compare_tokenizers import compare_tokenizers, read_text
 
-    given = text if file is None else _read(file)
+    given = text if file is None else read_text(file)
     results = compare_tokenizers(tokenizers, given or "")
     if as_json:
         write_out(json.dumps(_as_json(results, given, with_tokens=text is not None)) + "\n")
@@ -129,15 +129,6 @@ def _figures(result: "TrainedTokenizer", as_json: bool) -> str:
         ["bytes per token", f"{result.bytes_per_token:.3f} on that text"],
     ]
     return columns(rows)
-
-
-def _read(name: str) -> str:
-    """The text of a file, or of stdin for `-`; bytes that are no UTF-8 become U+FFFD."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
-    except OSError as error:
-        raise DataError(f"--file {name}: cannot be read: {error.strerror}") from error
-    return data.decode("utf-8-sig", "replace")
 
 
 def _as_json(results: "list[Encoded]", text: str | None, with_tokens: bool) -> dict[str, object]:

@@ -6,6 +6,7 @@ then stands, by the filters in the order of FiltersConfig. Duplicates need the o
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -24,6 +25,7 @@ from gptcli.errors import ConfigError
 
 MAX_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 80
+_MAX_TRIES = 1000  # of different texts, to find so many examples that differ
 
 
 @dataclass
@@ -39,25 +41,26 @@ class FilterCount:
 
 @dataclass
 class CleaningReport:
-    """What each filter did, with at most 3 examples of at most 80 characters; these hold
+    """What each filter did, with at most 3 different examples of at most 80 characters; these hold
     placeholders instead of personal data, whatever filter they are of."""
 
     filters: dict[str, FilterCount] = field(default_factory=dict)
+    _tried: defaultdict[str, set[int]] = field(
+        default_factory=lambda: defaultdict(set), init=False, repr=False, compare=False
+    )
 
     def left_out(self, name: str, text: str) -> None:
         """Count a document that the filter `name` left out, with its beginning as an example."""
         count = self._of(name)
         count.documents += 1
-        if len(count.examples) < MAX_EXAMPLES:
-            count.examples.append(_example("", "", text[:_EXAMPLE_CONTEXT]))
+        self._show(name, "", "", text)
 
     def removed(self, name: str, parts: Iterable[str]) -> None:
         """Count text that the filter removed from a document."""
         count = self._of(name)
         for part in parts:
             count.characters += len(part)
-            if len(count.examples) < MAX_EXAMPLES:
-                count.examples.append(_example("", "", part[:_EXAMPLE_CONTEXT]))
+            self._show(name, "", "", part.strip())
 
     def replaced(self, name: str, text: str, hits: list[tuple[str, int, int]]) -> None:
         """Count personal data that was replaced, given what `privacy.find` found in `text`."""
@@ -66,14 +69,28 @@ class CleaningReport:
             new = kind not in count.replacements
             count.replacements[kind] = count.replacements.get(kind, 0) + 1
             count.characters += end - start
-            if new and len(count.examples) < MAX_EXAMPLES:
+            if new:
                 left = text[max(0, start - _EXAMPLE_CONTEXT) : start]
-                right = text[end : end + _EXAMPLE_CONTEXT]
-                count.examples.append(_example(left, privacy.PLACEHOLDERS[kind], right))
+                self._show(
+                    name, left, privacy.PLACEHOLDERS[kind], text[end : end + _EXAMPLE_CONTEXT]
+                )
 
     def to_json(self) -> dict[str, Any]:
         """{filter: {"documents", "characters", "replacements": {kind: n}, "examples": [...]}}."""
         return {name: asdict(count) for name, count in self.filters.items()}
+
+    def _show(self, name: str, left: str, middle: str, right: str) -> None:
+        """One more example of the filter, unless it has enough or has this one."""
+        examples, tried = self._of(name).examples, self._tried[name]
+        if len(examples) >= MAX_EXAMPLES or len(tried) >= _MAX_TRIES:
+            return
+        right = right[:_EXAMPLE_CONTEXT]
+        key = hash((left, middle, right))
+        if key not in tried:  # removing personal data from each repetition would take long
+            tried.add(key)
+            example = _example(left, middle, right)
+            if example not in examples:
+                examples.append(example)
 
     def _of(self, name: str) -> FilterCount:
         return self.filters.setdefault(name, FilterCount())

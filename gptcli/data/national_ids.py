@@ -13,6 +13,11 @@
 
 The others need a word beside them, since their checksum passes about a tenth of all numbers:
 es.dni, de.idnr, in.aadhaar, gb.nhs, nl.bsn, pl.pesel, ca.sin, jp.in, au.tfn, tr.tckimlik, za.idnr.
+
+Behind a word that says what it is, a number counts by its form alone, since a mistyped or made-up
+one is written the same way: identity cards of China (18 or 15 digits), Taiwan and Hong Kong, and
+passports (8 or 9 digits and capitals, 4 digits or more). So does 123-45-6789 beside SSN. One word
+speaks for one number, the first behind it.
 """
 
 import re
@@ -56,6 +61,7 @@ _RULES = (
     _rule(r"[0-9]{3}-[0-9]{2}-[0-9]{4}", "us.ssn"),
     _rule(r"9[0-9]{2}-[0-9]{2}-[0-9]{4}", "us.itin"),
     _rule(r"[0-9]{3} ?[0-9]{2} ?[0-9]{4}", "us.ssn", *_SSN_WORDS),
+    _rule(r"[0-9]{3}([ \-])[0-9]{2}\1[0-9]{4}", None, *_SSN_WORDS),
     _rule(r"[1-9][0-9]{16}[0-9Xx]", "cn.ric"),
     _rule(
         r"[12] ?[0-9]{2} ?[0-9]{2} ?(?:[0-9]{2}|2[AB]) ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}",
@@ -114,17 +120,49 @@ _LETTERED = re.compile(
     r"|[A-Z]{2}(?:[0-9]{6}|[A-Z]{2}[0-9LMNPQRSTUV]{2}[A-EHLMPRST][0-9LMNPQRSTUV]{2}))"
 )
 _DIGITS = re.compile(r"[0-9](?:[ .\-]?[0-9A-Z]){5,}")
+# (words, number): what the number is stands in front of it, at most 32 characters away.
+_IDENTITY_WORDS = (
+    *("身份证", "身份證", "身分证", "身分證", "公民身份", "居民身份"),
+    *("id card", "id number", "identity card", "identity number", "identification number"),
+)
+_PASSPORT_WORDS = ("passport", "passeport", "pasaporte", "reisepass", "护照", "護照", "パスポート")
+
+
+def _labelled(words: tuple[str, ...], number: str) -> tuple[tuple[str, ...], re.Pattern[str]]:
+    return words, re.compile(
+        rf"(?i:{'|'.join(words)})[^0-9\n]{{0,32}}?(?<![0-9A-Za-z_])({number})"
+        r"(?![0-9A-Za-z_]|[\-.][0-9])"
+    )
+
+
+_LABELLED = (
+    _labelled(
+        _IDENTITY_WORDS,
+        r"[1-9][0-9]{5} ?[0-9]{8} ?[0-9]{3}[0-9Xx]|[1-9][0-9]{14}"  # China
+        r"|[A-Z][A-D1289][0-9]{8}"  # Taiwan, citizens and residents
+        r"|[A-Z]{1,2}[0-9]{6}(?:[0-9A]|\([0-9A]\))",  # Hong Kong
+    ),
+    # Not eight digits that are a date.
+    _labelled(
+        _PASSPORT_WORDS,
+        r"(?!(?:19|20)[0-9]{6}(?![0-9A-Z]))(?=(?:[A-Z]*[0-9]){4})[0-9A-Z]{8,9}",
+    ),
+)
 _INSIDE = re.compile(r"(?:[0-9A-Za-z_]|[0-9][.,\-])$")
 
 
 def find(text: str) -> Iterator[tuple[int, int]]:
     """(start, end) of identity numbers, in characters. Raises DataError if the package
     python-stdnum is missing."""
+    lowered = text.lower()
+    for words, labelled in _LABELLED:
+        if any(word in lowered for word in words):
+            for match in labelled.finditer(text):
+                yield match.span(1)
     lettered = [region.span() for region in _LETTERED.finditer(text)]
     numbers = [r.span() for r in _DIGITS.finditer(text) if sum(map(str.isdigit, r[0])) >= 7]
     if not lettered and not numbers:
         return
-    lowered = text.lower()
     rules = [r for r in _RULES if not r.words or any(word in lowered for word in r.words)]
     for low, high in lettered:
         yield from _matches(text, low, high + 12, rules, lettered=True)

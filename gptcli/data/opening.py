@@ -25,6 +25,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+HEAD_BYTES = 1024  # of a file, by which other encodings are recognised
 
 
 @contextmanager
@@ -45,15 +46,38 @@ def open_utf8(
         if not file.is_utf8:
             yield _forward(lambda: _transcoded(file, content, replaced))
             return
-        head = content.read(len(codecs.BOM_UTF32_LE))
-        for mark, encoding in _MARKS.items():
-            if head.startswith(mark):
-                raise DataError(
-                    f"{file.path}: {encoding.upper()} text, not {file.source.encoding}",
-                    hint=f"write the source as {{path: ..., encoding: {encoding}}}",
-                )
+        head = content.read(HEAD_BYTES)
+        refuse_utf16(file.path, head, file.source.encoding)
         content.seek(0)
         yield _without(content, len(_UTF8_BOM)) if head.startswith(_UTF8_BOM) else content
+
+
+def refuse_utf16(name: str, head: bytes, said: str = "utf-8") -> None:
+    """Raise a DataError if the file `name`, which begins with `head` and is `said` to be UTF-8, is
+    UTF-16 or UTF-32: by its byte-order mark, or by zero bytes between the letters."""
+    marked = (encoding for mark, encoding in _MARKS.items() if head.startswith(mark))
+    encoding = next(marked, None) or _unmarked(head)
+    if encoding is not None:
+        raise DataError(
+            f"{name}: {encoding[:6].upper()} text, not {said}",
+            hint=f"write the source as {{path: ..., encoding: {encoding}}} in the YAML (data.train,"
+            " eval.data)",
+        )
+
+
+def _unmarked(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 without a mark: zeros in most of the high bytes, hardly any in the low."""
+    for encoding, width, low, high in (
+        ("utf-32-le", 4, 0, 2),
+        ("utf-32-be", 4, 3, 1),
+        ("utf-16-le", 2, 0, 1),
+        ("utf-16-be", 2, 1, 0),
+    ):
+        units = len(head) // width
+        zeros = [head[place::width].count(0) for place in (low, high)]
+        if units >= 2 and zeros[0] <= units // 20 and zeros[1] > units // 2:
+            return encoding
+    return None
 
 
 def byte_order_mark(file: SourceFile) -> int:

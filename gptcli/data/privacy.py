@@ -9,7 +9,8 @@ says what they are. Chinese text needs no spaces around a number; full-width dig
 - phone: see `phones.py`.
 - ip: IPv4 and IPv6, private addresses too, since they still tell devices of a home or a company;
   not loopback, 0.0.0.0, multicast and masks (255.255.255.0), and not version numbers.
-- card: issuer prefix, length and grouping, and the Luhn checksum.
+- card: issuer prefix, length and grouping, and the Luhn checksum; and account numbers (IBAN) with
+  their country's form and checksum.
 - national_id: see `national_ids.py`.
 - secret: see `secrets_found.py`.
 """
@@ -28,7 +29,7 @@ KINDS: tuple[Personal, ...] = ("secret", "email", "national_id", "card", "ip", "
 PLACEHOLDERS: dict[str, str] = {kind: f"<{kind.upper()}>" for kind in KINDS}
 _PACKAGES = {
     "phone": ("phonenumbers", "phonenumbers"),
-    "card": ("stdnum.luhn", "python-stdnum"),
+    "card": ("stdnum", "python-stdnum"),
     "national_id": ("stdnum", "python-stdnum"),
 }
 
@@ -198,7 +199,15 @@ _ISSUERS = (
 )
 
 
+# In one run, or in groups of four.
+_IBAN = re.compile(
+    r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,30}|(?:[ \u00a0][A-Z0-9]{4}){2,7}(?:[ \u00a0][A-Z0-9]{1,3})?)"
+    r"(?![0-9A-Za-z_])"
+)
+
+
 def _cards(text: str) -> Iterator[tuple[int, int]]:
+    yield from _ibans(text)
     luhn = extras.load("stdnum.luhn", "python-stdnum", "filters.redact card")
     for match in _CARD.finditer(text):
         if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
@@ -208,6 +217,19 @@ def _cards(text: str) -> Iterator[tuple[int, int]]:
             written = written[:19]  # a fifth group may be the date of expiry
         if _is_card(written, luhn):
             yield match.start(), match.start() + len(written)
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    for match in _IBAN.finditer(text):
+        if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
+            continue
+        iban = extras.load("stdnum.iban", "python-stdnum", "filters.redact card")
+        written = match[0].replace("\u00a0", " ")
+        while len(written) > 14:  # the last groups may be the next words
+            if iban.is_valid(written):
+                yield match.start(), match.start() + len(written)
+                break
+            written = written.rpartition(" ")[0]
 
 
 def _is_card(written: str, luhn: ModuleType) -> bool:

@@ -2,9 +2,13 @@
 
 Tokens of AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI, Anthropic, Hugging Face, npm, PyPI,
 SendGrid, DigitalOcean and Telegram, JSON web tokens (RFC 7519), PEM private keys (RFC 7468, also
-when a piece of text begins or ends inside one), passwords in URLs, and assignments such as
-`password = "..."` whose value looks random (Shannon entropy). Of these last ones only the value
-counts, so that a model still learns the form.
+when a piece of text begins or ends inside one), passwords in URLs, HTTP credentials behind
+`Bearer` (RFC 6750) or `Authorization: Basic`, and assignments such as `password = "..."` whose
+value looks random (Shannon entropy; less is asked behind a word for a password, since people think
+those up). Of these last ones only the value counts, so that a model still learns the form.
+
+Passwords without a digit or shorter than 8 characters, and those in a sentence ("the password is
+..."), are not found: ordinary words look like them.
 """
 
 import math
@@ -55,12 +59,19 @@ _PEM_REST = re.compile(
     r"\A[A-Za-z0-9+/=\s]*-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
 )
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{1,64}:([^\s/@\"'<>]{3,128})@")
+_CREDENTIALS = re.compile(
+    r"(?i:bearer|authorization[\"']?[:=：][ \t]*[\"']?(?:basic|token|apikey))[ \t]+"
+    r"([A-Za-z0-9._~+/\-]{16,4096}={0,2})"
+)
 _ASSIGNED = re.compile(r"[:=：](?:>|=)?[ \t]*([\"'`]?)([!-&(-;=?-_a-~]{8,512})")
 _NAME_BEFORE = re.compile(
     r"(?:pass(?:word|wd|phrase)?|pwd|secret|api[_\- ]?key|(?:access|auth|private|secret|account|"
     r"encryption|signing)[_\- ]?key|token|credentials?|密码|密碼|口令|密钥|密鑰|令牌)"
     r"[A-Za-z0-9_]{0,16}[\"'`]?[ \t]*$",
     re.IGNORECASE,
+)
+_PASSWORD_BEFORE = re.compile(
+    r"(?:pass(?:word|wd|phrase)?|pwd|密码|密碼|口令)[\"'`]?[ \t]*$", re.IGNORECASE
 )
 
 
@@ -76,26 +87,36 @@ def find(text: str) -> Iterator[tuple[int, int]]:
         if start in text:
             for match in pattern.finditer(text):
                 before = text[match.start() - 1 : match.start()]
-                if not (before.isascii() and before.isalnum()) and _random(match[0]):
+                if not (before.isascii() and before.isalnum()) and (
+                    _random(match[0]) or _mixed_case(match[0][len(start) :])
+                ):
                     yield match.span()
     if "://" in text:
         for match in _URL_PASSWORD.finditer(text):
             yield match.span(1)
+    if "earer" in text or "uthorization" in text or "AUTHORIZATION" in text:
+        for match in _CREDENTIALS.finditer(text):
+            if _random(match[1]) and _entropy(match[1]) >= 3.0:
+                yield match.span(1)
     yield from _assigned(text)
 
 
 def _assigned(text: str) -> Iterator[tuple[int, int]]:
     # Random strings of 12 characters have about 3.4 bits a character, English words below 3.
     for match in _ASSIGNED.finditer(text):
-        if not _NAME_BEFORE.search(text[max(0, match.start() - 48) : match.start()]):
+        before = text[max(0, match.start() - 48) : match.start()]
+        if not _NAME_BEFORE.search(before):
             continue
         quote, value = match[1], match[2].rstrip(".,;)]}" if not match[1] else "")
         if quote:
             value = value.partition(quote)[0]
         # Without quotes it may be code (token = self.tokens[0]): then only one plain, longer word.
         plain = re.fullmatch(r"[A-Za-z0-9+/=_\-!@#$%^&*~]+", value) is not None
-        long = len(value) >= (8 if quote else 12) and (quote or plain)
-        if long and _random(value) and _entropy(value) >= (2.6 if quote else 3.0):
+        # A name such as sha_256 may stand there in code; without "_" it is likely a password.
+        chosen = "_" not in value and _PASSWORD_BEFORE.search(before) is not None
+        easy = bool(quote) or chosen
+        long = len(value) >= (8 if easy else 12) and (quote or plain)
+        if long and _random(value) and _entropy(value) >= (2.6 if easy else 3.0):
             yield match.start(2), match.start(2) + len(value)
 
 
@@ -104,6 +125,12 @@ def _random(value: str) -> bool:
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
     return bool(digits and letters and len(set(value)) > 5)
+
+
+def _mixed_case(value: str) -> bool:
+    """Whether it is letters alone with capitals all over, which no name in CamelCase has."""
+    capitals = sum(map(str.isupper, value))
+    return value.isalpha() and 0.25 <= capitals / len(value) <= 0.75 and len(set(value)) > 9
 
 
 def _entropy(value: str) -> float:

@@ -201,7 +201,8 @@ class Survey:
         self._tokenizer, self._probes = tokenizer, probes
         self.block_size = block_size
         self._open: _Open | None = None
-        self.documents = self.bytes = self.characters = self.tokens = self.text_tokens = 0
+        self.documents = self.bytes = self.characters = self.tokens = 0
+        self.text_bytes = self.text_tokens = 0  # of text in UTF-8 as it was encoded, without eot
         self.shorter = 0  # documents of fewer than block_size tokens
         self.lengths = Lengths()
         self.scripts = ScriptCounts(tokenizer, probes.script_of)
@@ -240,7 +241,6 @@ class Survey:
         tokens = self._encode(record)
         self._open.tokens += len(tokens)
         self.bytes += record["bytes"]
-        self.text_tokens += len(tokens)
         source = self.sources.setdefault(self._open.source, Counter())
         source["bytes"] += record["bytes"]
         source["tokens"] += len(tokens) + begins  # eot before each document
@@ -311,6 +311,8 @@ class Survey:
         document.blank = document.blank and text.isspace()
         document.digest.add(text)
         self.characters += len(text)
+        self.text_bytes += len(text.encode("utf-8", "surrogatepass"))
+        self.text_tokens += len(tokens)
         self.scripts.add(text, tokens)
         self._count_lines(document, text)
         found = _CONTROL.findall(text)

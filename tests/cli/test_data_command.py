@@ -56,7 +56,9 @@ def test_strict(gpt, corpus):
     code, out, err = gpt("data", "check", config, *TINY, "--strict")
     assert code == 3
     assert "warning  duplicates" in out
-    assert err.splitlines()[-2].startswith("error: ")
+    count = sum(line.startswith("warning") for line in out.splitlines())
+    noun = "warning" if count == 1 else "warnings"
+    assert err.splitlines()[-2] == f"error: {count} {noun} about the data"
 
 
 def test_check_page(gpt, corpus, tmp_path):

@@ -1,5 +1,6 @@
 """`gpt tokenizer train` and `show`, as users call them."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def test_an_empty_corpus_is_an_error(gpt, tmp_path):
     arguments = [str(tmp_path / "empty.txt"), "--out", str(tmp_path / "own")]
     code, _, err = gpt("tokenizer", "train", *arguments)
     assert code == 3, err
+    assert "no text in" in err
+    assert "too small" not in err
     assert not (tmp_path / "own").exists()
 
 
@@ -110,6 +113,23 @@ def test_show_tells_scripts_apart(gpt, saved, tmp_path):
     assert ours["bytes_per_token_by_script"]["Latin"] > 1.5
     assert plain["bytes_per_token_by_script"] == {"Latin": 1.0, "Han": 1.0}
     assert "ids" not in ours
+
+
+def test_show_opens_a_file_as_sources_are_opened(gpt, saved, tmp_path):
+    """D9: guards against figures of zero bytes, a byte-order mark, or a compressed file's bytes."""
+    wide, marked, packed = (tmp_path / name for name in ("w.rst", "m.rst", "p.txt.gz"))
+    marked.write_bytes(b"\xef\xbb\xbfthe cat")
+    packed.write_bytes(gzip.compress(b"the cat"))
+    for path in (marked, packed):
+        code, out, err = gpt("tokenizer", "show", str(saved), "--file", str(path), "--json")
+        assert code == 0, err
+        assert json.loads(out)["bytes"] == 7
+    for encoding in ("utf-16", "utf-16-le"):
+        wide.write_bytes("the cat".encode(encoding))
+        code, out, err = gpt("tokenizer", "show", str(saved), "--file", str(wide))
+        assert (code, out) == (3, "")
+        assert f"{wide.name}: UTF-16 text, not utf-8" in err
+        assert f"encoding: {encoding}" in err
 
 
 def test_show_makes_control_characters_visible(gpt, saved):

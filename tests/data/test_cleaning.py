@@ -136,7 +136,7 @@ def test_the_report_counts_and_shows_no_personal_data():
     assert cleaned == text.replace("ann@example.com or bob@example.org", "<EMAIL> or <EMAIL>")
     found = report.to_json()
     assert found["min_characters"]["documents"] == 5
-    assert found["min_characters"]["examples"] == ["tel 电话<PHONE> <EMAIL>"] * 3
+    assert found["min_characters"]["examples"] == ["tel 电话<PHONE> <EMAIL>"]
     assert found["redact"]["replacements"] == {"email": 2 + 5}
     assert found["redact"]["characters"] == 30 + 5 * len("a0@example.com")
     assert found["boilerplate"]["characters"] == len("Back to top\n")
@@ -177,3 +177,15 @@ def test_missing_packages_are_named_before_the_run(monkeypatch, filters, module,
     with pytest.raises(DataError, match=f"needs the package {package}") as caught:
         Cleaner(FiltersConfig(**filters))
     assert caught.value.hint == "pip install 'gptcli[clean]'"
+
+
+def test_examples_of_a_filter_differ():
+    """Guards against one text, or one that looks the same, shown as three examples."""
+    report = CleaningReport()
+    for text in ["same", "same", "same", "call 1234567890", "call 9876543210", "other", "more"]:
+        report.left_out("min_characters", text)
+    report.removed("boilerplate", ["Back to top\n", "Back to top\r\n", "Next\n"] * 3)
+    found = report.to_json()
+    assert found["min_characters"]["examples"] == ["same", "call #", "other"]
+    assert found["min_characters"]["documents"] == 7
+    assert found["boilerplate"]["examples"] == ["Back to top", "Next"]

@@ -127,6 +127,31 @@ def test_utf16_without_its_name_gives_a_hint(tmp_path: Path, encoding: str, endi
     assert f"encoding: {encoding[:6]}" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("text", ["no", "“Naïve” café, 一 or two —\n" * 100])
+def test_utf16_without_a_mark_gives_a_hint_too(
+    tmp_path: Path, encoding: str, ending: str, text: str
+):
+    """D9: guards against UTF-16 whose mark is missing, trained on as zero bytes between letters,
+    and a hint that does not read it."""
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(PACK[ending](text.encode(encoding)))
+    with pytest.raises(DataError, match=f"{encoding[:6].upper()} text, not utf-8") as caught:
+        content(path)
+    hint = f"{{path: ..., encoding: {encoding}}} in the YAML (data.train, eval.data)"
+    assert caught.value.hint == f"write the source as {hint}"
+    assert content(path, encoding=encoding) == text
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\0", "\0" * 2000, "a record\0another\0" * 200, TEXT])
+def test_zero_bytes_in_utf8_are_read(tmp_path: Path, text: str):
+    """Guards against UTF-8 that is refused because it has zero bytes somewhere."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert content(path) == text
+
+
 @pytest.mark.parametrize("ending", ARCHIVES)
 @pytest.mark.parametrize("damage", ["truncated", "a few bytes", "empty", "plain"])
 def test_damaged_archives_are_named(tmp_path: Path, ending: str, damage: str):

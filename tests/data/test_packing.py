@@ -354,3 +354,23 @@ def test_tokens_that_begin_with_eot_get_no_second_one(
     shard = Shard(file, 0, pieces, Split("none"), 0, len(tokens), eot=eot)
     rows = take(packed_rows([shard], tokenizer), 2 * len(tokens) // T)
     assert [t for row in rows for t in row[:-1]] == (tokens.tolist() * 3)[: len(rows) * T]
+
+
+def test_pieces_of_a_tokenised_file_do_not_run_into_each_other(
+    tmp_path: Path, tokenizer: Tokenizer
+):
+    """Guards against two documents joined without eot, since all of a file have its name."""
+    long = [[tokenizer.eot, *([10 + i] * 40_000)] for i in range(6)]
+    np.save(tmp_path / "ids.npy", np.array([t for d in long for t in d], dtype=np.uint16))
+    (file,) = resolve([SourceConfig(path=str(tmp_path / "ids.npy"))])
+    size = 6 * 40_001
+    pieces = -(-size // 16384)
+    shards = [
+        Shard(file, k, k + 1, Split("none"), 0, size, eot=tokenizer.eot) for k in range(pieces)
+    ]
+    packed = packed_rows(shards, tokenizer, block_size=1000, window=10000, shuffle=False)
+    tokens = packed.take(240).inputs.ravel()
+    joined = (
+        (tokens[1:] != tokens[:-1]) & (tokens[1:] != tokenizer.eot) & (tokens[:-1] != tokenizer.eot)
+    )
+    assert not joined.any()

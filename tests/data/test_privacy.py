@@ -40,6 +40,10 @@ CARDS = [
     ("card 4111 1111 1111 1111 12/27", "card <CARD> 12/27"),
     ("卡号5555555555554444。", "卡号<CARD>。"),
     ("3782-822463-10005 or 6011111111111117", "<CARD> or <CARD>"),
+    ("GB82 WEST 1234 5698 7654 32", "<CARD>"),
+    ("IBAN:DE89370400440532013000.", "IBAN:<CARD>."),
+    ("TO BE68 5390 0754 7034 FROM ANN", "TO <CARD> FROM ANN"),
+    ("账号FR1420041010050500013M02606，", "账号<CARD>，"),
 ]
 IDS = [
     ("身份证11010519491231002X。", "身份证<NATIONAL_ID>。"),
@@ -50,9 +54,21 @@ IDS = [
     ("Aadhaar 2341 2341 2346", "Aadhaar <NATIONAL_ID>"),
     ("National Insurance AB123456C", "National Insurance <NATIONAL_ID>"),
     ("971013-9019902", "<NATIONAL_ID>"),
+    ("身份证号码：44052419900101001X", "身份证号码：<NATIONAL_ID>"),
+    ("身份证号为440524 19900101 0019。", "身份证号为<NATIONAL_ID>。"),
+    ("身份证：440524900101001", "身份证：<NATIONAL_ID>"),
+    ("SSN 078-05-1120", "SSN <NATIONAL_ID>"),
+    ("078-05-1120 is not an SSN", "<NATIONAL_ID> is not an SSN"),
+    ("passport number 123456789", "passport number <NATIONAL_ID>"),
+    ("Passport No. C01X00T47, expired", "Passport No. <NATIONAL_ID>, expired"),
+    ("护照 E12345678", "护照 <NATIONAL_ID>"),
+    ("护照号码：EA1234567，", "护照号码：<NATIONAL_ID>，"),
+    ("台灣身分證 A123456789", "台灣身分證 <NATIONAL_ID>"),
+    ("香港身份證 A123456(3)", "香港身份證 <NATIONAL_ID>"),
 ]
 # Put together here, so that scanners of repositories do not take them for real ones.
 GITHUB = "ghp_" + "a1B2c3D4e5F6g7H8i9J0" + "k1L2m3N4o5P6q7R8"
+HUGGING_FACE = "hf_" + "QwErTyUiOpAsDfGhJ" + "kLzXcVbNmQwErTyUi"
 AWS = "AKIA" + "IOSFODNN7EXAMPLE"
 PEM = "-----BEGIN RSA PRIVATE " + "KEY-----\n" + "MIIEowIBAAKCAQEA7abcdefgh\nabc+/=\n"
 PEM_END = "-----END RSA PRIVATE " + "KEY-----"
@@ -60,6 +76,11 @@ SECRETS = [
     (f"token {GITHUB}, id {AWS}", "token <SECRET>, id <SECRET>"),
     ('password = "hunter2hunter2"', 'password = "<SECRET>"'),
     ("密码：Abc12345xyz7!", "密码：<SECRET>"),
+    ("密码：Abc12345!", "密码：<SECRET>"),
+    ("password: correcthorse9", "password: <SECRET>"),
+    (f"use {HUGGING_FACE} here", "use <SECRET> here"),
+    ("Authorization: Bearer abcdef1234567890abcdef1234567890", "Authorization: Bearer <SECRET>"),
+    ("Authorization: Basic YWxhZGRpbjpvcGVuc2VzYW1l1Q==", "Authorization: Basic <SECRET>"),
     ("https://ann:pa55word@example.com/", "https://ann:<SECRET>@example.com/"),
     (f"{PEM}{PEM_END}\nAfter the key.", "<SECRET>\nAfter the key."),
     (PEM, "<SECRET>\n"),
@@ -77,6 +98,11 @@ HARMLESS = [
     'password = "your_password_here" token = self.tokens[0] secret = os.environ["KEY"]',
     "密码是一个秘密，电话铃响了，他今年四十二岁，住在一百二十三号。",
     "sk-learn and hf_hub, the secret: nobody knows; key = value",
+    "hf_thisIsAVeryLongFunctionNameInCamelCaseLetters hf_averylongnameinlowercaselettersonly",
+    "the bearer internationalisation2 bonds; password: correcthorse, password = sha_256_hash",
+    "GB82 WEST 1234 5698 7654 33, DE89370400440532013001, AB12 CDEF 3456 7890 1234",
+    "44052419900101001X 078-05-1120 E12345678 A123456789 123456789",
+    "Her passport was issued on 20200101 in 1987; 护照于20200101签发，身份证有18位数字。",
 ]
 
 
@@ -129,6 +155,7 @@ def test_places_are_sorted_and_apart_whatever_overlaps():
     [
         *("7" * 50000, "0" * 50000, "@" * 20000, "a@" * 20000, "ab:" * 20000, "A" * 50000),
         *("12 34 " * 10000, "0.123456," * 5000, "password=" * 5000, "eyJ" * 20000, "://a:" * 3000),
+        *("护照" * 20000, "passport A" * 5000, "AB12" * 10000, "AB12 " * 10000, "bearer a" * 5000),
     ],
     ids=lambda text: text[:9],
 )

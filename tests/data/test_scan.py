@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 
 from gptcli.config.data_schema import DataConfig
 from gptcli.data.corpus import Corpus, open_corpus
+from gptcli.data.store import cache_root, open_store
+from gptcli.data.stream import RecordStream, ShardReader
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
 
 
@@ -147,3 +151,56 @@ def test_mixture_facts_by_source(tmp_path: Path):
     for number, source in enumerate(corpus.sources):
         own = [r["bytes"] for r in corpus.train_records() if r["source"] == number]
         assert source.train_bytes == sum(own)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+    """Guards against tokens kept under the fingerprint of other text."""
+    path = write_rows(tmp_path / "a.jsonl", [f"row {i}" for i in range(150)])
+    corpus = opened({"path": path})
+    corpus.check_unchanged()
+    write_rows(tmp_path / "a.jsonl", [f"Row {i}" for i in range(150)])
+    with pytest.raises(DataError, match="was changed while it was read"):
+        corpus.check_unchanged()
+    with pytest.raises(DataError, match="was changed while it was read"):
+        open_store(corpus.train, Tokenizer.of_bytes(), corpus.key, 1, corpus.check_unchanged)
+    assert not list((cache_root() / "tokens").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+def test_an_epoch_of_a_tokenised_file_is_all_of_it(tmp_path: Path, dtype: Any):
+    """Guards against an epoch that ends early because ids take more bytes than was thought."""
+    np.save(tmp_path / "a.npy", (np.arange(60_000) % 250).astype(dtype))
+    corpus = opened({"path": str(tmp_path / "a.npy")}, val_fraction=0.3)
+    assert corpus.train_bytes == pytest.approx(42_000 * np.dtype(dtype).itemsize, rel=0.01)
+    stream = RecordStream(ShardReader(corpus.train), corpus.train_bytes, 1, 10)
+    while stream.next() is not None:
+        assert stream.epochs < 1.0
+    assert stream.epochs == 1.0
+
+
+def test_weights_and_validation_files_are_no_part_of_the_key(tmp_path: Path):
+    """Guards against a corpus tokenised again because another share of it is wanted."""
+    a = write_rows(tmp_path / "a.jsonl", [f"a {i}" for i in range(120)])
+    b = write_rows(tmp_path / "b.jsonl", [f"b {i}" for i in range(120)])
+    val = write_rows(tmp_path / "val.jsonl", ["held out"])
+    plain = opened({"path": a}, {"path": b}, val=val)
+    weighted = opened({"path": a, "weight": 1}, {"path": b, "weight": 5}, val=val)
+    write_rows(tmp_path / "val.jsonl", ["something else"])
+    assert opened({"path": a}, {"path": b}, val=val).key == plain.key == weighted.key
+
+
+def test_text_files_of_the_hub_are_split_and_filtered(monkeypatch: pytest.MonkeyPatch):
+    """Guards against streamed text files that are all held out, or escape the filters."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    texts = {f"data/{i:03d}.txt": f"A story about the number {i}. " * (30 + i) for i in range(60)}
+    texts |= {f"data/9{i:02d}.txt": "Kurz. " for i in range(5)}
+    with HubServer() as hub:
+        hub.commit("me/stories", {name: text.encode() for name, text in texts.items()})
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        source = {"path": "hub:me/stories", "filters": {"min_characters": 20}}
+        corpus = opened(source, val_fraction=0.2, cache="off")
+        kept = all_texts(corpus)
+    assert corpus.documents is None
+    assert corpus.val_documents
+    assert list(corpus.sources)
+    assert sorted(kept) == sorted(text for text in texts.values() if len(text) > 20)
