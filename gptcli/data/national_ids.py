@@ -16,8 +16,8 @@ es.dni, de.idnr, in.aadhaar, gb.nhs, nl.bsn, pl.pesel, ca.sin, jp.in, au.tfn, tr
 
 Behind a word that says what it is, a number counts by its form alone, since a mistyped or made-up
 one is written the same way: identity cards of China (18 or 15 digits), Taiwan and Hong Kong, and
-passports (8 or 9 digits and capitals, 4 digits or more). So does 123-45-6789 beside SSN. One word
-speaks for one number, the first behind it.
+passports (8 or 9 digits and capitals, 4 digits or more, a digit among the first four). So does
+123-45-6789 beside SSN. One word speaks for one number, the first behind it.
 """
 
 import re
@@ -145,7 +145,7 @@ _LABELLED = (
     # Not eight digits that are a date.
     _labelled(
         _PASSPORT_WORDS,
-        r"(?!(?:19|20)[0-9]{6}(?![0-9A-Z]))(?=(?:[A-Z]*[0-9]){4})[0-9A-Z]{8,9}",
+        r"(?!(?:19|20)[0-9]{6}(?![0-9A-Z]))(?=[A-Z]{0,3}[0-9](?:[A-Z]*[0-9]){3})[0-9A-Z]{8,9}",
     ),
 )
 _INSIDE = re.compile(r"(?:[0-9A-Za-z_]|[0-9][.,\-])$")
@@ -154,15 +154,16 @@ _INSIDE = re.compile(r"(?:[0-9A-Za-z_]|[0-9][.,\-])$")
 def find(text: str) -> Iterator[tuple[int, int]]:
     """(start, end) of identity numbers, in characters. Raises DataError if the package
     python-stdnum is missing."""
+    lettered = [region.span() for region in _LETTERED.finditer(text)]
+    regions = list(_DIGITS.finditer(text))
+    if not lettered and not regions:
+        return
     lowered = text.lower()
     for words, labelled in _LABELLED:
         if any(word in lowered for word in words):
             for match in labelled.finditer(text):
                 yield match.span(1)
-    lettered = [region.span() for region in _LETTERED.finditer(text)]
-    numbers = [r.span() for r in _DIGITS.finditer(text) if sum(map(str.isdigit, r[0])) >= 7]
-    if not lettered and not numbers:
-        return
+    numbers = [r.span() for r in regions if sum(map(str.isdigit, r[0])) >= 7]
     rules = [r for r in _RULES if not r.words or any(word in lowered for word in r.words)]
     for low, high in lettered:
         yield from _matches(text, low, high + 12, rules, lettered=True)

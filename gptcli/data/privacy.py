@@ -204,32 +204,49 @@ _IBAN = re.compile(
     r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,30}|(?:[ \u00a0][A-Z0-9]{4}){2,7}(?:[ \u00a0][A-Z0-9]{1,3})?)"
     r"(?![0-9A-Za-z_])"
 )
+# The first digit of either, in one pass: there are fewer digits in a text than capitals.
+_FIRST_DIGIT = re.compile(
+    r"[0-9](?:(?<=[A-Z][A-Z][0-9])(?=[0-9])|(?<=[2-6])(?=[0-9]{3}(?:[ \-]?[0-9]){6}))"
+)
 
 
 def _cards(text: str) -> Iterator[tuple[int, int]]:
-    yield from _ibans(text)
+    behind = 0
+    for first in _FIRST_DIGIT.finditer(text):
+        place = first.start()
+        if place < behind:
+            continue
+        match = _IBAN.match(text, max(0, place - 2))
+        found = _iban(text, match) if match else None
+        card = None if found else _CARD.match(text, place)
+        if card:
+            behind = card.end()
+            found = _card(text, card)
+        if found:
+            behind = max(behind, found[1])
+            yield found
+
+
+def _iban(text: str, match: re.Match[str]) -> tuple[int, int] | None:
+    if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
+        return None
+    iban = extras.load("stdnum.iban", "python-stdnum", "filters.redact card")
+    written = match[0].replace("\u00a0", " ")
+    while len(written) > 14:  # the last groups may be the next words
+        if iban.is_valid(written, check_country=False):  # not its list of banks
+            return match.start(), match.start() + len(written)
+        written = written.rpartition(" ")[0]
+    return None
+
+
+def _card(text: str, match: re.Match[str]) -> tuple[int, int] | None:
+    if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
+        return None
     luhn = extras.load("stdnum.luhn", "python-stdnum", "filters.redact card")
-    for match in _CARD.finditer(text):
-        if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
-            continue
-        written = match[0]
-        if not _is_card(written, luhn) and len(written) > 19:
-            written = written[:19]  # a fifth group may be the date of expiry
-        if _is_card(written, luhn):
-            yield match.start(), match.start() + len(written)
-
-
-def _ibans(text: str) -> Iterator[tuple[int, int]]:
-    for match in _IBAN.finditer(text):
-        if _INSIDE_A_NUMBER.search(text[max(0, match.start() - 2) : match.start()]):
-            continue
-        iban = extras.load("stdnum.iban", "python-stdnum", "filters.redact card")
-        written = match[0].replace("\u00a0", " ")
-        while len(written) > 14:  # the last groups may be the next words
-            if iban.is_valid(written):
-                yield match.start(), match.start() + len(written)
-                break
-            written = written.rpartition(" ")[0]
+    written = match[0]
+    if not _is_card(written, luhn) and len(written) > 19:
+        written = written[:19]  # a fifth group may be the date of expiry
+    return (match.start(), match.start() + len(written)) if _is_card(written, luhn) else None
 
 
 def _is_card(written: str, luhn: ModuleType) -> bool:

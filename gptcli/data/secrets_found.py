@@ -60,8 +60,12 @@ _PEM_REST = re.compile(
 )
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{1,64}:([^\s/@\"'<>]{3,128})@")
 _CREDENTIALS = re.compile(
-    r"(?i:bearer|authorization[\"']?[:=：][ \t]*[\"']?(?:basic|token|apikey))[ \t]+"
-    r"([A-Za-z0-9._~+/\-]{16,4096}={0,2})"
+    r"(?i:(?P<header>authorization[\"']?[:=][ \t]*[\"']?(?:bearer|basic|token|apikey))"
+    r"|bearer)[ \t]+(?P<value>[A-Za-z0-9._~+/\-]{16,4096}={0,2})"
+)
+_CREDENTIAL_SIGNS = (
+    *("bearer ", "Bearer ", "BEARER "),
+    *("uthorization:", 'uthorization"', "uthorization'", "AUTHORIZATION:"),
 )
 _ASSIGNED = re.compile(r"[:=：](?:>|=)?[ \t]*([\"'`]?)([!-&(-;=?-_a-~]{8,512})")
 _NAME_BEFORE = re.compile(
@@ -94,10 +98,13 @@ def find(text: str) -> Iterator[tuple[int, int]]:
     if "://" in text:
         for match in _URL_PASSWORD.finditer(text):
             yield match.span(1)
-    if "earer" in text or "uthorization" in text or "AUTHORIZATION" in text:
+    if any(sign in text for sign in _CREDENTIAL_SIGNS):
         for match in _CREDENTIALS.finditer(text):
-            if _random(match[1]) and _entropy(match[1]) >= 3.0:
-                yield match.span(1)
+            value = match["value"]
+            # "the bearer ..." may be prose: one digit in a word is not enough.
+            enough = match["header"] or sum(map(str.isdigit, value)) >= 3
+            if enough and (_random(value) or _mixed_case(value)) and _entropy(value) >= 3.0:
+                yield match.span("value")
     yield from _assigned(text)
 
 

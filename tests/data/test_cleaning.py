@@ -166,7 +166,7 @@ def test_pieces_are_rewritten_as_the_whole():
     [
         ({"languages": ["en"]}, "py3langid.langid", "py3langid"),
         ({"near_duplicates": 0.8}, "datasketch", "datasketch"),
-        ({"redact": ["card"]}, "stdnum.luhn", "python-stdnum"),
+        ({"redact": ["card"]}, "stdnum", "python-stdnum"),
         ({"stop_words": True}, "stopwordsiso", "stopwordsiso"),
     ],
 )
@@ -182,10 +182,10 @@ def test_missing_packages_are_named_before_the_run(monkeypatch, filters, module,
 def test_examples_of_a_filter_differ():
     """Guards against one text, or one that looks the same, shown as three examples."""
     report = CleaningReport()
-    for text in ["same", "same", "same", "call 1234567890", "call 9876543210", "other", "more"]:
+    for text in ["same", "same", "same", "no 0000000", "no 1111111", "other", "more"]:
         report.left_out("min_characters", text)
     report.removed("boilerplate", ["Back to top\n", "Back to top\r\n", "Next\n"] * 3)
     found = report.to_json()
-    assert found["min_characters"]["examples"] == ["same", "call #", "other"]
+    assert found["min_characters"]["examples"] == ["same", "no #", "other"]
     assert found["min_characters"]["documents"] == 7
     assert found["boilerplate"]["examples"] == ["Back to top", "Next"]

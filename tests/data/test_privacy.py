@@ -80,7 +80,7 @@ SECRETS = [
     ("password: correcthorse9", "password: <SECRET>"),
     (f"use {HUGGING_FACE} here", "use <SECRET> here"),
     ("Authorization: Bearer abcdef1234567890abcdef1234567890", "Authorization: Bearer <SECRET>"),
-    ("Authorization: Basic YWxhZGRpbjpvcGVuc2VzYW1l1Q==", "Authorization: Basic <SECRET>"),
+    ("Authorization: Basic YWxhZGRpbjpvcGVuc2VzYW1lMTIz", "Authorization: Basic <SECRET>"),
     ("https://ann:pa55word@example.com/", "https://ann:<SECRET>@example.com/"),
     (f"{PEM}{PEM_END}\nAfter the key.", "<SECRET>\nAfter the key."),
     (PEM, "<SECRET>\n"),
