@@ -81,7 +81,7 @@ def test_auto_resume_starts_afresh(gpt):
 
 def test_dry_run_writes_nothing(gpt, tmp_path):
     code, out, err = gpt("pretrain", "tiny.yaml", "--dry-run")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "reading text.txt\n")
     assert "parameters" in out
     assert not (tmp_path / "runs").exists()
 

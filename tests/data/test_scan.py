@@ -153,8 +153,11 @@ def test_mixture_facts_by_source(tmp_path: Path):
         assert source.train_bytes == sum(own)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Guards against tokens kept under the fingerprint of other text."""
+    monkeypatch.setenv("GPT_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "a.jsonl", [f"row {i}" for i in range(150)])
     corpus = opened({"path": path})
     corpus.check_unchanged()
