@@ -85,7 +85,7 @@ def test_cjk_words_are_apart_from_latin_ones_and_short():
         " 텍스트",
     ]
     assert words == wanted
-    assert max(map(len, library_split("cjk", "漢" * 1000))) == 8
+    assert max(map(len, library_split("cjk", "漢" * 1000))) == 4
     # Where there is no CJK, it is gpt4.
     assert library_split("cjk", english()) == library_split("gpt4", english())
 
