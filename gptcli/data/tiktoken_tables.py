@@ -30,7 +30,8 @@ O200K_PATTERN = (
 # As gpt4, but words of scripts written without spaces do not stick to Latin ones, and Han is cut
 # into groups of at most 4: runs between punctuation are clauses, which hardly ever come back. On
 # Chinese verse, groups of 3, 4 and 8 gave 3.82, 4.10 and 4.17 bytes a token with a vocabulary of
-# 16,384, whole runs no more; 4 takes about three quarters of the time of 8 to train. `&&` means the same to the regexes of tiktoken and of `tokenizers`.
+# 16,384, whole runs no more; 4 takes about three quarters of the time of 8 to train. `&&` means the
+# same to the regexes of tiktoken and of `tokenizers`.
 _OTHER = r"[\p{L}&&[^\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]"
 _WORD = rf"(?:\p{{Han}}{{1,4}}|[\p{{Hiragana}}ー]+|[\p{{Katakana}}ー]+|\p{{Hangul}}+|{_OTHER}+)"
 CJK_PATTERN = GPT4_PATTERN.replace(r"\p{L}+|", rf"{_WORD}|")
