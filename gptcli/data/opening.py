@@ -98,6 +98,8 @@ def data_errors(file: SourceFile) -> Iterator[None]:
     """Failures to read the file as DataErrors that name it."""
     try:
         yield
+    except GeneratorExit:  # a reader left open when Python ends: the names below may be gone
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{file.path}: damaged or truncated archive: {error}") from error
     except OSError as error:
