@@ -238,7 +238,6 @@ def _no_language(text: str) -> str | None:
 def _report(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, survey: Survey, overlap: Overlap | None
 ) -> dict[str, Any]:
-    held = overlap.counts() if overlap is not None else None
     texts = survey.documents - survey.data_documents
     problems = corpus.problems
     return {
@@ -260,30 +259,8 @@ def _report(
         },
         "scripts": survey.scripts.summary(),
         "languages": dict(survey.languages.most_common()),
-        "sources": [
-            {
-                "path": source.path,
-                "weight": source.weight,
-                **survey.sources.get(number, Counter()),
-                "share": survey.sources[number]["tokens"] / max(survey.tokens, 1)
-                if number in survey.sources
-                else 0.0,
-                "filters": corpus.sources[number].cleaning,
-            }
-            for number, source in enumerate(config.data.train)
-        ],
-        "validation": {
-            "documents": len(corpus.val_documents) + len(corpus.val_rows),
-            "split": corpus.split,
-            "compared": held is not None,
-            "n": N_GRAM,
-            "ngrams": held.grams if held else 0,
-            "ngrams_found": held.found if held else 0,
-            "sampled": held.sampled if held else False,
-            "exact": held.exact if held else 0,
-            "near": held.near if held else 0,
-            "places": list(held.names) if held else [],
-        },
+        "sources": _source_facts(config, corpus, survey),
+        "validation": _validation_facts(corpus, overlap),
         "duplicates": {
             kind: {**survey.duplicates[kind].summary(), "among": min(texts, most)}
             for kind, most in (("exact", EXACT_DOCUMENTS), ("near", NEAR_DOCUMENTS))
@@ -303,6 +280,37 @@ def _report(
             "skipped_rows": problems.skipped_rows,
             "null_rows": problems.null_rows,
         },
+    }
+
+
+def _source_facts(config: Config, corpus: Corpus, survey: Survey) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": source.path,
+            "weight": source.weight,
+            **survey.sources.get(number, Counter()),
+            "share": survey.sources[number]["tokens"] / max(survey.tokens, 1)
+            if number in survey.sources
+            else 0.0,
+            "filters": corpus.sources[number].cleaning,
+        }
+        for number, source in enumerate(config.data.train)
+    ]
+
+
+def _validation_facts(corpus: Corpus, overlap: Overlap | None) -> dict[str, Any]:
+    held = overlap.counts() if overlap is not None else None
+    return {
+        "documents": len(corpus.val_documents) + len(corpus.val_rows),
+        "split": corpus.split,
+        "compared": held is not None,
+        "n": N_GRAM,
+        "ngrams": held.grams if held else 0,
+        "ngrams_found": held.found if held else 0,
+        "sampled": held.sampled if held else False,
+        "exact": held.exact if held else 0,
+        "near": held.near if held else 0,
+        "places": list(held.names) if held else [],
     }
 
 

@@ -1,7 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from gptcli import stop
+from gptcli.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +26,16 @@ def _one_process_many_jobs():
     yield
     stop.reset()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gpt(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `gpt` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

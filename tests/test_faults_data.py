@@ -24,7 +24,6 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gptcli import stop
-from gptcli.cli.main import main
 from gptcli.config.data_schema import DataConfig, SourceConfig
 from gptcli.data import corpus, readers, remote, scan, shards, stream
 from gptcli.data.corpus import open_corpus
@@ -75,19 +74,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for job in ("pretrain", "finetune"):
         monkeypatch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
     return tmp_path
-
-
-@pytest.fixture
-def gpt(capsys: pytest.CaptureFixture[str]) -> Gpt:
-    """Run `gpt` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from gptcli.cli import generate_command
-from gptcli.cli.main import main
 from gptcli.cli.terminal import write_out
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
@@ -58,19 +57,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for job in ("pretrain", "finetune"):
         monkeypatch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
     return tmp_path
-
-
-@pytest.fixture
-def gpt(capsys: pytest.CaptureFixture[str]) -> Gpt:
-    """Run `gpt` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def errors(err: str) -> list[str]:

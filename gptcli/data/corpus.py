@@ -81,10 +81,6 @@ class Corpus:
         """The training records in file order."""
         return read_shards(self.train)
 
-    def train_texts(self) -> Iterator[str]:
-        """The training pieces that are text, in file order."""
-        return (r["text"] for r in self.train_records() if isinstance(r.get("text"), str))
-
 
 def open_corpus(
     data: DataConfig,

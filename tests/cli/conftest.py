@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from gptcli.cli.main import main
-
-Run = Callable[..., tuple[int, str, str]]
 GPT = [sys.executable, "-m", "gptcli"]
 
 
@@ -18,19 +15,6 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
     for name in ("NO_COLOR", "GPT_DEBUG"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def gpt(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `gpt` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -22,6 +22,10 @@ def config(train: Any, **options: Any) -> DataConfig:
     return DataConfig.model_validate(values)
 
 
+def train_texts(corpus: Corpus) -> list[str]:
+    return [record["text"] for record in corpus.train_records()]
+
+
 def train_rows(corpus: Corpus) -> list[dict[str, Any]]:
     return [record["row"] for record in read_shards(corpus.train)]
 
@@ -49,7 +53,7 @@ def test_training_part_and_held_out_tail_make_the_document(
     path.write_bytes(text.encode())
     corpus = open_corpus(config(path, val_fraction=fraction))
     (held_out,) = corpus.val_documents
-    assert "".join(corpus.train_texts()) + held_out.text == text
+    assert "".join(train_texts(corpus)) + held_out.text == text
     assert corpus.split == "tail"
     assert corpus.documents == 1
     assert corpus.train_bytes == len(text.encode()) - len(held_out.text.encode())
@@ -59,7 +63,7 @@ def test_each_row_of_a_few_has_its_own_tail(tmp_path: Path):
     """Guards against whole rows held out of a handful, and against the tails mixed up."""
     rows = [{"text": f"row {i} " * 100} for i in range(5)]
     corpus = open_corpus(config(write_rows(tmp_path / "a.jsonl", rows), val_fraction=0.1))
-    kept = list(corpus.train_texts())
+    kept = train_texts(corpus)
     assert [a + d.text for a, d in zip(kept, corpus.val_documents, strict=True)] == [
         row["text"] for row in rows
     ]
@@ -69,7 +73,7 @@ def test_many_documents_are_held_out_whole(tmp_path: Path):
     """Guards against documents in both parts or in none when the split goes by hash."""
     rows = numbered(1000)
     corpus = open_corpus(config(write_rows(tmp_path / "a.jsonl", rows), val_fraction=0.1))
-    kept = list(corpus.train_texts())
+    kept = train_texts(corpus)
     held_out = [document.text for document in corpus.val_documents]
     assert corpus.split == "hash"
     assert corpus.documents == 1000
@@ -97,7 +101,7 @@ def test_at_least_one_document_is_held_out(tmp_path: Path):
     """Guards against a run without validation because the fraction caught no document."""
     corpus = open_corpus(config(write_rows(tmp_path / "a.jsonl", numbered(150)), val_fraction=1e-9))
     assert len(corpus.val_documents) == 1
-    assert len(list(corpus.train_texts())) == 149
+    assert len(train_texts(corpus)) == 149
 
 
 def test_rows_for_finetuning_are_split_whole(tmp_path: Path):
@@ -124,7 +128,7 @@ def test_a_given_validation_source_leaves_training_whole(tmp_path: Path):
     (tmp_path / "train.txt").write_text("to train on\n" * 50)
     (tmp_path / "val.txt").write_text("to score\n" * 5)
     corpus = open_corpus(config(tmp_path / "train.txt", val=str(tmp_path / "val.txt")))
-    assert "".join(corpus.train_texts()) == "to train on\n" * 50
+    assert "".join(train_texts(corpus)) == "to train on\n" * 50
     assert [d.text for d in corpus.val_documents] == ["to score\n" * 5]
     assert corpus.split == "given"
     assert len(corpus.fingerprint) == 2
@@ -271,7 +275,7 @@ def test_builtin_bible_is_read_without_importing_its_package():
 def test_builtin_bible_as_a_corpus():
     """Guards against a builtin that is split or sharded other than files are."""
     corpus = open_corpus(config("builtin:web-bible"))
-    kept = list(corpus.train_texts())
+    kept = train_texts(corpus)
     assert corpus.documents == 1189
     assert corpus.split == "hash"
     assert len(corpus.train) > 1
@@ -314,6 +318,6 @@ def test_lines_and_paragraphs_are_documents(tmp_path: Path, ending: str) -> None
         corpus = open_corpus(DataConfig(train=[SourceConfig(path=str(path), document=document)]))
         assert corpus.split == "hash"
         assert corpus.documents == len(expected)
-        texts = [*corpus.train_texts(), *(d.text for d in corpus.val_documents)]
+        texts = [*train_texts(corpus), *(d.text for d in corpus.val_documents)]
         assert sorted(texts) == sorted(expected)
         assert len(corpus.train) > 1 or document == "paragraph" or ending

@@ -38,7 +38,6 @@ def test_exact_duplicates_ignore_white_space_and_unicode_forms():
 
 def test_near_duplicates_by_the_true_similarity():
     """Guards against duplicates that are missed, or different documents thrown away."""
-    pytest.importorskip("datasketch")
     pick, found, kept = random.Random(7), [], []
     for seed in range(60):
         words = _document(seed)
@@ -62,7 +61,6 @@ def test_near_duplicates_by_the_true_similarity():
 
 def test_chinese_is_compared_by_characters():
     """Guards against Chinese paragraphs counted as one word and never found alike."""
-    pytest.importorskip("datasketch")
     text = (
         "春天来了，花园里的花都开了，孩子们在草地上奔跑，老人们坐在长椅上晒太阳，聊着从前的故事。"
     )
@@ -77,7 +75,6 @@ def test_chinese_is_compared_by_characters():
 
 def test_short_documents_are_only_compared_exactly():
     """Guards against all titles and one-word answers called alike."""
-    pytest.importorskip("datasketch")
     seen = Duplicates(exact=False, near=0.5).seen
     assert [seen(text) for text in ("Yes.", "Yes.", "", "", "好的", "好的")] == [None] * 6
 
@@ -85,7 +82,6 @@ def test_short_documents_are_only_compared_exactly():
 def test_many_documents_keep_their_sketches():
     """Guards against sketches lost when the tables grow, and against duplicates among
     unrelated documents."""
-    pytest.importorskip("datasketch")
     seen = Duplicates(exact=False, near=0.8).seen
     documents = [" ".join(_document(seed, 40)) for seed in range(1100)]
     assert [seen(text) for text in documents] == [None] * 1100
@@ -108,7 +104,6 @@ def test_hashes_are_the_same_in_every_process():
 
 def test_a_threshold_of_zero_is_refused():
     """Guards against a corpus of one document: everything is at least 0 alike."""
-    pytest.importorskip("datasketch")
     with pytest.raises(ConfigError, match="above 0"):
         Duplicates(exact=False, near=0.0)
     assert Duplicates(exact=False, near=1.0).seen("one two three four five six") is None

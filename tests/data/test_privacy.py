@@ -9,9 +9,6 @@ import pytest
 from gptcli.data.privacy import KINDS, find, redact
 from gptcli.errors import DataError
 
-pytest.importorskip("phonenumbers")
-pytest.importorskip("stdnum")
-
 EMAILS = [
     ("Write to zhang.san@example.com.", "Write to <EMAIL>."),
     ("邮箱zhangsan@example.com。请联系", "邮箱<EMAIL>。请联系"),

@@ -48,7 +48,6 @@ def test_unknown_scripts_are_refused_with_the_near_ones():
 
 def test_languages():
     """Guards against short texts that are called some language at random."""
-    pytest.importorskip("py3langid")
     assert language_of("The committee will meet again next Tuesday to discuss it.") == "en"
     assert language_of("会议将于下周二再次召开，届时委员会将讨论新的预算方案。") == "zh"
     assert language_of("OK, 12:30?") is None
