@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/setup.sh
-setup test tables clean
+setup test tables clean hf gguf
 python -m pytest "$@"

@@ -12,9 +12,10 @@ import yaml
 
 from gptcli.config.check import check
 from gptcli.config.data_schema import TokenizerConfig
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.overrides import apply_overrides
 from gptcli.config.scalars import resolve
-from gptcli.config.schema import Config, ModelConfig
+from gptcli.config.schema import Config
 from gptcli.config.shipped import shipped_config, shipped_names
 from gptcli.config.tree import MAX_BYTES, Entry, Node, Origin, Place, Problem, parse
 from gptcli.errors import ConfigError

@@ -5,7 +5,7 @@ problems with line numbers. Field descriptions feed the JSON schema for editors.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ from gptcli.config.data_schema import (
     Written,
     as_sources,
 )
-from gptcli.config.presets import PRESETS
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.section import Fraction, NonNegative, PositiveFloat, PositiveInt, Section
 from gptcli.config.units import parse_seconds
 
@@ -41,86 +41,6 @@ def _device_name(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": _NAME})]
 DeviceName = Annotated[str, AfterValidator(_device_name)]
-
-
-class ModelConfig(Section):
-    """The decoder's sizes and switches. `preset` fills the keys that are not given."""
-
-    preset: str = Field(default="modern", json_schema_extra={"enum": [*PRESETS]})
-    n_layer: PositiveInt = 4
-    n_head: PositiveInt = 4
-    n_kv_head: PositiveInt | None = Field(
-        default=None, description="null: n_head (no grouped queries)"
-    )
-    n_embd: PositiveInt = 256
-    head_dim: PositiveInt | None = Field(default=None, description="null: n_embd / n_head")
-    n_inner: PositiveInt | None = Field(
-        default=None, description="null: 4 n_embd, gated about 8/3 n_embd"
-    )
-    block_size: PositiveInt = 128
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_eps: PositiveFloat = 1e-6
-    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"
-    rope_theta: PositiveFloat = 10000.0
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
-    gated: bool = True
-    bias: bool = False
-    qkv_bias: bool | None = Field(default=None, description="null: as bias")
-    tie_embeddings: bool = False
-    qk_norm: bool = True
-    zero_init_output: bool = Field(default=True, description="output projections start at zero")
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def inner_size(self) -> int:
-        """Width of the feed-forward layer; gated ones keep the parameter count of 4 n_embd."""
-        if self.n_inner:
-            return self.n_inner
-        return -(-8 * self.n_embd // 3 // 32) * 32 if self.gated else 4 * self.n_embd
-
-    @field_validator("preset")
-    @classmethod
-    def _known(cls, preset: str) -> str:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset[:60]!r}; one of: {', '.join(PRESETS)}")
-        return preset
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        """Keys that are given win over the preset's."""
-        if not isinstance(values, dict):
-            return values
-        preset = values.get("preset", "modern")
-        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        return {**known, **values}
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "ModelConfig":
-        problems = []
-        if self.head_dim is None and self.n_embd % self.n_head:
-            problems.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        elif self.position == "rope" and self.head_size % 2:
-            size = "head_dim" if self.head_dim else "n_embd / n_head"
-            problems.append(f"position rope needs an even head size ({size}), not {self.head_size}")
-        if self.n_head % self.kv_heads:
-            problems.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            problems.append(f"position sinusoidal needs an even n_embd, not {self.n_embd}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class OptimizerConfig(Section):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcli.config.schema import ModelConfig
+from gptcli.config.model_schema import ModelConfig
 from gptcli.model.cache import KVCache
 from gptcli.model.segments import Segments, attend_each
 

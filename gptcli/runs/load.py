@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptcli.config.load import load_resolved
-from gptcli.config.schema import Config, ModelConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.model.gpt import GPT

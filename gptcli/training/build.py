@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from gptcli import stop
-from gptcli.config.schema import Config, ModelConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
 from gptcli.data.tokenizer import Tokenizer

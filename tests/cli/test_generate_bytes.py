@@ -9,7 +9,8 @@ import torch
 
 from gptcli.cli.main import main
 from gptcli.config.load import dump_config
-from gptcli.config.schema import Config, ModelConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs.checkpoint import Contents, publish

@@ -9,11 +9,11 @@ import yaml
 
 from gptcli.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
 from gptcli.config.load import config_schema, dump_config, load_config, load_resolved, unused_keys
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import (
     Config,
     FinetuneConfig,
     GenerateConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainingConfig,
 )

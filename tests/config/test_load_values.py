@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gptcli.config.load import dump_config, load_config
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
-from gptcli.config.schema import Config, GenerateConfig, ModelConfig
+from gptcli.config.schema import Config, GenerateConfig
 from gptcli.errors import ConfigError
 
 Load = Callable[[str], Config]

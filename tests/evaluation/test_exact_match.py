@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptcli import stop
-from gptcli.config.schema import ModelConfig
+from gptcli.config.model_schema import ModelConfig
 from gptcli.data.tasks import Example
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.evaluation.exact_match import exact_match

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptcli import stop
-from gptcli.config.schema import ModelConfig
+from gptcli.config.model_schema import ModelConfig
 from gptcli.data.scan import Document
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.device import resolve_device

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gptcli import stop
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
-from gptcli.config.schema import ModelConfig
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.generation import engine

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
-from gptcli.config.schema import ModelConfig
 from gptcli.model.gpt import (
     GPT,
     IGNORED,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
-from gptcli.config.schema import ModelConfig
 from gptcli.model import segments as segments_module
 from gptcli.model.gpt import GPT, IGNORED
 from gptcli.model.segments import Segments

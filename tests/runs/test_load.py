@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from gptcli.config.schema import Config, ModelConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT
 from gptcli.runs.checkpoint import Contents, checkpoint_dir, publish, write_best

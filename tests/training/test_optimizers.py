@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptcli.config.schema import ModelConfig, OptimizerConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import OptimizerConfig
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, initialise
 from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights

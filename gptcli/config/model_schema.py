@@ -1,0 +1,155 @@
+"""The schema of the section `model`: the decoder's sizes and switches."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gptcli.config.presets import PRESETS
+from gptcli.config.section import PositiveFloat, PositiveInt, Section
+
+
+class RopeScaling(Section):
+    """Rotary positions stretched for texts longer than those a model was trained on.
+
+    linear: positions divided by `factor` (Chen et al. 2023). dynamic: NTK-aware, the base grows
+    with the text once it is longer than `original_block_size`. yarn: Peng et al. 2023. llama3:
+    Grattafiori et al. 2024. All as transformers computes them.
+    """
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: Annotated[float, Field(ge=1.0)]
+    original_block_size: PositiveInt | None = Field(
+        default=None, description="the block size of the training (not used by linear)"
+    )
+    low_freq_factor: PositiveFloat = Field(default=1.0, description="llama3")
+    high_freq_factor: PositiveFloat = Field(default=4.0, description="llama3")
+    beta_fast: PositiveFloat = Field(default=32.0, description="yarn")
+    beta_slow: PositiveFloat = Field(default=1.0, description="yarn")
+    attention_factor: PositiveFloat | None = Field(
+        default=None, description="yarn; null: 0.1 ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "RopeScaling":
+        if self.kind != "linear" and self.original_block_size is None:
+            raise ValueError(
+                f"rope_scaling {self.kind} needs original_block_size, the block_size that the"
+                " model was trained with"
+            )
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling llama3 needs high_freq_factor {self.high_freq_factor} above"
+                f" low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The decoder's sizes and switches. `preset` fills the keys that are not given."""
+
+    preset: str = Field(default="modern", json_schema_extra={"enum": [*PRESETS]})
+    n_layer: PositiveInt = 4
+    n_head: PositiveInt = 4
+    n_kv_head: PositiveInt | None = Field(
+        default=None, description="null: n_head (no grouped queries)"
+    )
+    n_embd: PositiveInt = 256
+    head_dim: PositiveInt | None = Field(default=None, description="null: n_embd / n_head")
+    n_inner: PositiveInt | None = Field(
+        default=None, description="null: 4 n_embd, gated about 8/3 n_embd"
+    )
+    block_size: PositiveInt = 128
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: PositiveFloat = 1e-6
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
+    gated: bool = True
+    bias: bool = False
+    qkv_bias: bool | None = Field(default=None, description="null: as bias")
+    tie_embeddings: bool = False
+    qk_norm: bool = True
+    window: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"examples": [256, [0, 256]]},
+        description="tokens that attention reaches back, itself included, layer by layer and"
+        " repeated over them; 0: all",
+    )
+    embedding_file: str | None = Field(
+        default=None,
+        description="word2vec or GloVe text file whose vectors start the token embeddings",
+    )
+    zero_init_output: bool = Field(default=True, description="output projections start at zero")
+
+    @property
+    def windows(self) -> list[int]:
+        """For each layer how many tokens its attention reaches back; 0: all."""
+        pattern = self.window or [0]
+        return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer; gated ones keep the parameter count of 4 n_embd."""
+        if self.n_inner:
+            return self.n_inner
+        return -(-8 * self.n_embd // 3 // 32) * 32 if self.gated else 4 * self.n_embd
+
+    @field_validator("window", mode="before", json_schema_input_type=int | list[int] | None)
+    @classmethod
+    def _one_for_all(cls, window: Any) -> Any:
+        return [window] if type(window) is int else window
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset[:60]!r}; one of: {', '.join(PRESETS)}")
+        return preset
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Keys that are given win over the preset's."""
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "modern")
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        return {**known, **values}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        problems = []
+        if self.head_dim is None and self.n_embd % self.n_head:
+            problems.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        elif self.position == "rope" and self.head_size % 2:
+            size = "head_dim" if self.head_dim else "n_embd / n_head"
+            problems.append(f"position rope needs an even head size ({size}), not {self.head_size}")
+        if self.n_head % self.kv_heads:
+            problems.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.rope_scaling is not None and self.position != "rope":
+            problems.append(
+                f"rope_scaling stretches position rope, but position is {self.position}"
+            )
+        if self.window is not None and len(self.window) > self.n_layer:
+            problems.append(
+                f"window has {len(self.window)} entries, but there are {self.n_layer} layers"
+            )
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            problems.append(f"position sinusoidal needs an even n_embd, not {self.n_embd}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
