@@ -92,6 +92,16 @@ class ModelConfig(Section):
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
 
     @property
+    def rolls(self) -> bool:
+        """Whether a text of any length can be read with a cache of fixed size, and exactly so: every
+        layer reaches back a bounded number of tokens, and positions have no last one."""
+        scaling = self.rope_scaling
+        endless = self.position == "none" or (
+            self.position == "rope" and (scaling is None or scaling.kind != "dynamic")
+        )
+        return endless and all(self.windows)
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.n_embd // self.n_head
