@@ -23,7 +23,6 @@ from gptcli.evaluation.perplexity import (
     perplexity,
 )
 from gptcli.reports.report import TRAINING_KEYS, write_eval_report
-from gptcli.runs.checkpoint import read_state
 from gptcli.runs.load import LoadedModel, load_model
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training.start import machine, versions
@@ -106,7 +105,12 @@ def _documents(
         names = ", ".join(source.path for source in sources)
         documents = read_documents(sources, max_tokens)
         return encode_documents(documents, loaded.tokenizer, max_tokens), names
-    state, config = read_state(loaded.path), loaded.config
+    state, config = loaded.state or {}, loaded.config
+    if "data_fingerprint" not in state:  # a published model, or one that was imported
+        raise CheckpointError(
+            f"{loaded.name} has no validation part of its own",
+            hint=f"name a text: gpt eval --model {loaded.path} --data FILE",
+        )
     finetuned = state["job"] == "finetune"
     fields = tuple(config.finetune.fields.values()) if finetuned else None
     corpus = open_corpus(
@@ -134,7 +138,9 @@ def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
     """The config's, else that of the model's training where the device is the same, else fp32."""
     if config.training.precision != "auto":
         return choose_precision(config.training.precision, device)
-    choices = read_state(loaded.path)["choices"]
+    choices = (loaded.state or {}).get("choices")
+    if choices is None:  # not trained here
+        return "fp32"
     same = str(choices["device"]).partition(":")[0] == device.kind
     return str(choices["precision"]) if same else "fp32"
 

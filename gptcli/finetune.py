@@ -26,8 +26,8 @@ from gptcli.training.build import (
     describe_limits,
     nothing_to_do,
     run_session,
-    starting_point,
 )
+from gptcli.training.initial import required_eot, starting_point, with_shape
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, check_fingerprint, starting
 
@@ -61,16 +61,18 @@ def finetune(
         if start.done:
             return nothing_to_do(start)
         config, initial = starting_point(config, start)
+        if start.contents is not None:
+            tokenizer = start.contents.tokenizer
+        else:
+            assert initial is not None  # config.init is set
+            tokenizer = initial.tokenizer
+        required_eot(tokenizer, config.init or "")
         fields = tuple(config.finetune.fields.values())
         known = start.contents.state["data_fingerprint"] if start.contents is not None else None
         corpus = open_corpus(config.data, fields, known=known, val_tokens=config.eval.max_tokens)
         if start.contents is not None:
             saved = start.contents.state["data_fingerprint"]
             check_fingerprint(saved, corpus.fingerprint, allow_data_change)
-            tokenizer = start.contents.tokenizer
-        else:
-            assert initial is not None  # config.init is set
-            tokenizer = initial.tokenizer
         encoder = ExampleEncoder(config.finetune, tokenizer, config.model.block_size)
         held_out = encoder.encode_all(corpus.val_rows)
         if not held_out:
@@ -118,9 +120,10 @@ def describe(config: Config) -> str:
     check_limits(config)
     _check_data(config)
     start = load_model(config.init, torch.device("cpu"))
+    required_eot(start.tokenizer, config.init)
+    config = with_shape(config, start.config.model)
     corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
-    block_size = start.model.config.block_size
-    encoder = ExampleEncoder(config.finetune, start.tokenizer, block_size)
+    encoder = ExampleEncoder(config.finetune, start.tokenizer, config.model.block_size)
     held_out = encoder.encode_all(corpus.val_rows)
     held_out_skipped = encoder.skipped
     if not corpus.remote:

@@ -8,8 +8,15 @@ from pathlib import Path
 
 from gptcli import stop
 from gptcli.config.schema import GenerateConfig
+from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import ConfigError, DataError
-from gptcli.generation.engine import Generated, OnText, Sampling, generate_samples
+from gptcli.generation.engine import (
+    Generated,
+    OnText,
+    Sampling,
+    generate_samples,
+    restart_tokens,
+)
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
 from gptcli.runs.load import LoadedModel
 
@@ -85,10 +92,9 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
     else:
         texts = [config.prompt] if config.prompt is not None else _lines(str(config.prompt_file))
         texts = [replace_surrogates(text) for text in texts]
-        prompts = [
-            Prompt(text, encode_prompt(model.tokenizer, text, config.allow_special), text.encode())
-            for text in texts
-        ]
+        prompts = [_text_prompt(model, text, config.allow_special) for text in texts]
+    if model.model.config.rolls:  # it reads prompts of any length
+        return prompts
     size = model.model.config.block_size
     return [replace(p, tokens=fit_prompt(p.tokens, size, config.truncate)) for p in prompts]
 
@@ -101,12 +107,13 @@ def _generate(
     on_text: OnText | None,
     on_prompt: Callable[[str], None] | None,
 ) -> Iterator[list[Generated]]:
+    told = model.model.config.rolls
     for prompt in prompts:
         if stop.requested():
             return
         if on_prompt is not None:
             on_prompt(prompt.text)
-        yield generate_samples(
+        samples = generate_samples(
             model.model,
             model.tokenizer,
             prompt.tokens,
@@ -115,6 +122,22 @@ def _generate(
             prompt=prompt.text,
             on_text=on_text,
         )
+        told = told or _tell_of_restart(model, prompt, samples)
+        yield samples
+
+
+def _tell_of_restart(model: LoadedModel, prompt: Prompt, samples: list[Generated]) -> bool:
+    """Whether one of the samples outgrew the model's window; logs it if so."""
+    block_size = model.model.config.block_size
+    longest = max(len(sample.tokens) for sample in samples)
+    if len(prompt.tokens) + longest - 1 <= block_size:  # the last token is not read any more
+        return False
+    log.info(
+        "the text grew past block_size, %d tokens: a full window goes on with its last %d",
+        block_size,
+        restart_tokens(block_size),
+    )
+    return True
 
 
 def _sampling(config: GenerateConfig) -> Sampling:
@@ -135,6 +158,13 @@ def _sampling(config: GenerateConfig) -> Sampling:
         max_new_tokens=config.max_new_tokens,
         logprobs=config.logprobs,
     )
+
+
+def _text_prompt(model: LoadedModel, text: str, allow_special: bool) -> Prompt:
+    tokens = encode_prompt(model.tokenizer, text, allow_special)
+    if model.tokenizer.kind == IdsTokenizer.KIND:
+        text = model.tokenizer.decode(tokens)  # with the space that the next id goes behind
+    return Prompt(text, tokens, text.encode())
 
 
 def _token_prompt(model: LoadedModel, tokens: list[int]) -> Prompt:

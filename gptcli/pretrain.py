@@ -1,6 +1,7 @@
 """Pretraining: a corpus becomes a measured GPT in a run directory."""
 
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
+from gptcli.data.readers import read_shards
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import resolve_device
 from gptcli.errors import DataError
 from gptcli.evaluation.perplexity import encode_documents
-from gptcli.model.gpt import GPT
+from gptcli.model.empty import empty_model
 from gptcli.reports.report import write_report
 from gptcli.runs.load import LoadedModel, load_model
 from gptcli.training.build import (
@@ -23,11 +25,18 @@ from gptcli.training.build import (
     describe_limits,
     nothing_to_do,
     run_session,
+)
+from gptcli.training.initial import (
+    check_embedding_file,
+    required_eot,
     starting_point,
+    with_shape,
 )
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
 
 log = logging.getLogger("gptcli")
+
+_PROBED_PIECES = 64  # of 16,384 tokens: enough to meet rare ids of another tokenizer
 
 
 def pretrain(
@@ -73,13 +82,39 @@ def read_corpus(
     fingerprint of the run that goes on. Raises DataError when there is too little text.
     """
     tokenizer = tokenizer or ready_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        required_eot(tokenizer, config.init or config.tokenizer.path or tokenizer.kind)
     log.info(f"reading {', '.join(source.path for source in config.data.train)}")
     eot = tokenizer.eot if tokenizer is not None else None
     corpus = open_corpus(config.data, eot=eot, known=known, val_tokens=config.eval.max_tokens)
     if tokenizer is None:
         tokenizer = corpus_tokenizer(config, corpus)
+    check_vocabulary(corpus, tokenizer, config.init)
     check_long_enough(corpus, tokenizer, config.model.block_size)
     return corpus, tokenizer
+
+
+def check_vocabulary(corpus: Corpus, tokenizer: Tokenizer, init: str | None) -> None:
+    """DataError where data of token ids plainly are another tokenizer's.
+
+    The beginning is looked at before any training; every id is checked on the way.
+    """
+    shards = [shard for shard in corpus.train if shard.file.kind == "tokens"]
+    highest, name = -1, ""
+    for record in islice(read_shards(shards), _PROBED_PIECES):
+        if len(record["tokens"]) and int(record["tokens"].max()) > highest:
+            highest, name = int(record["tokens"].max()), record["document"]
+    if highest < tokenizer.vocab_size:
+        return
+    whose = f"the model that init names ({init})" if init is not None else "the tokenizer"
+    raise DataError(
+        f"{name}: has token id {highest:,}, so it was made with a vocabulary of at least"
+        f" {highest + 1:,} tokens; {whose} has {tokenizer.vocab_size:,}",
+        hint="give the text itself, which is then encoded to fit, or ids made with the same"
+        " tokenizer"
+        if init is not None
+        else "set tokenizer: to the one that made the ids",
+    )
 
 
 def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> None:
@@ -117,11 +152,12 @@ def describe(config: Config) -> str:
     resolve_device(config.training.device)
     initial = load_model(config.init, torch.device("cpu")) if config.init is not None else None
     if initial is not None:
-        config = config.model_copy(update={"model": initial.config.model})
+        config = with_shape(config, initial.config.model)
+    check_embedding_file(config)
     corpus, tokenizer = read_corpus(config, initial.tokenizer if initial is not None else None)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
-    with torch.device("meta"):
-        model = GPT(config.model, tokenizer.vocab_size)
+    vocab_size = tokenizer.vocab_size if initial is None else initial.model.vocab_size
+    model = empty_model(config.model, vocab_size)
     tokens = sum(len(d.tokens) - d.first for d in validation)
     per_byte = tokens / max(sum(d.bytes for d in validation), 1)
     documents = "uncounted" if corpus.documents is None else f"{corpus.documents:,}"

@@ -17,6 +17,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub(tmp_path_factory: pytest.TempPathFactory):
+    """A MODEL that is not there is looked for on the hub: here nothing answers at its address, and
+    its cache is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        cache = str(tmp_path_factory.mktemp("hub-cache"))
+        patch.setenv("HF_HUB_CACHE", cache)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_process_many_jobs():
     """Tiny models are slower on two threads than on one; a stop request must not leak."""

@@ -97,7 +97,12 @@ def show(
     ] = 0,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Whose tokenizer encodes the rows."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A run, checkpoint, Hugging Face folder or hub name, whose tokenizer encodes the"
+            " rows.",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")

@@ -20,7 +20,11 @@ def evaluate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="A run or checkpoint; else the newest run."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

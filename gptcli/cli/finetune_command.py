@@ -27,7 +27,11 @@ def finetune(
     config: ConfigArgument,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="A run or checkpoint to start from."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A run, checkpoint, Hugging Face folder or hub name to start from.",
+        ),
     ] = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,

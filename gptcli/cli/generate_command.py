@@ -30,7 +30,11 @@ ConfigOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="A run or checkpoint; else the newest run."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
+    ),
 ]
 PromptOption = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")
@@ -39,7 +43,8 @@ PromptFileOption = Annotated[
     str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one a line.")
 ]
 PromptTokensOption = Annotated[
-    str | None, typer.Option("--prompt-tokens", metavar="IDS", help="Token ids, as 0,2,1.")
+    str | None,
+    typer.Option("--prompt-tokens", metavar="IDS", help="Token ids, as 0,2,1; no start is added."),
 ]
 NOption = Annotated[int | None, typer.Option("-n", metavar="N", help="Texts a prompt. [1]")]
 MaxNewTokensOption = Annotated[
@@ -129,6 +134,9 @@ def generate(
     """Continue a prompt.
 
     Prints the prompt and its continuation; of several texts each is followed by a line '---'.
+
+    A text that outgrows the model's block_size goes on from its last block_size // 2 tokens, again
+    each time the block is full; models with windowed attention in every layer go on exactly.
     """
     flags: dict[str, Any] = {
         "model": model,

@@ -18,8 +18,10 @@ from gptcli.cli import (
     data_command,
     doctor_command,
     eval_command,
+    export_command,
     finetune_command,
     generate_command,
+    import_command,
     pretrain_command,
     runs_command,
     signals,
@@ -99,6 +101,8 @@ app.command("pretrain")(pretrain_command.pretrain)
 app.command("finetune")(finetune_command.finetune)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)
+app.command("export")(export_command.export_model)
+app.command("import")(import_command.import_model)
 app.command("doctor")(doctor_command.doctor)
 app.add_typer(runs_command.runs_app, name="runs")
 app.add_typer(config_command.config_app, name="config")

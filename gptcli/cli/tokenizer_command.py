@@ -157,7 +157,8 @@ def _table(results: "list[Encoded]", has_text: bool) -> str:
         head += ["TOKENS", "BYTES/TOKEN", "CHARACTERS/TOKEN", *(s.upper() for s in scripts)]
     rows = [head]
     for result in results:
-        row = [result.name, f"{result.tokenizer.vocab_size:,}", str(result.tokenizer.eot)]
+        eot = result.tokenizer.eot
+        row = [result.name, f"{result.tokenizer.vocab_size:,}", "-" if eot is None else str(eot)]
         if has_text:
             characters = result.characters / max(len(result.tokens), 1)
             row += [f"{len(result.tokens):,}", f"{result.bytes_per_token:.3f}", f"{characters:.3f}"]

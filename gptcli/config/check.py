@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from gptcli.config import suggest
 from gptcli.config.fields import Location, Wanted, dotted, keys_of, sections, wanted
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
 from gptcli.config.scalars import Scalar, Unreadable, fit, shown
 from gptcli.config.schema import Config
@@ -93,6 +94,8 @@ class _Checker:
             except ValidationError as error:
                 bad.add(name)
                 self._report(error.errors(include_url=False), (name,))
+        if isinstance(shape := sound.get("model"), ModelConfig):
+            self._report_unused(shape)
         try:
             Config.model_validate(values)
         except ValidationError as error:
@@ -142,8 +145,15 @@ class _Checker:
         for where, group in grouped.items():
             message = _message(group, self._wanted[where], self._nodes[where])
             if where == ("model", "preset") and group[0]["type"] == "value_error":
-                message += _near(group[0]["input"], PRESETS)
+                message += _known_presets(group[0]["input"])
             self._add_at(where, message)
+
+    def _report_unused(self, shape: ModelConfig) -> None:
+        """Keys of the model that were written and would be without effect."""
+        for key, choice in shape.unused.items():
+            at = ("model", *key.split("."))
+            if at in self._nodes and not self._nodes[at].is_null:
+                self._add(self._keys[at], f"{dotted(at)} has no effect with {choice}; remove it")
 
     def _known(self, where: Location) -> Location:
         while where and where not in self._nodes:
@@ -211,7 +221,8 @@ def _wrong_kind(value: Any, want: Wanted, node: Node) -> str:
     if want.whole and isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
         return f"{message}; remove the quotes"
     if want.items is not None and isinstance(value, str) and not want.sources:
-        return f"{message}; write [{shown(value)}]"
+        item = wanted(want.items)
+        return f"{message}; write [{shown(value)}]" if item.text or item.choices else message
     return message
 
 
@@ -219,6 +230,13 @@ def _near(value: Any, choices: Iterable[str]) -> str:
     word = str(value).lower() if isinstance(value, bool) else value
     near = suggest.for_value(word, choices) if isinstance(word, str) else None
     return f"; did you mean '{near}'?" if near else ""
+
+
+def _known_presets(word: str) -> str:
+    """The preset that was probably meant: those of a family, else the nearest, else all."""
+    family = [name for name in PRESETS if name.startswith(f"{word.lower()}-")]
+    near = "" if family else _near(word, PRESETS)
+    return near or f"; one of: {', '.join(family or PRESETS)}"
 
 
 def _written(node: Node, value: Any) -> str:

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
+from gptcli.config.section import OneOrMore
 
 Location = tuple[str | int, ...]
 
@@ -74,7 +75,11 @@ def wanted(annotation: Any) -> Wanted:
     """The kinds of value that a field with this annotation takes."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return wanted(arguments[0])
+        found = wanted(arguments[0])
+        if any(isinstance(mark, OneOrMore) for mark in arguments[1:]):
+            item = wanted(found.items)
+            found = replace(found, whole=item.whole, number=item.number, text=item.text)
+        return found
     if origin in (Union, types.UnionType):
         found = Wanted()
         for argument in arguments:
@@ -101,6 +106,15 @@ def sections() -> dict[str, type[BaseModel]]:
     """The sections of a whole config by name."""
     found = {name: wanted(field.annotation).section for name, field in keys_of(Config).items()}
     return {name: section for name, section in found.items() if section}
+
+
+def all_sections() -> dict[str, type[BaseModel]]:
+    """`sections` and the mappings with keys of their own inside them: `model.rope_scaling`."""
+    found = sections()
+    for name, section in [*found.items()]:
+        inner = {key: wanted(field.annotation).section for key, field in keys_of(section).items()}
+        found |= {f"{name}.{key}": model for key, model in inner.items() if model}
+    return found
 
 
 def wanted_at(path: Sequence[str | int]) -> Wanted | None:

@@ -12,7 +12,7 @@ import yaml
 
 from gptcli.config.check import check
 from gptcli.config.data_schema import TokenizerConfig
-from gptcli.config.model_schema import ModelConfig
+from gptcli.config.model_schema import BESIDE_INIT, ModelConfig
 from gptcli.config.overrides import apply_overrides
 from gptcli.config.scalars import resolve
 from gptcli.config.schema import Config
@@ -60,6 +60,9 @@ def load_config(
         problems += apply_overrides(root, overrides)
         problems += _settled_by_init(root.content)
     config, given = _checked(root, problems, shown), frozenset(_given(root))
+    shape_given = config.init is None or {"model.block_size", "model.rope_scaling"} <= given
+    if shape_given and (idle := config.model.idle_scaling):
+        raise ConfigError(f"{shown}: {idle}")
     for key, reason in unused_keys(config).items():
         if key in given:
             log.warning("%s: %s has no effect with %s", shown, key, reason)
@@ -79,16 +82,26 @@ def dump_config(config: Config, *, loadable: bool = False) -> str:
     """The whole config as YAML, which `load_resolved` reads back to an equal one.
 
     A config with `init` holds the tokenizer and shape that came from there, which `load_config`
-    refuses beside it: `loadable` leaves them out.
+    refuses beside it: `loadable` leaves them out, but for what was given beside `init`.
     """
     values = config.model_dump(by_alias=True)
     for key in unused_keys(config):
-        section, _, name = key.partition(".")
-        del values[section][name]
+        *sections, name = key.split(".")
+        inside = values
+        for section in sections:
+            inside = inside[section]
+        del inside[name]
     if loadable and config.init is not None:
         del values["tokenizer"]
-        values["model"] = {"dropout": config.model.dropout}
+        kept = {"dropout", *given_beside_init(config)}
+        values["model"] = {key: value for key, value in values["model"].items() if key in kept}
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def given_beside_init(config: Config) -> dict[str, Any]:
+    """The model's keys that replace what `init` brings, with their values."""
+    given = config.model.model_fields_set
+    return {key: getattr(config.model, key) for key in BESIDE_INIT if key in given}
 
 
 def unused_keys(config: Config) -> dict[str, str]:
@@ -112,9 +125,7 @@ def unused_keys(config: Config) -> dict[str, str]:
         unused["schedule.min_lr_ratio"] = "schedule.kind constant"
     if config.data.val is not None:
         unused["data.val_fraction"] = "data.val"
-    if config.model.position != "rope":
-        unused["model.rope_theta"] = f"model.position {config.model.position}"
-    return unused
+    return unused | {f"model.{key}": choice for key, choice in config.model.unused.items()}
 
 
 def config_schema() -> str:
@@ -186,7 +197,8 @@ def _settled_by_init(entries: dict[str, Entry]) -> list[Problem]:
     settled = [("tokenizer", entries["tokenizer"])] if "tokenizer" in entries else []
     model = entries["model"].node.content if "model" in entries else {}
     if isinstance(model, dict):
-        known = set(ModelConfig.model_fields) - {"dropout"}
+        # The rule for embedding_file is the schema's, with its own reason.
+        known = ModelConfig.model_fields.keys() - {*BESIDE_INIT, "embedding_file"}
         settled += [(f"model.{key}", model[key]) for key in model if key in known]
     message = "comes with the model that init names; remove it"
     return [Problem(entry.place, f"{key}: {message}") for key, entry in settled]

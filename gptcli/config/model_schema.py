@@ -5,7 +5,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gptcli.config.presets import PRESETS
-from gptcli.config.section import PositiveFloat, PositiveInt, Section
+from gptcli.config.section import OneOrMore, PositiveFloat, PositiveInt, Section
+
+# Keys that may be given beside `init`: no weight depends on them but a learned position table,
+# whose first rows are kept.
+BESIDE_INIT = ("dropout", "block_size", "rope_theta", "rope_scaling", "window")
+
+# What each kind of scaling reads besides kind and factor.
+_READ_BY = {
+    "linear": set[str](),
+    "dynamic": {"original_block_size"},
+    "yarn": {"original_block_size", "beta_fast", "beta_slow", "attention_factor"},
+    "llama3": {"original_block_size", "low_freq_factor", "high_freq_factor"},
+}
 
 
 class RopeScaling(Section):
@@ -33,13 +45,17 @@ class RopeScaling(Section):
     def _complete(self) -> "RopeScaling":
         if self.kind != "linear" and self.original_block_size is None:
             raise ValueError(
-                f"rope_scaling {self.kind} needs original_block_size, the block_size that the"
-                " model was trained with"
+                f"kind {self.kind} needs original_block_size, the block_size that the model was"
+                " trained with"
             )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"rope_scaling llama3 needs high_freq_factor {self.high_freq_factor} above"
-                f" low_freq_factor {self.low_freq_factor}"
+                f"kind llama3 needs high_freq_factor {self.high_freq_factor:g} above"
+                f" low_freq_factor {self.low_freq_factor:g}"
+            )
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"kind yarn needs beta_fast {self.beta_fast:g} above beta_slow {self.beta_slow:g}"
             )
         return self
 
@@ -72,7 +88,7 @@ class ModelConfig(Section):
     qkv_bias: bool | None = Field(default=None, description="null: as bias")
     tie_embeddings: bool = False
     qk_norm: bool = True
-    window: list[Annotated[int, Field(ge=0)]] | None = Field(
+    window: Annotated[list[Annotated[int, Field(ge=0)]], OneOrMore()] | None = Field(
         default=None,
         min_length=1,
         json_schema_extra={"examples": [256, [0, 256]]},
@@ -93,8 +109,8 @@ class ModelConfig(Section):
 
     @property
     def rolls(self) -> bool:
-        """Whether a text of any length can be read with a cache of fixed size, and exactly so: every
-        layer reaches back a bounded number of tokens, and positions have no last one."""
+        """Whether a text of any length can be read with a cache of fixed size, and exactly so:
+        every layer reaches back a bounded number of tokens, and positions have no last one."""
         scaling = self.rope_scaling
         endless = self.position == "none" or (
             self.position == "rope" and (scaling is None or scaling.kind != "dynamic")
@@ -118,6 +134,31 @@ class ModelConfig(Section):
             return self.n_inner
         return -(-8 * self.n_embd // 3 // 32) * 32 if self.gated else 4 * self.n_embd
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Keys that another key's value leaves without effect -> that value, in words."""
+        if self.position != "rope":
+            return {"rope_theta": f"model.position {self.position}"}
+        if self.rope_scaling is None:
+            return {}
+        kind = self.rope_scaling.kind
+        keys = RopeScaling.model_fields.keys() - {"kind", "factor"} - _READ_BY[kind]
+        return {f"rope_scaling.{key}": f"model.rope_scaling.kind {kind}" for key in sorted(keys)}
+
+    @property
+    def idle_scaling(self) -> str | None:
+        """Why `rope_scaling` changes nothing within the block; None where it does."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "dynamic":
+            return None
+        trained = scaling.original_block_size
+        if trained is None or self.block_size > trained:
+            return None
+        return (
+            f"model.rope_scaling dynamic changes nothing up to original_block_size {trained}, and"
+            f" model.block_size is {self.block_size}; raise block_size or remove rope_scaling"
+        )
+
     @field_validator("window", mode="before", json_schema_input_type=int | list[int] | None)
     @classmethod
     def _one_for_all(cls, window: Any) -> Any:
@@ -127,7 +168,7 @@ class ModelConfig(Section):
     @classmethod
     def _known(cls, preset: str) -> str:
         if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset[:60]!r}; one of: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {preset[:60]!r}")
         return preset
 
     @model_validator(mode="before")
@@ -150,13 +191,20 @@ class ModelConfig(Section):
             problems.append(f"position rope needs an even head size ({size}), not {self.head_size}")
         if self.n_head % self.kv_heads:
             problems.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
-        if self.rope_scaling is not None and self.position != "rope":
+        scaling = self.rope_scaling
+        if scaling is not None and self.position != "rope":
             problems.append(
                 f"rope_scaling stretches position rope, but position is {self.position}"
             )
-        if self.window is not None and len(self.window) > self.n_layer:
+        elif scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1.0:
             problems.append(
-                f"window has {len(self.window)} entries, but there are {self.n_layer} layers"
+                f"rope_scaling yarn needs rope_theta above 1 (its logarithm divides), not"
+                f" {self.rope_theta:g}"
+            )
+        elif scaling is not None and scaling.kind == "dynamic" and self.head_size <= 2:
+            problems.append(
+                f"rope_scaling dynamic needs a head size above 2, not {self.head_size}"
+                " (its exponent is D / (D - 2))"
             )
         if self.position == "sinusoidal" and self.n_embd % 2:
             problems.append(f"position sinusoidal needs an even n_embd, not {self.n_embd}")

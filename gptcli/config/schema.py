@@ -187,24 +187,10 @@ class Config(Section):
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
-    def _batch_fits(self) -> "Config":
-        # Each problem names its keys with their sections: load.py leaves out those of bad sections.
+    def _fit_together(self) -> "Config":
+        # Each problem names its keys with their sections: check.py leaves out those of bad ones.
         t, m = self.training, self.model
-        problems = []
-        # With init the shape is not known before that model is read; build.py checks again then.
-        shape_known = self.init is None or m.model_copy(update={"dropout": 0.0}) != ModelConfig()
-        if shape_known and t.tokens_per_step % m.block_size:
-            problems.append(
-                f"training.tokens_per_step {t.tokens_per_step} is not a multiple of"
-                f" model.block_size {m.block_size}"
-            )
-        elif shape_known and isinstance(t.micro_batch_size, int):
-            rows = t.tokens_per_step // m.block_size
-            if rows % t.micro_batch_size:
-                problems.append(
-                    f"training.micro_batch_size {t.micro_batch_size} does not divide the"
-                    f" {rows} rows of a step (training.tokens_per_step / model.block_size)"
-                )
+        problems = self._shape_problems()
         if t.max_steps and self.schedule.warmup_steps > t.max_steps:
             problems.append(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is above"
@@ -217,10 +203,47 @@ class Config(Section):
                 f"tokenizer.kind {self.tokenizer.kind} reads text; data.train with encoding binary"
                 " needs tokenizer.kind bytes"
             )
-        if shape_known and self.eval.stride and self.eval.stride > m.block_size:
+        if self.init is not None and m.embedding_file is not None:
             problems.append(
-                f"eval.stride {self.eval.stride} is above model.block_size {m.block_size}"
+                "model.embedding_file starts the token embeddings of a new model, but those come"
+                " with the model that init names; remove one of them"
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _shape_problems(self) -> list[str]:
+        """What does not fit the model's shape.
+
+        With `init`, sizes that are not given are known only once that model is read; then this is
+        checked again.
+        """
+        t, m = self.training, self.model
+        problems = []
+        if self._knows("n_layer") and m.window is not None and len(m.window) > m.n_layer:
+            problems.append(
+                f"model.window has {len(m.window)} entries, but model.n_layer is {m.n_layer}"
+            )
+        if not self._knows("block_size"):
+            return problems
+        if t.tokens_per_step % m.block_size:
+            problems.append(
+                f"training.tokens_per_step {t.tokens_per_step} is not a multiple of"
+                f" model.block_size {m.block_size}"
+            )
+        elif isinstance(t.micro_batch_size, int):
+            rows = t.tokens_per_step // m.block_size
+            if rows % t.micro_batch_size:
+                problems.append(
+                    f"training.micro_batch_size {t.micro_batch_size} does not divide the"
+                    f" {rows} rows of a step (training.tokens_per_step / model.block_size)"
+                )
+        if self.eval.stride and self.eval.stride > m.block_size:
+            problems.append(
+                f"eval.stride {self.eval.stride} is above model.block_size {m.block_size}"
+            )
+        return problems
+
+    def _knows(self, key: str) -> bool:
+        """Whether a size of the model is settled: not one that `init` will bring."""
+        return self.init is None or key in self.model.model_fields_set

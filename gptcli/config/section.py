@@ -1,5 +1,6 @@
 """What all sections of the YAML's schema have in common."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,6 +9,11 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+@dataclass(frozen=True)
+class OneOrMore:
+    """Marks a list whose only entry may be written without the list around it."""
 
 
 class Section(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptcli.config.data_schema import SourceConfig
-from gptcli.config.fields import keys_of, sections
+from gptcli.config.fields import all_sections, keys_of
 from gptcli.config.schema import Config
 
 # Words of nanoGPT, transformers, Lightning and papers. Suggested, never accepted.
@@ -18,7 +18,23 @@ _OTHER_WORDS: dict[str, str] = {
     "model.head_dim": "head_size d_head d_k",
     "model.n_inner": "intermediate_size d_ff ffn_dim mlp_dim feed_forward_dim ff_dim",
     "model.block_size": "context_length context_size context seq_len seq_length sequence_length "
-    "max_seq_len max_seq_length max_position_embeddings n_positions n_ctx window_size",
+    "max_seq_len max_seq_length max_position_embeddings n_positions n_ctx",
+    "model.window model.block_size": "window_size",
+    "model.window": "sliding_window attention_window local_window band band_width "
+    "attention_types attention_layers layer_types use_sliding_window windows",
+    "model.rope_theta": "rope_base rotary_emb_base rope_freq_base rotary_base",
+    "model.rope_scaling": "rope_parameters rope_config rope_scale",
+    "model.rope_scaling.kind": "rope_type scaling_type",
+    "model.rope_scaling.factor": "scaling_factor rope_factor",
+    "model.rope_scaling.original_block_size": "original_max_position_embeddings original_max_pos "
+    "original_context_length",
+    "model.preset model.rope_scaling.kind tokenizer.kind optimizer.kind schedule.kind": "type",
+    "model.embedding_file": "word_vectors pretrained_embeddings embeddings_file embedding_path "
+    "glove glove_path word2vec word2vec_path vectors",
+    "model.norm": "norm_type normalization norm_layer",
+    "model.norm_position": "pre_norm post_norm norm_first normalize_before",
+    "model.qkv_bias": "attention_bias attn_bias",
+    "model.qk_norm": "use_qk_norm qk_layernorm q_norm",
     "model.norm_eps": "layer_norm_eps layer_norm_epsilon rms_norm_eps",
     "model.activation": "hidden_act activation_function act_fn",
     "model.tie_embeddings": "tie_word_embeddings tie_weights weight_tying",
@@ -79,6 +95,35 @@ _OTHER_VALUES = {
     "gelu_new": "gelu_tanh",
     "rotary": "rope",
     "absolute": "learned",
+    "sin": "sinusoidal",
+    "sincos": "sinusoidal",
+    "nope": "none",
+    "ntk": "dynamic",
+    "dynamic_ntk": "dynamic",
+    "rms": "rmsnorm",
+    "rms_norm": "rmsnorm",
+    "layer_norm": "layernorm",
+    "ln": "layernorm",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu_squared": "relu2",
+    # Names by which others call the same shapes.
+    "openai-gpt": "gpt1",
+    "gpt2-small": "gpt2",
+    "gpt2-124m": "gpt2",
+    "gpt2-355m": "gpt2-medium",
+    "gpt2-774m": "gpt2-large",
+    "gpt2-1.5b": "gpt2-xl",
+    "gpt3-125m": "gpt3-small",
+    "gpt3-350m": "gpt3-medium",
+    "gpt3-760m": "gpt3-large",
+    "gpt3-1.3b": "gpt3-xl",
+    "qwen3": "modern",
+    "qwen3-0.6b": "modern-0.6b",
+    "qwen3-1.7b": "modern-1.7b",
+    "qwen3-4b": "modern-4b",
+    "qwen3-8b": "modern-8b",
+    "smollm2-135m": "llama-135m",
+    "smollm2-360m": "llama-360m",
     "adam": "adamw",
     "byte": "bytes",
     "true": "on",
@@ -116,7 +161,7 @@ def for_key(key: str, section: str, keys: Iterable[str]) -> Suggestion:
         return Suggestion(f"; did you mean '{near[0]}'?", near[0])
     if found := difflib.get_close_matches(plain, _TARGETS, n=1, cutoff=0.85):
         return _from_other_tools(_TARGETS[found[0]], section, keys)
-    elsewhere = {k: f"{name}.{k}" for name, s in sections().items() for k in keys_of(s)}
+    elsewhere = {k: f"{name}.{k}" for name, s in all_sections().items() for k in keys_of(s)}
     elsewhere |= {k: k for k in keys_of(Config)}
     if found := difflib.get_close_matches(plain, elsewhere, n=1, cutoff=0.8):
         return Suggestion(f"; did you mean '{elsewhere[found[0]]}'?")
@@ -145,7 +190,7 @@ def _from_other_tools(targets: list[str], section: str, keys: list[str]) -> Sugg
         return Suggestion(f"; it is a flag: {targets[0]}")
     # A section that has a key of that name is meant, whichever section the table names.
     names = [target.rpartition(".")[2] for target in targets]
-    here = [name for name in names if name in keys]
+    here = list(dict.fromkeys(name for name in names if name in keys))
     if here:
         only = here[0] if len(here) == 1 else None
         return Suggestion(f"; did you mean {_or(repr(name) for name in here)}?", only)
@@ -154,7 +199,7 @@ def _from_other_tools(targets: list[str], section: str, keys: list[str]) -> Sugg
 
 def _homes(key: str) -> list[str]:
     homes = ["the top level"] if key in keys_of(Config) else []
-    homes += [name for name, section in sections().items() if key in keys_of(section)]
+    homes += [name for name, section in all_sections().items() if key in keys_of(section)]
     if not homes and key in keys_of(SourceConfig):
         homes.append("a source, as in train: [{path: ..., " + key + ": ...}]")
     return homes

@@ -17,6 +17,7 @@ from gptcli.data.mixture import Mixture
 from gptcli.data.rows import Rows
 from gptcli.data.stream import philox
 from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import DataError
 
 GROUP_TOKENS = 1 << 20
 
@@ -30,7 +31,8 @@ class PackedRows:
     document that is longer than a row is cut, and pieces of a document that the shuffle has parted
     are documents of their own. `sources` is how many there are to count in `seen`.
 
-    DataError for a token id outside the vocabulary, with the document's name.
+    DataError for a token id outside the vocabulary, with the document's name, and for a tokenizer
+    without eot.
     """
 
     def __init__(
@@ -45,6 +47,12 @@ class PackedRows:
         sources: int,
         state: dict[str, Any] | None = None,
     ) -> None:
+        if tokenizer.eot is None:
+            raise DataError(
+                "the tokenizer has no end-of-text token to stand between documents",
+                hint="name one as eos_token in the tokenizer_config.json beside the tokenizer.json"
+                " of the model that you start from",
+            )
         self._mixture, self._block_size, self._sources = mixture, block_size, sources
         self._eot, self._vocab_size = tokenizer.eot, tokenizer.vocab_size
         self._eot_array = smallest(tokenizer.eot)

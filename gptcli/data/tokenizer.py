@@ -19,15 +19,9 @@ import tiktoken
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.units import parse_bytes
 from gptcli.data.bpe import learn_ranks
+from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
 from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, named_encoding, parse_tiktoken
-from gptcli.data.tokenizer_json import (
-    EOT_TEXT,
-    SpecialTokens,
-    TokenText,
-    byte_ranks,
-    parse,
-    read_tokenizer_json,
-)
+from gptcli.data.tokenizer_json import TokenText, byte_ranks, parse, read_tokenizer_json
 from gptcli.errors import CheckpointError, DataError
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -40,9 +34,11 @@ Ids: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 class Tokenizer:
     """Byte-level BPE through `tiktoken.Encoding`; `kind` bytes is the case without merges.
 
-    Every text round-trips (but for `nfc`). `vocab_size` counts the special tokens; `bos` is None
-    where documents begin without one. `special` tells of more special tokens than `eot`; with `nfc`
-    texts are normalised first. ValueError when `ranks` lack a byte or ids are shared.
+    Every text round-trips (but for `nfc`). `vocab_size` counts the special tokens. `eot` stands
+    between documents; it is None for published tokenizers that have none, as `bos` is where
+    documents begin without one. `ends` holds all ids that end a generated text, eot among them.
+    `special` tells of more special tokens than `eot`; with `nfc` texts are normalised first.
+    ValueError when `ranks` lack a byte or ids are shared.
     """
 
     def __init__(
@@ -50,11 +46,12 @@ class Tokenizer:
         kind: str,
         ranks: dict[bytes, int],
         pattern: str,
-        eot: int,
+        eot: int | None,
         special: SpecialTokens | None = None,
         nfc: bool = False,
     ) -> None:
-        special = special or SpecialTokens({EOT_TEXT: eot})
+        if special is None:
+            special = SpecialTokens({}, None) if eot is None else SpecialTokens({EOT_TEXT: eot})
         _check_ids(ranks, special)
         self._set_special(kind, special, max(ranks.values()))
         self.pattern = pattern
@@ -70,14 +67,18 @@ class Tokenizer:
 
     def _set_special(self, kind: str, special: SpecialTokens, highest: int) -> None:
         self.kind, self.special = kind, special
-        self.eot = special.ids[special.eot]
-        self.bos: int | None = None if special.bos is None else special.ids[special.bos]
-        self.vocab_size = max(highest, *special.ids.values()) + 1
+        self.eot, self.bos, self.ends = special.eot_id, special.bos_id, special.ends
+        self.vocab_size = max([highest, *special.ids.values()]) + 1
 
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
         """256 byte tokens and `eot` = 256."""
         return Tokenizer("bytes", {bytes([b]): b for b in range(256)}, _BYTES_PATTERN, 256)
+
+    @classmethod
+    def of_ids(cls, vocab_size: int) -> "Tokenizer":
+        """For models that come without a tokenizer: see `IdsTokenizer`."""
+        return IdsTokenizer(vocab_size)
 
     @property
     def start(self) -> int | None:
@@ -147,7 +148,8 @@ class Tokenizer:
         """Write tiktoken's rank file (or the tokenizer.json) and a JSON with pattern and special
         tokens."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / self._file).write_bytes(self._content())
+        if self._file:
+            (directory / self._file).write_bytes(self._content())
         meta = {**self._meta(), "identity": self.identity}
         (directory / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -156,9 +158,11 @@ class Tokenizer:
         """Read what `save` wrote. CheckpointError when it is missing or damaged."""
         try:
             meta = json.loads((directory / _META_FILE).read_text())
-            special = _special(meta)
+            special = SpecialTokens.from_json(meta)
             tokenizer: Tokenizer
-            if meta["kind"] == LibraryTokenizer.KIND:
+            if meta["kind"] == IdsTokenizer.KIND:
+                tokenizer = IdsTokenizer(int(meta["vocab_size"]))
+            elif meta["kind"] == LibraryTokenizer.KIND:
                 content = (directory / LibraryTokenizer._file).read_bytes()
                 tokenizer = LibraryTokenizer(content, special)
             else:
@@ -167,7 +171,7 @@ class Tokenizer:
                     meta["kind"],
                     ranks,
                     meta["pattern"],
-                    special.ids[special.eot],
+                    special.eot_id,
                     special,
                     nfc=meta.get("normalizer") == "NFC",
                 )
@@ -177,13 +181,13 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory}: not a saved tokenizer: {error}") from error
 
-    _file = _RANKS_FILE
+    _file = _RANKS_FILE  # "": there is nothing to store but the JSON
 
     def _content(self) -> bytes:
         return format_tiktoken(self._ranks)
 
     def _meta(self) -> dict[str, Any]:
-        meta = {"kind": self.kind, "pattern": self.pattern, **_special_meta(self.special)}
+        meta = {"kind": self.kind, "pattern": self.pattern, **self.special.to_json()}
         return {**meta, "normalizer": "NFC"} if self._nfc else meta
 
 
@@ -236,7 +240,48 @@ class LibraryTokenizer(Tokenizer):
         return self._json
 
     def _meta(self) -> dict[str, Any]:
-        return {"kind": self.kind, **_special_meta(self.special)}
+        return {"kind": self.kind, **self.special.to_json()}
+
+
+class IdsTokenizer(Tokenizer):
+    """No tokenizer: a text is token ids in decimal, separated by white space.
+
+    It has neither eot nor bos. ValueError for a `vocab_size` below 1.
+    """
+
+    KIND = "ids"
+    _file = ""
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"a vocabulary of {vocab_size} tokens")
+        self._bytes_only = False
+        self._set_special(self.KIND, SpecialTokens({}, None), vocab_size - 1)
+
+    def _encode(self, text: str) -> Ids:
+        words = text.split()
+        # isascii: int() also reads digits of other scripts; it refuses numbers of 4300 digits.
+        good = [word.isascii() and word.isdigit() and len(word) < 20 for word in words]
+        ids = [int(word) if fine else -1 for word, fine in zip(words, good, strict=True)]
+        for word, token in zip(words, ids, strict=True):
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    "the model has no tokenizer: its texts are token ids from 0 to"
+                    f" {self.vocab_size - 1}, separated by spaces, but here is {word[:60]!r}",
+                    hint="a prompt of ids is given as: --prompt-tokens 0,2,1",
+                )
+        return np.array(ids, dtype=np.uint32)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The id in decimal and a space; nothing for ids outside the vocabulary."""
+        return b"%d " % token if 0 <= token < self.vocab_size else b""
+
+    def _content(self) -> bytes:
+        return b""
+
+    def _meta(self) -> dict[str, Any]:
+        meta = {"kind": self.kind, "vocab_size": self.vocab_size}
+        return {**meta, **self.special.to_json()}
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -265,17 +310,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: in
 
 def load_tokenizer(path: Path, pattern: str) -> Tokenizer:
     """The tokenizer at `path`: a saved directory, a Hugging Face folder or its tokenizer.json, or a
-    .tiktoken file, which is split by `pattern`.
+    .tiktoken file, which is split by `pattern`. It has an eot: one is added where there is none.
 
     DataError when it is none of them, CheckpointError when a saved one is damaged.
     """
     if path.is_dir():
         is_json = (path / TOKENIZER_JSON).is_file() and not (path / _META_FILE).is_file()
-        return load_tokenizer_json(path / TOKENIZER_JSON) if is_json else Tokenizer.load(path)
+        if is_json:
+            return load_tokenizer_json(path / TOKENIZER_JSON, needs_eot=True)
+        return Tokenizer.load(path)
     if not path.is_file():
         raise DataError(f"tokenizer.path: no file or directory {path}")
     if path.suffix == ".json":
-        return load_tokenizer_json(path)
+        return load_tokenizer_json(path, needs_eot=True)
     if path.suffix != ".tiktoken":
         raise DataError(
             f"tokenizer.path: {path} is neither a saved tokenizer directory nor a .tiktoken file"
@@ -289,13 +336,16 @@ def load_tokenizer(path: Path, pattern: str) -> Tokenizer:
         raise DataError(f"{path}: not a .tiktoken file: {error}") from error
 
 
-def load_tokenizer_json(path: Path) -> Tokenizer:
+def load_tokenizer_json(path: Path, *, needs_eot: bool = False) -> Tokenizer:
     """A Hugging Face `tokenizer.json`, special tokens as it and the configs beside it say.
 
+    One that names no end-of-text token has none, as a published model's must (its embedding has no
+    row for another id); with `needs_eot`, for training from scratch, it gets one behind its last
+    id.
     Byte-level BPE runs in tiktoken where that gives the same ids, everything else in the library
     `tokenizers`. DataError when the file is none, or for kinds whose tokens have no text.
     """
-    content, special = read_tokenizer_json(path)
+    content, special = read_tokenizer_json(path, needs_eot)
     try:
         library = LibraryTokenizer(content, special)
         found = byte_ranks(content, special)
@@ -303,8 +353,7 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json that can be used: {error}") from error
     if found is not None:
         try:
-            eot = special.ids[special.eot]
-            fast = Tokenizer("file", found.ranks, found.pattern, eot, special, found.nfc)
+            fast = Tokenizer("file", found.ranks, found.pattern, special.eot_id, special, found.nfc)
         except ValueError:  # a regex that tiktoken does not take, a byte without a token
             return library
         probe = _probe()
@@ -320,27 +369,6 @@ def _probe() -> str:
     kept = [chr(c) for c in characters if not 0xD800 <= c < 0xE000]
     mixed = "".join(f"a{c}b 12{c}345678 {c}{c}\n {c}A'{c}\r\n\n  " for c in kept)
     return mixed + "I'LL don't   we'Re 1234567890 \t\n x\u00a0y " + "".join(kept)
-
-
-def _special(meta: dict[str, Any]) -> SpecialTokens:
-    """The special tokens of a saved tokenizer. KeyError, TypeError or ValueError if damaged."""
-    ids = {str(name): int(i) for name, i in meta["special_tokens"].items()}
-    eot, bos = meta.get("eot", EOT_TEXT), meta.get("bos")
-    in_text = tuple(meta.get("in_text", ()))
-    for name in (eot, *in_text, *([] if bos is None else [bos])):
-        ids[name]  # all named ones have an id
-    return SpecialTokens(ids, eot, bos, in_text)
-
-
-def _special_meta(special: SpecialTokens) -> dict[str, Any]:
-    meta: dict[str, Any] = {"special_tokens": special.ids}
-    if special.eot != EOT_TEXT:
-        meta["eot"] = special.eot
-    if special.bos is not None:
-        meta["bos"] = special.bos
-    if special.in_text:
-        meta["in_text"] = list(special.in_text)
-    return meta
 
 
 def _check_ids(ranks: dict[bytes, int], special: SpecialTokens) -> None:

@@ -7,28 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
 from gptcli.data.tiktoken_tables import GPT2_PATTERN, byte_characters
 from gptcli.errors import DataError
 
-EOT_TEXT = "<|endoftext|>"
 # How models call their end of text, where no file beside tokenizer.json says it.
 _EOT_NAMES = (EOT_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
 _MAX_BYTES = 64 * 2**20  # twice the largest published one, and what a checkpoint may hold
 _WORD_PIECES = {"WordPiece", "CTC"}  # decoders whose tokens have no bytes of their own
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Tokens that are no text, by name, and which of them are the end and beginning of a text.
-
-    `in_text` are added tokens that are text all the same: they stand for their own characters
-    wherever these occur.
-    """
-
-    ids: dict[str, int]
-    eot: str = EOT_TEXT
-    bos: str | None = None
-    in_text: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +26,11 @@ class ByteRanks:
     nfc: bool
 
 
-def read_tokenizer_json(path: Path) -> tuple[bytes, SpecialTokens]:
+def read_tokenizer_json(path: Path, needs_eot: bool) -> tuple[bytes, SpecialTokens]:
     """The file's bytes and its special tokens, by it and the configs beside it.
 
-    A tokenizer without an end-of-text token gets one behind its last id. DataError when it cannot
-    be read.
+    A tokenizer without an end-of-text token has none, or with `needs_eot` gets one behind its last
+    id. All the ids that the configs name as ends are ends. DataError when it cannot be read.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -54,15 +40,16 @@ def read_tokenizer_json(path: Path) -> tuple[bytes, SpecialTokens]:
         ids = _vocabulary(raw) | {t["content"]: t["id"] for t in raw["added_tokens"]}
         beside = _Beside(path.parent)
         eot, bos = _eot(ids, beside), _bos(raw, ids, beside)
-        if eot is None:
+        if eot is None and needs_eot:
             eot, ids = EOT_TEXT, ids | {EOT_TEXT: max(ids.values(), default=-1) + 1}
-        special = {str(t["content"]) for t in raw["added_tokens"] if t.get("special")} | {eot}
-        if bos is not None:
-            special.add(bos)
+        special = {str(t["content"]) for t in raw["added_tokens"] if t.get("special")}
+        special |= {name for name in (eot, bos) if name is not None}
         added = {str(t["content"]) for t in raw["added_tokens"]} - special
         names = sorted(special | added, key=lambda name: (ids[name], name))
         found = {name: ids[name] for name in names}
-        return content, SpecialTokens(found, eot, bos, tuple(n for n in names if n in added))
+        ends = set(beside.ids("eos_token_id")) & set(ids.values())
+        more = tuple(sorted(ends - {None if eot is None else ids[eot]}))
+        return content, SpecialTokens(found, eot, bos, tuple(n for n in names if n in added), more)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer.json: {_reason(error)}") from error
 

@@ -1,7 +1,13 @@
 """Perplexity: every token of every document is scored exactly once.
 
-A document starts with the tokenizer's bos, else eot, as context only. Windows of `block_size`
-move by `stride`; a window scores the tokens that no earlier one did, given all its left context.
+A document starts with the tokenizer's bos, else eot, as context only; without either its first
+token is not scored. Documents longer than the block are scored in windows of `block_size` tokens
+that move by `stride`: a window scores the tokens that no earlier one did, given all of the window
+to their left. So, behind the first window, each token is given at least block_size - stride tokens
+and at most block_size. With stride = block_size (the default) windows do not overlap, which is
+cheapest and gives the highest loss; a smaller stride gives more context and costs block_size /
+stride times as much. Models that could read on past the block (windowed attention in every layer)
+are scored in the same windows, so that their figures compare with those of others.
 """
 
 import math
@@ -143,15 +149,21 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """-ln p of each target in nats (fp32) and whether it ranked first: both (B, T).
 
-    `tokens` and `targets` are (B, T) int64 on any device; targets below 0 give 0 nats.
+    `tokens` and `targets` are (B, T) int64 on any device; targets below 0 give 0 nats. Logits are
+    made for a part of the targets at a time: those of a long window with a large vocabulary are
+    gigabytes (8192 x 49152 in fp32: 1.6 GB).
     """
-    tokens, targets = tokens.to(device.torch), targets.to(device.torch)
+    tokens, flat = tokens.to(device.torch), targets.to(device.torch).flatten()
+    nats = torch.zeros(flat.shape, device=device.torch)
+    scored = (flat >= 0).nonzero()[:, 0]
+    first = torch.zeros(flat.shape, dtype=torch.bool, device=device.torch)
     with autocast(device, precision):
-        logits = model(tokens)
-    logits = logits.float().flatten(0, 1)
-    flat = targets.flatten()
-    nats = F.cross_entropy(logits, flat, reduction="none", ignore_index=-100)
-    return nats.view(targets.shape), (logits.argmax(-1) == flat).view(targets.shape)
+        hidden = model.hidden(tokens).flatten(0, 1)  # (B T, C)
+        for part in torch.split(scored, max(1, _LOGITS // model.vocab_size)):
+            logits = model.head(hidden[part]).float()
+            nats[part] = F.cross_entropy(logits, flat[part], reduction="none")
+            first[part] = logits.argmax(-1) == flat[part]
+    return nats.view(targets.shape), first.view(targets.shape)
 
 
 def perplexity(
@@ -201,7 +213,10 @@ def _sums(
         for number, document in enumerate(documents)
         for window in _windows(number, document, model.config.block_size, stride)
     ]
-    for batch in _batches(windows, model.vocab_size):
+    scaling = model.config.rope_scaling
+    # Dynamic positions depend on the length of the sequence, and so on padding.
+    padded = scaling is None or scaling.kind != "dynamic"
+    for batch in _batches(windows, model.vocab_size, padded):
         stop.raise_if_requested()
         width = max(w.stop - w.start for w in batch) - 1
         tokens = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -232,12 +247,18 @@ def _windows(
         start += stride
 
 
-def _batches(windows: list[_Window], vocab_size: int) -> Iterator[list[_Window]]:
-    """Windows of like length together, a bounded number of logits in each batch."""
+def _batches(windows: list[_Window], vocab_size: int, padded: bool) -> Iterator[list[_Window]]:
+    """Windows of like length together, a bounded number of logits in each batch.
+
+    Unless `padded`, those of a batch have the same length.
+    """
     ordered = sorted(windows, key=lambda w: (w.start - w.stop, w.document, w.start))
     begin = 0
     while begin < len(ordered):
         width = ordered[begin].stop - ordered[begin].start
         rows = max(1, _LOGITS // (width * vocab_size))
-        yield ordered[begin : begin + rows]
-        begin += rows
+        batch = ordered[begin : begin + rows]
+        if not padded:
+            batch = [w for w in batch if w.stop - w.start == width]
+        yield batch
+        begin += len(batch)

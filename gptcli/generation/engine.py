@@ -1,8 +1,12 @@
 """The decode engine: one prefill of the prompt, then all samples token by token as one batch.
 
-The window. A model sees at most block_size tokens. When a text outgrows them, the window starts
-again with the last block_size // 2 tokens at positions 0, 1, ... and is prefilled anew; the cached
-and the uncached path share this schedule and so give the same text.
+The window. A model whose layers all attend to a window of tokens (`ModelConfig.rolls`) reads texts
+of any length with a cache of fixed size, exactly as without one. Every other model sees at most
+block_size tokens. When a text outgrows them, the window starts again with the last block_size // 2
+tokens at positions 0, 1, ... and is prefilled anew; the cached and the uncached path share this
+schedule and so give the same text. (To drop only the oldest keys instead ruins dense models
+that rest their attention on the first tokens: Xiao et al. 2023, "Efficient Streaming Language
+Models with Attention Sinks".)
 """
 
 from bisect import bisect_left
@@ -33,8 +37,8 @@ class Sampling:
     """How tokens are chosen. The defaults sample from the model's own distribution.
 
     `temperature` 0 takes the likeliest token. `logprobs` is the number of alternatives reported
-    for each token. Generation ends at eot, at the first of the `stop` texts, or after
-    `max_new_tokens`.
+    for each token. Generation ends at eot or another of the tokenizer's `ends`, at the first of the
+    `stop` texts, or after `max_new_tokens`.
     """
 
     temperature: float = 1.0
@@ -52,9 +56,10 @@ class Sampling:
 class Generated:
     """One continuation of one prompt.
 
-    `text` ends before a stop text; `tokens` holds the generated ids that it takes to spell `text`
-    and never eot. `logprobs` has one entry a token, `{"token", "text", "logprob", "top"}`, natural
-    logarithms under the model's own distribution; `top` holds [id, text, logprob], likeliest first.
+    `text` ends before a stop text; `tokens` holds the generated ids that it takes to spell `text`,
+    none of the tokenizer's `ends` among them: finish_reason "eot" stands for whichever it was.
+    `logprobs` has one entry a token, `{"token", "text", "logprob", "top"}`, natural logarithms
+    under the model's own distribution; `top` holds [id, text, logprob], likeliest first.
     """
 
     prompt: str
@@ -89,15 +94,20 @@ def generate_samples(
     on_text: OnText | None = None,
     use_cache: bool = True,
 ) -> list[Generated]:
-    """Continue `prompt_tokens` (1 to block_size ids) `n` times; `prompt` is only passed on.
+    """Continue `prompt_tokens` `n` times; `prompt` is only passed on.
+
+    There are 1 to block_size ids, or any number for a model that rolls.
 
     Sample k depends on (sampling, k, prompt_tokens) alone, up to rounding. `on_text(sample, piece)`
     receives the texts as they grow, in whole characters. When a stop is requested, the texts begun
     are returned as they are, "interrupted". Raises CheckpointError for non-finite logits.
     """
-    if not 0 < len(prompt_tokens) <= model.config.block_size:
-        raise ValueError(f"{len(prompt_tokens)} prompt tokens, not 1 to {model.config.block_size}")
-    capacity = min(model.config.block_size, len(prompt_tokens) + sampling.max_new_tokens)
+    block_size, rolls = model.config.block_size, model.config.rolls
+    if not prompt_tokens or (len(prompt_tokens) > block_size and not rolls):
+        raise ValueError(f"{len(prompt_tokens)} prompt tokens, not 1 to {block_size}")
+    capacity = len(prompt_tokens) + sampling.max_new_tokens
+    if not rolls:
+        capacity = min(block_size, capacity)
     at_once = max(1, _CACHE_BYTES // model.new_cache(0, capacity).row_bytes)
     rows = [_Row(sample, tokenizer, sampling, on_text) for sample in range(n)]
     with torch.inference_mode(), _evaluating(model):
@@ -108,6 +118,11 @@ def generate_samples(
                 rows = rows[: first + at_once]
                 break
     return [row.result(prompt) for row in rows]
+
+
+def restart_tokens(block_size: int) -> int:
+    """How many of the last tokens a full window starts again with."""
+    return max(1, block_size // 2)
 
 
 def _decode(
@@ -205,16 +220,26 @@ def _evaluating(model: GPT) -> Iterator[None]:
 
 
 class _Window:
-    """The tokens in the model's view (B, T <= block_size) and their keys and values if cached."""
+    """The tokens in the model's view (B, T) and their keys and values if cached.
+
+    T <= block_size, or any number for a model that rolls.
+    """
 
     def __init__(self, model: GPT, prompt_tokens: list[int], capacity: int | None) -> None:
-        self.model = model
+        self.model, self._rolls = model, model.config.rolls
         self.ids = torch.tensor([prompt_tokens], device=model.device)
         self.cache = None if capacity is None else model.new_cache(1, capacity)
 
     def prefill(self, rows: int) -> Tensor:
-        """Logits (rows, V) after the prompt, which is read once and then repeated."""
-        logits: Tensor = self.model(self.ids, self.cache, last_only=True)[:, -1]
+        """Logits (rows, V) after the prompt, which is read once and then repeated.
+
+        When a stop is requested meanwhile, they are those after a part of it.
+        """
+        size = self.ids.size(1) if self.cache is None else self.model.config.block_size
+        for chunk in torch.split(self.ids, size, dim=1):
+            logits: Tensor = self.model(chunk, self.cache, last_only=True)[:, -1]
+            if stop.requested():
+                break
         self.keep_rows(torch.zeros(rows, dtype=torch.long))
         return logits.expand(rows, -1)
 
@@ -227,11 +252,14 @@ class _Window:
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) after one more token (B,) a row."""
-        self.ids = torch.cat([self.ids, tokens.to(self.ids.device)[:, None]], dim=1)
+        unread = tokens.to(self.ids.device)[:, None]
+        if self._rolls and self.cache is not None:
+            self.ids = unread  # the cache holds all that is needed of the others
+        else:
+            self.ids = torch.cat([self.ids, unread], dim=1)
         block_size = self.model.config.block_size
-        unread = self.ids[:, -1:]
-        if self.ids.size(1) > block_size:
-            self.ids = unread = self.ids[:, -max(1, block_size // 2) :]
+        if self.ids.size(1) > block_size and not self._rolls:
+            self.ids = unread = self.ids[:, -restart_tokens(block_size) :]
             if self.cache is not None:
                 self.cache.length = 0
         if self.cache is None:
@@ -265,7 +293,7 @@ class _Row:
 
     def accept(self, token: int, report: _Report | None) -> None:
         """Take the next token; sets `finish_reason` if it is the last."""
-        if token == self._tokenizer.eot:
+        if token in self._tokenizer.ends:
             self.finish("eot")
             return
         self.tokens.append(token)

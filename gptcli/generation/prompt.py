@@ -4,8 +4,8 @@ import logging
 import re
 from typing import Any, Literal
 
+from gptcli.data.special_tokens import EOT_TEXT
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.data.tokenizer_json import EOT_TEXT
 from gptcli.errors import ConfigError
 
 log = logging.getLogger("gptcli")
@@ -17,18 +17,20 @@ def encode_prompt(
     """Token ids of a document that begins with `text`, document start included.
 
     The start is the tokenizer's `start`, as in training and evaluation. With `allow_special`,
-    `<|endoftext|>` in the text is the eot token, else ordinary text. Bytes are a document that is
-    no text, for tokenizers with a token a byte. Raises ConfigError when nothing is left to start
-    from, or when the tokenizer has no eot to allow.
+    `<|endoftext|>` in the text is the token of that name, or else the eot token; without, it is
+    ordinary text. Bytes are a document that is no text, for tokenizers with a token a byte. Raises
+    ConfigError when nothing is left to start from, or when the tokenizer has no eot to allow, and
+    DataError for a text that is no ids where the model has no tokenizer.
     """
     parts: list[Any] = [text]
     if allow_special:
         parts = text.split(EOT_TEXT) if isinstance(text, str) else text.split(EOT_TEXT.encode())
-    if len(parts) > 1 and tokenizer.eot is None:
-        raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
+    special = tokenizer.special.ids.get(EOT_TEXT, tokenizer.eot)
     ids = tokenizer.encode(parts[0])
     for part in parts[1:]:
-        ids += [tokenizer.eot, *tokenizer.encode(part)]
+        if special is None:
+            raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
+        ids += [special, *tokenizer.encode(part)]
     if tokenizer.start is not None and ids[:1] != [tokenizer.start]:
         ids = [tokenizer.start, *ids]
     if not ids:

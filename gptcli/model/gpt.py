@@ -12,10 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcli.config.model_schema import ModelConfig
+from gptcli.model.band import Reach
 from gptcli.model.cache import KVCache
-from gptcli.model.segments import Segments, attend_each
+from gptcli.model.rope import (
+    attention_factor,
+    fixed_length,
+    inverse_frequencies,
+    rope_table,
+    rotate,
+    sinusoidal_table,
+)
+from gptcli.model.segments import Segments
 
 IGNORED = -100  # target of a position that carries no loss
+_CAUSAL = Reach()
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -55,7 +65,7 @@ class Attention(nn.Module):
         rope: Tensor | None,
         cache: KVCache | None,
         layer: int,
-        segments: Segments | None = None,
+        reach: Reach = _CAUSAL,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x is the continuation of what it holds."""
         B, T, _ = x.shape  # noqa: N806
@@ -68,23 +78,12 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
-        mask = None if segments is None else segments.mask
         if cache is not None:
-            past = cache.length
-            k, v = cache.append(layer, k, v)  # (B, K, past + T, D)
-            if past and T > 1:  # a chunk after the prefill: row i sees past + i + 1 keys
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            k, v = cache.append(layer, k, v)  # (B, K, P + T, D), P of them past
         if self.n_kv_head != self.n_head:
             groups = self.n_head // self.n_kv_head
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        dropout = self.dropout if self.training else 0.0
-        if segments is not None and segments.lengths is not None:
-            y = attend_each(q, k, v, segments.lengths, dropout)
-        else:
-            causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
+        y = reach.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -123,13 +122,13 @@ class Block(nn.Module):
         rope: Tensor | None,
         cache: KVCache | None,
         layer: int,
-        segments: Segments | None = None,
+        reach: Reach,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if self.pre:
-            x = x + self.drop(self.attn(self.norm1(x), rope, cache, layer, segments))
+            x = x + self.drop(self.attn(self.norm1(x), rope, cache, layer, reach))
             return x + self.drop(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.drop(self.attn(x, rope, cache, layer, segments)))
+        x = self.norm1(x + self.drop(self.attn(x, rope, cache, layer, reach)))
         return self.norm2(x + self.drop(self.mlp(x)))
 
 
@@ -141,6 +140,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.windows = config.windows
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -158,7 +158,7 @@ class GPT(nn.Module):
         """Compute the fixed position table where the weights are (no checkpoint stores it)."""
         c = self.config
         if c.position == "rope":
-            table = rope_table(c.block_size, c.head_size, c.rope_theta)
+            table = self._rotations(torch.arange(fixed_length(c.rope_scaling, c.block_size)))
             self.register_buffer("positions", table.to(self.device), persistent=False)
         elif c.position == "sinusoidal":  # added to the embeddings, so of their dtype
             table = sinusoidal_table(c.block_size, c.n_embd)
@@ -174,30 +174,36 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C); T with the cache <= block_size.
 
-        `segments` (B, T) int64 says which document of its row each token belongs to, and never
-        falls along a row: attention stays inside the document and positions restart at its first
-        token. ValueError for too many tokens, or segments together with a cache.
+        A config that rolls takes any number of tokens. `segments` (B, T) int64 says which document
+        of its row each token belongs to, and never falls along a row: attention stays inside the
+        document and positions restart at its first token. ValueError for too many tokens, or
+        segments together with a cache.
         """
         start = cache.length if cache is not None else 0
         stop = start + tokens.size(1)
-        if stop > self.config.block_size:
-            raise ValueError(f"{stop} tokens do not fit block_size {self.config.block_size}")
+        self._check_fits(stop, cache)
         if segments is not None and (cache is not None or segments.shape != tokens.shape):
             raise ValueError("segments have the shape of the tokens and go with no cache")
+        if cache is not None and cache.tokens is not None:
+            cache.tokens[:, start:stop] = tokens
+            if start and stop > self.positions.size(1):
+                # Another length, other rotations: what the layers made of the past has changed.
+                cache.length = 0
+                return self.hidden(cache.tokens[:, :stop], cache)[:, start:]
         documents = None if segments is None else Segments.of(segments)
-        where: slice | Tensor = slice(start, stop) if documents is None else documents.positions
-        x = self.wte(tokens)
-        rope = None
-        if self.config.position == "learned":
-            x = x + (self.wpe.weight[where] if documents is None else self.wpe(where))
-        elif self.config.position == "sinusoidal":
-            # Scaled as in Vaswani et al. 2017, section 3.4.
-            x = x * math.sqrt(self.config.n_embd) + self.positions[where]
-        elif self.config.position == "rope":
-            rope = self.positions[:, where]  # (2, T, D/2), with segments (2, B, T, D/2)
-        x = self.drop(x)
+        x, rope = self._embed(tokens, start, documents)
+        reaches = {
+            window: Reach.of(
+                window,
+                tokens.size(1),
+                tokens.device,
+                past=min(start, window - 1) if window else start,
+                segments=documents,
+            )
+            for window in sorted(set(self.windows))
+        }
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer, documents)
+            x = block(x, rope, cache, layer, reaches[self.windows[layer]])
         if cache is not None:
             cache.length = stop
         return self.norm(x)
@@ -222,11 +228,22 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        """An empty key-value cache for `batch` rows of up to `capacity` (block_size) tokens."""
+        """An empty key-value cache for `batch` rows of up to `capacity` tokens.
+
+        Without `capacity` it holds block_size tokens, and of a config that rolls any number. So it
+        does with a `capacity` of at least the largest window.
+        """
         c = self.config
-        size = capacity or c.block_size
+        size = capacity or (max(self.windows) if c.rolls else c.block_size)
         return KVCache(
-            c.n_layer, batch, c.kv_heads, size, c.head_size, self.device, self.wte.weight.dtype
+            self.windows,
+            size,
+            batch,
+            c.kv_heads,
+            c.head_size,
+            self.device,
+            self.wte.weight.dtype,
+            keeps_tokens=c.position == "rope" and self.positions.size(1) < c.block_size,
         )
 
     def parameter_count(self, embeddings: bool = True) -> int:
@@ -237,28 +254,40 @@ class GPT(nn.Module):
             total -= sum(p.numel() for p in {p for m in skip for p in m.parameters()})
         return total
 
+    def _check_fits(self, stop: int, cache: KVCache | None) -> None:
+        block_size = self.config.block_size
+        if stop > block_size and not self.config.rolls:
+            raise ValueError(f"{stop} tokens do not fit block_size {block_size}")
+        if cache is not None and cache.capacity is not None and stop > cache.capacity:
+            raise ValueError(f"{stop} tokens do not fit a cache of {cache.capacity}")
 
-def rope_table(length: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of rotary positions (Su et al. 2021): (2, length, head_dim / 2) fp32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta**-exponent)
-    return torch.stack([angles.cos(), angles.sin()])
+    def _embed(
+        self, tokens: Tensor, start: int, documents: Segments | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (B, T, C) of tokens that begin at position `start`, and their rotations."""
+        stop = start + tokens.size(1)
+        where: slice | Tensor = slice(start, stop) if documents is None else documents.positions
+        x, rope = self.wte(tokens), None
+        if self.config.position == "learned":
+            x = x + (self.wpe.weight[where] if documents is None else self.wpe(where))
+        elif self.config.position == "sinusoidal":
+            # Scaled as in Vaswani et al. 2017, section 3.4.
+            x = x * math.sqrt(self.config.n_embd) + self.positions[where]
+        elif self.config.position == "rope" and stop <= self.positions.size(1):
+            rope = self.positions[:, where]  # (2, T, D/2), with segments (2, B, T, D/2)
+        elif self.config.position == "rope":  # beyond the table
+            if documents is None:
+                rope = self._rotations(torch.arange(start, stop, device=self.device), stop)
+            else:
+                rope = self._rotations(documents.positions, documents.sizes())
+        return self.drop(x), rope
 
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the halves of x (B, T, H, D) as transformers does: (x1 + i x2) e^(i angle).
-
-    `rope` holds cosines and sines, (2, T, D/2) or a table for each row, (2, B, T, D/2).
-    """
-    cos, sin = rope.to(x.dtype).unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def sinusoidal_table(length: int, width: int) -> Tensor:
-    """Fixed positions of Vaswani et al. 2017, section 3.5: (length, width) fp32."""
-    angles = rope_table(length, width, 10000.0)  # the same frequencies
-    return torch.stack([angles[1], angles[0]], dim=-1).flatten(1)
+    def _rotations(self, positions: Tensor, length_tokens: int | Tensor = 0) -> Tensor:
+        """Rotary table (2, ..., D/2) for `positions` (...) in texts of that length."""
+        c = self.config
+        frequencies = inverse_frequencies(c.head_size, c.rope_theta, c.rope_scaling, length_tokens)
+        frequencies = frequencies.to(positions.device)
+        return rope_table(positions, frequencies, attention_factor(c.rope_scaling))
 
 
 @torch.no_grad()

@@ -19,13 +19,13 @@ _LONGEST_MASKED_ROW = 256
 class Segments:
     """What the layers need to know of the documents in a micro batch, computed once for all.
 
-    `positions` (B, T) int64 counts the tokens of each segment from 0. Attention is causal within
-    the segments, either by `mask` (B, 1, T, T) bool, True where a query sees a key, or by
-    `lengths`, the tokens of each segment, row after row. Exactly one of the two is there.
+    `ids` (B, T) int64 says which document of its row a token belongs to; `positions` (B, T) int64
+    counts the tokens of each from 0, so a token sees itself and that many before it. `lengths`,
+    the tokens of each segment, row after row, is there where a call a segment is the faster way.
     """
 
+    ids: Tensor
     positions: Tensor
-    mask: Tensor | None
     lengths: list[int] | None
 
     @classmethod
@@ -37,9 +37,13 @@ class Segments:
         if by_calls and not torch.compiler.is_compiling():  # a graph needs fixed shapes
             starts = (positions.flatten() == 0).nonzero()[:, 0]
             ends = torch.cat([starts[1:], starts.new_tensor([ids.numel()])])
-            return cls(positions, None, (ends - starts).tolist())
-        same = ids[:, :, None] == ids[:, None, :]
-        return cls(positions, same.tril()[:, None], None)
+            return cls(ids, positions, (ends - starts).tolist())
+        return cls(ids, positions, None)
+
+    def sizes(self) -> Tensor:
+        """How many tokens the segment of each token has: (B, T) int64."""
+        after = torch.searchsorted(self.ids, self.ids, right=True)
+        return after - torch.searchsorted(self.ids, self.ids)
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from gptcli.runs.manifest import (
     write_manifest,
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
+from gptcli.runs.tensors import read_tensors, with_tied
 
 _BEST = "best.json"
 _BEST_BYTES = 4096
@@ -95,14 +96,18 @@ def publish(run_dir: Path, step: int, contents: Contents) -> Path:
     return target
 
 
-def verify(directory: Path, *, optimizer: bool = True, hashes: bool = True) -> dict[str, Any]:
+def verify(
+    directory: Path, *, optimizer: bool = True, weights: bool = True, hashes: bool = True
+) -> dict[str, Any]:
     """Check a checkpoint against its manifest and return the manifest.
 
-    Without `optimizer` the optimizer's file is not hashed (generation does not read it); without
-    `hashes` only presence and sizes are checked. CheckpointError says which file and why.
+    Without `optimizer` its file is not hashed (generation does not read it), without `weights` the
+    model's is not (who reads it hashes it); without `hashes` only presence and sizes are checked.
+    CheckpointError says which file and why.
     """
     manifest = read_manifest(directory)
-    check_files(directory, manifest, optimizer=optimizer, hashes=hashes)
+    skipped = {name for name, wanted in ((OPTIMIZER, optimizer), (MODEL, weights)) if not wanted}
+    check_files(directory, manifest, set(manifest["files"]) - skipped if hashes else ())
     return manifest
 
 
@@ -138,34 +143,30 @@ def newest_valid(run_dir: Path, log: logging.Logger, *, optimizer: bool = True) 
     return found
 
 
-def read(
-    directory: Path, *, with_optimizer: bool, manifest: dict[str, Any] | None = None
-) -> Contents:
+def read(directory: Path, *, with_optimizer: bool) -> Contents:
     """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
 
-    It is verified first, unless the `manifest` that `verify` has just returned is given.
-    CheckpointError when it is damaged, or its tokenizer is not the one that the manifest names.
+    CheckpointError when it is damaged. Raises `stop.Stopped`.
     """
-    if manifest is None:
-        manifest = verify(directory, optimizer=with_optimizer)
-    model = _read_tensors(directory / MODEL)
-    for name, kept in manifest["tied"].items():
-        if kept not in model:
-            raise CheckpointError(f"{directory}: {name} is tied to {kept}, which is missing")
-        model[name] = model[kept]
+    manifest = verify(directory, optimizer=with_optimizer)
+    return Contents(
+        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory),
+        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer else {},
+        state=read_state(directory),
+        config_yaml=_read_text(directory / CONFIG),
+        tokenizer=read_tokenizer(directory, manifest),
+    )
+
+
+def read_tokenizer(directory: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The checkpoint's tokenizer. CheckpointError when it is not the one the manifest names."""
     tokenizer = Tokenizer.load(directory / TOKENIZER)
     if tokenizer.identity != manifest["tokenizer"]:
         raise CheckpointError(
             f"{directory / TOKENIZER} holds the tokenizer {tokenizer.identity}, but the model was"
             f" trained with {manifest['tokenizer']}"
         )
-    return Contents(
-        model=model,
-        optimizer=_read_tensors(directory / OPTIMIZER) if with_optimizer else {},
-        state=read_state(directory),
-        config_yaml=_read_text(directory / CONFIG),
-        tokenizer=tokenizer,
-    )
+    return tokenizer
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -269,9 +270,9 @@ def check_space(run_dir: Path, bytes_needed: int) -> None:
     """ResourceError unless two checkpoints of `bytes_needed` fit: the old one goes last."""
     free = _free_bytes(run_dir)
     if free is not None and free < 2 * bytes_needed:
+        needed = _megabytes(2 * bytes_needed)
         raise ResourceError(
-            f"two checkpoints need {_megabytes(2 * bytes_needed)},"
-            f" but only {_megabytes(free)} are free in {run_dir}",
+            f"two checkpoints need {needed}, but only {_megabytes(free)} are free in {run_dir}",
             hint="free some space, or put the run elsewhere: --run-dir DIR or GPT_RUNS=DIR",
         )
 
@@ -339,17 +340,8 @@ def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     # One metadata key: several would be written in random order, and equal weights must give
     # equal files. This one is what transformers wants to see.
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     save_file(ready, path, metadata={"format": "pt"})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Copies of the tensors: the file is mapped, and its fate must not reach a live run."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -4,12 +4,12 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptcli.config.load import load_resolved
@@ -17,79 +17,83 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.interop.hf_folder import open_folder
+from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
-from gptcli.runs.manifest import CONFIG, MANIFEST, MODEL
-from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir, newest_run, runs_root
+from gptcli.runs.manifest import CONFIG, MODEL, TOKENIZER, DamagedFileError, check_hash
+from gptcli.runs.resolve import ModelPlace, locate
+from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir
+from gptcli.runs.tensors import Shapes, read_tensors, stored_shapes, with_tied
 
 log = logging.getLogger("gptcli")
 
-Shapes = dict[str, tuple[int, ...]]
-
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _WRAPPERS = {"_orig_mod", "module"}  # what torch.compile and DistributedDataParallel put in names
 _LISTED_KEYS = 10
 _POSITION_NUMBERS = 2**28  # 1 GiB: the fixed position table is the one size no weight confirms
+_TOKENS_PER_STEP = 4096  # or one row, of models whose rows are longer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode with what belongs to it."""
+    """A model in eval mode with what belongs to it.
+
+    Of a Hugging Face folder `state` is None, `step` 0 and `manifest` empty.
+    """
 
     model: GPT
     tokenizer: Tokenizer
     config: Config
-    path: Path  # the checkpoint directory
+    path: Path  # the checkpoint directory, or the Hugging Face folder
     run_dir: Path | None  # the run it lies in; None for a checkpoint that was copied elsewhere
     step: int
     name: str
     manifest: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] | None = None  # state.json of the checkpoint
 
 
 def load_model(
-    reference: str | None, device: torch.device, *, dtype: torch.dtype | None = None
+    reference: str | None,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
 ) -> LoadedModel:
-    """Load MODEL (see `resolve_checkpoint`) onto `device`, as stored or with weights of `dtype`.
+    """Load MODEL onto `device` with weights of `dtype` (fp32).
 
-    Raises CheckpointError when there is none or it is damaged or does not fit its config,
-    ResourceError when the device's memory is too small.
+    MODEL is what `locate` says; of a run it is the best checkpoint, else the newest valid one.
+    Weights are read one tensor at a time, so that they are in memory once. `allow_pickle` also
+    reads the .bin files of older Hugging Face folders. Raises CheckpointError when there is none or
+    it is damaged or does not fit its config, ResourceError when the device's memory is too small,
+    `stop.Stopped`.
     """
-    path, manifest = _resolve(reference)
-    config = _read_config(path)
-    model = _empty_model(path, config.model, manifest["tied"])
-    contents = checkpoint.read(path, with_optimizer=False, manifest=manifest)
-    if contents.tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {contents.tokenizer.vocab_size} tokens,"
-            f" the model only {model.vocab_size}"
-        )
-    load_weights(model, contents.model, str(path / MODEL))
+    place = locate(reference, allow_pickle=allow_pickle)
+    dtype = dtype or torch.float32
     try:
-        model.to(device=device, dtype=dtype)
+        if place.kind == "folder":
+            return _from_folder(place, device, dtype, allow_pickle)
+        if place.kind == "run":
+            return _from_run(place.path, device, dtype)
+        manifest = checkpoint.verify(place.path, optimizer=False, weights=False)
+        return _from_checkpoint(place.path, manifest, device, dtype)
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"{path}: the model does not fit in the memory of {device}") from error
-    model.reset_positions()  # the rotary table stays fp32 whatever the weights are
-    parent = Path(os.path.abspath(path)).parent
-    in_run = parent.name == CHECKPOINTS and is_run_dir(parent.parent)
-    return LoadedModel(
-        model=model.eval(),
-        tokenizer=contents.tokenizer,
-        config=config,
-        path=path,
-        run_dir=parent.parent if in_run else None,
-        step=manifest["step"],
-        name=config.name,
-        manifest=manifest,
+        raise ResourceError(
+            f"{place.path}: the model does not fit in the memory of {device}"
+        ) from error
+
+
+def published_config(name: str, model: ModelConfig) -> Config:
+    """A config for a model that was made elsewhere: its shape, with a tokenizer beside it."""
+    rows = max(1, _TOKENS_PER_STEP // model.block_size)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")[:100]
+    return Config.model_validate(
+        {
+            "name": plain or "model",
+            "tokenizer": {"kind": "file", "path": TOKENIZER},
+            "model": model,
+            "training": {"tokens_per_step": rows * model.block_size},
+        }
     )
-
-
-def resolve_checkpoint(reference: str | None) -> Path:
-    """The verified checkpoint directory that MODEL means (its optimizer is not hashed).
-
-    MODEL is a checkpoint directory, or a run directory (its best checkpoint, else its newest); None
-    is the newest run under `runs_root()` that has a checkpoint. Raises CheckpointError.
-    """
-    return _resolve(reference)[0]
 
 
 def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
@@ -111,52 +115,87 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
         model.reset_positions()
 
 
-def _resolve(reference: str | None) -> tuple[Path, dict[str, Any]]:
-    if reference is None:
-        root = runs_root()
-        run_dir = newest_run(root)
-        if run_dir is None:
-            raise CheckpointError(
-                f"no run with a checkpoint under {root}/",
-                hint="make one: gpt pretrain configs/small.yaml",
-            )
-        return _best_or_newest(run_dir)
-    path = Path(reference).expanduser()
-    if path.is_file():
-        raise _not_a_directory(path)
-    if not path.is_dir():
-        elsewhere = runs_root() / reference
-        hint = f"did you mean {elsewhere}?" if elsewhere.is_dir() else "see: gpt runs list"
-        raise CheckpointError(f"no run or checkpoint at {reference}", hint=hint)
-    if os.path.lexists(path / MANIFEST):
-        return path, checkpoint.verify(path, optimizer=False)
-    if is_run_dir(path):
-        return _best_or_newest(path)
-    raise CheckpointError(f"{path} is not a run or a checkpoint (no {MANIFEST})")
-
-
-def _not_a_directory(path: Path) -> CheckpointError:
-    if path.suffix in _PICKLES:
-        return CheckpointError(
-            f"{path} is a pickle file, which can run any code when it is read, so gpt never does",
-            hint="convert it to safetensors where you trust it",
-        )
-    hint = f"did you mean {path.parent}?" if (path.parent / MANIFEST).is_file() else None
-    return CheckpointError(f"{path} is a file; give a run or checkpoint directory", hint=hint)
-
-
-def _best_or_newest(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """The best checkpoint; where it is damaged, and where there is none, the newest valid one."""
     best = checkpoint.read_best(run_dir)
     if best is not None:
         path = checkpoint.checkpoint_dir(run_dir, best[0])
         try:
-            return path, checkpoint.verify(path, optimizer=False)
+            manifest = checkpoint.verify(path, optimizer=False, weights=False)
         except CheckpointError as error:
             log.warning("the best checkpoint cannot be used: %s", error.message)
+        else:
+            try:
+                return _from_checkpoint(path, manifest, device, dtype)
+            except DamagedFileError as error:
+                log.warning("the best checkpoint cannot be used: %s", error.message)
     newest = checkpoint.newest_valid(run_dir, log, optimizer=False)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no valid checkpoint", hint="see: gpt runs list")
-    return newest, checkpoint.verify(newest, hashes=False)
+    return _from_checkpoint(newest, checkpoint.verify(newest, hashes=False), device, dtype)
+
+
+def _from_checkpoint(
+    path: Path, manifest: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> LoadedModel:
+    """The model of a checkpoint that is verified but for the hash of its weights.
+
+    They are hashed in a thread while they are read. Damage explains whatever else went wrong, so
+    its error comes first.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(check_hash, path, manifest, MODEL)
+        try:
+            config = _read_config(path)
+            tokenizer = checkpoint.read_tokenizer(path, manifest)
+            model = _empty_model(path, config.model, manifest["tied"])
+            if tokenizer.vocab_size > model.vocab_size:
+                raise CheckpointError(
+                    f"{path}: the tokenizer has {tokenizer.vocab_size} tokens,"
+                    f" the model only {model.vocab_size}"
+                )
+            stored = read_tensors(path / MODEL, device, dtype)
+            tensors = with_tied(stored, manifest["tied"], path)
+            load_weights(model, tensors, str(path / MODEL))
+        finally:
+            hashed.result()
+    parent = Path(os.path.abspath(path)).parent
+    in_run = parent.name == CHECKPOINTS and is_run_dir(parent.parent)
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        config=config,
+        path=path,
+        run_dir=parent.parent if in_run else None,
+        step=manifest["step"],
+        name=config.name,
+        manifest=manifest,
+        state=checkpoint.read_state(path),
+    )
+
+
+def _from_folder(
+    place: ModelPlace, device: torch.device, dtype: torch.dtype, allow_pickle: bool
+) -> LoadedModel:
+    """The model of a Hugging Face folder, whose files `open_folder` has checked."""
+    folder = open_folder(place.path, allow_pickle=allow_pickle)
+    model = empty_model(folder.config.model, folder.config.vocab_size)
+    config = published_config(place.name, model.config)
+    tensors = {}
+    for name, tensor in folder.weights(dtype):
+        tensors[name] = tensor.to(device)
+    if model.config.tie_embeddings:
+        tensors["head.weight"] = tensors["wte.weight"]
+    load_weights(model, tensors, str(place.path))
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=folder.tokenizer,
+        config=config,
+        path=place.path,
+        run_dir=None,
+        step=0,
+        name=config.name,
+    )
 
 
 def _read_config(path: Path) -> Config:
@@ -169,7 +208,7 @@ def _read_config(path: Path) -> Config:
 def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
     """A model on the meta device that the weights file fits; sizes are checked before building."""
     where = str(path / MODEL)
-    stored = _stored_shapes(path / MODEL)
+    stored = stored_shapes(path / MODEL)
     stored.update({name: stored[kept] for name, kept in tied.items() if kept in stored})
     names = _plain_names(stored, where)
     shapes = {names[name]: shape for name, shape in stored.items()}
@@ -180,33 +219,20 @@ def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
             f"{where} has {len(layers)} layers and wte.weight {list(embedding)},"
             f" but {CONFIG} says n_layer {config.n_layer}, n_embd {config.n_embd}"
         )
-    if config.block_size * _table_width(config) > _POSITION_NUMBERS:
-        raise CheckpointError(f"{path / CONFIG}: model.block_size {config.block_size} is too large")
+    _check_positions(path / CONFIG, config)
     try:
-        with torch.device("meta"):
-            model = GPT(config, embedding[0])
+        model = empty_model(config, embedding[0])
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
         raise CheckpointError(f"{path / CONFIG}: no model has these sizes: {error}") from error
     _check_fit(model, shapes, where)
     return model
 
 
-def _table_width(config: ModelConfig) -> int:
-    """Numbers a position in the table that `GPT.reset_positions` makes."""
-    return {"rope": config.head_size, "sinusoidal": config.n_embd}.get(config.position, 0)
-
-
-def _stored_shapes(path: Path) -> Shapes:
-    """Shapes by name from the file's header. CheckpointError for tensors of whole numbers."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            for name, part in slices.items():
-                if not re.fullmatch(r"B?F\d+", part.get_dtype()):
-                    raise CheckpointError(f"{path}: {name} holds {part.get_dtype()}, not floats")
-            return {name: tuple(part.get_shape()) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def _check_positions(path: Path, config: ModelConfig) -> None:
+    """Bound the table that `GPT.reset_positions` makes."""
+    widths = {"rope": config.head_size, "sinusoidal": config.n_embd}
+    if config.block_size * widths.get(config.position, 0) > _POSITION_NUMBERS:
+        raise CheckpointError(f"{path}: model.block_size {config.block_size} is too large")
 
 
 def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:

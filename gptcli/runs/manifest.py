@@ -4,13 +4,13 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptcli import __version__
+from gptcli import __version__, stop
 from gptcli.errors import CheckpointError
 from gptcli.runs.run_dir import read_json, write_json_atomic
 
@@ -26,6 +26,10 @@ _TOKENIZER_FILE = re.compile(TOKENIZER + r"/[a-z0-9_]{1,50}\.(json|tiktoken)")
 
 class NewerFormatError(CheckpointError):
     """A checkpoint of a later gpt: whole, but not for this one."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file whose content is not what was written."""
 
 
 def write_manifest(directory: Path, step: int, tied: dict[str, str], tokenizer: str) -> None:
@@ -72,12 +76,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(
-    directory: Path, manifest: dict[str, Any], *, optimizer: bool, hashes: bool
-) -> None:
+def check_files(directory: Path, manifest: dict[str, Any], hashed: Collection[str]) -> None:
     """Compare the files in `directory` with its manifest. CheckpointError names the first bad one.
 
-    Presence and sizes always, hashes on request, the optimizer's with `optimizer` only.
+    Presence and sizes of all, the hashes of the files `hashed`.
     """
     files = manifest["files"]
     on_disk = {f"{TOKENIZER}/{p.name}" for p in (directory / TOKENIZER).glob("[!.]*")}
@@ -95,13 +97,25 @@ def check_files(
                 raise CheckpointError(
                     f"{directory}: {name} has {found.st_size} bytes instead of {entry['bytes']}"
                 )
-            wanted = hashes and (optimizer or name != OPTIMIZER)
-            if wanted and _sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{directory}: {name} is damaged (its sha256 differs)")
         except FileNotFoundError:
             raise CheckpointError(f"{directory}: {name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if name in hashed:
+            check_hash(directory, manifest, name)
+
+
+def check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
+    """Compare one file with its hash in the manifest; DamagedFileError when they differ.
+
+    The GIL is released meanwhile: another thread can read the same file. Raises `stop.Stopped`.
+    """
+    try:
+        found = _sha256(directory / name, stoppable=True)
+    except OSError as error:
+        raise DamagedFileError(f"{directory / name} cannot be read: {error.strerror}") from error
+    if found != manifest["files"][name]["sha256"]:
+        raise DamagedFileError(f"{directory}: {name} is damaged (its sha256 differs)")
 
 
 def _problems(manifest: dict[str, Any]) -> Iterator[str]:
@@ -134,9 +148,11 @@ def _is_known(name: str) -> bool:
     return name in _REQUIRED or _TOKENIZER_FILE.fullmatch(name) is not None
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, *, stoppable: bool = False) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            if stoppable:  # reading is; what is saved after a stop request must become whole
+                stop.raise_if_requested()
     return digest.hexdigest()

@@ -7,11 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-
 from gptcli import stop
-from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
@@ -19,12 +15,13 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
-from gptcli.model.gpt import GPT, initialise
+from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
 from gptcli.runs.checkpoint import Contents
-from gptcli.runs.load import LoadedModel, load_model, load_weights
+from gptcli.runs.load import LoadedModel
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training.choices import choose, choose_again
+from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
@@ -62,19 +59,6 @@ def describe_limits(config: Config) -> str:
     return ", ".join(f"{name} {limits[name]}" for name in LIMITS if limits[name] is not None)
 
 
-def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | None]:
-    """The config with the shape that the run's checkpoint or its `init` has, and that model."""
-    if start.contents is not None:
-        if config.init is None:
-            return config, None
-        saved = Config.model_validate(start.saved_config)
-        return _with_shape(config, saved.model), None
-    if config.init is None:
-        return config, None
-    initial = load_model(config.init, torch.device("cpu"))
-    return _with_shape(config, initial.config.model), initial
-
-
 def build_session(
     config: Config,
     start: Start,
@@ -84,22 +68,19 @@ def build_session(
     validation: list[EncodedDocument],
     initial: LoadedModel | None,
 ) -> Session:
-    """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed."""
-    model = GPT(config.model, tokenizer.vocab_size)
-    if start.contents is not None:
-        load_weights(model, start.contents.model, str(start.directory))
-    elif initial is not None:
-        load_weights(model, initial.model.state_dict(), str(initial.path))
-    else:
-        initialise(model, torch.Generator().manual_seed(config.seed))
+    """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed.
+
+    `initial` gives its tensors to the session: it is not to be used afterwards.
+    """
+    model, facts = starting_model(config, start, tokenizer, initial)
     model.to(device.torch)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
         optimizer.load_state_dict(start.contents.optimizer)
         saved = start.contents.state["choices"]
-        choices = choose_again(saved, config, device, tokenizer.vocab_size)
+        choices = choose_again(saved, config, device, model.vocab_size)
     else:
-        choices = choose(config, device, tokenizer.vocab_size)
+        choices = choose(config, device, model.vocab_size)
     session = Session(
         config=config,
         directory=start.directory,
@@ -126,6 +107,7 @@ def build_session(
         },
         data=_data_facts(corpus, validation),
         skipped_text=_left_out(corpus),
+        **facts,
     )
     return session
 
@@ -192,16 +174,6 @@ def saved_scores(contents: Contents | None) -> Scores | None:
     """The scores of the last evaluation before a checkpoint."""
     saved = contents.state["scores"] if contents is not None else None
     return Scores.from_json(saved) if saved is not None else None
-
-
-def _with_shape(config: Config, shape: ModelConfig) -> Config:
-    """`config` with another model's shape, its own dropout kept, checked again as a whole."""
-    model = shape.model_copy(update={"dropout": config.model.dropout})
-    try:
-        return Config.model_validate({**dict(config), "model": model})
-    except ValidationError as error:
-        problems = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise ConfigError(problems) from error
 
 
 def _scorer(

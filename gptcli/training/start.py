@@ -42,6 +42,7 @@ from gptcli.training.state import TrainState, progress
 log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
+_SHAPE = ("model.", "tokenizer.")
 LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_time")
 
 
@@ -170,7 +171,7 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     if newest is None:
         raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
     contents = checkpoint.read(newest, with_optimizer=True)
-    _check_config(contents, config)
+    _check_config(contents, config, directory)
     state = TrainState(**contents.state["train"])
     finished = read_run_json(directory).get("status") == "finished"
     if finished and progress(state, config.training) >= 1.0:
@@ -237,17 +238,19 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], allow_change: 
     log.warning(f"{message}; going on as told, the order of documents is not the same")
 
 
-def _check_config(contents: Contents, config: Config) -> None:
+def _check_config(contents: Contents, config: Config, directory: Path) -> None:
     """Another model or tokenizer is refused; other changes are shown."""
-    old, new = _flat(contents.config_yaml), _flat(dump_config(config))
+    old, new = _flat(contents.config_yaml), _flat(dump_config(config, loadable=True))
+    if config.init is not None:  # the checkpoint's config has also what came from there
+        given = new.keys() | _given_when_begun(directory)
+        old = {k: v for k, v in old.items() if k in given or not k.startswith(_SHAPE)}
     differing = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
     shown = {k: f"{k}: {a} -> {b}" for k, (a, b) in differing.items()}
     fixed = [
         text
         for key, text in shown.items()
-        if key.startswith(("model.", "tokenizer.", "data.", "init", "seed", "optimizer.kind"))
+        if key.startswith((*_SHAPE, "data.", "init", "seed", "optimizer.kind"))
         and key not in ("model.dropout", "data.cache")  # neither changes what is trained on
-        and not (config.init is not None and key.startswith(("model.", "tokenizer.")))
     ]
     if fixed:
         raise CheckpointError(
@@ -257,6 +260,14 @@ def _check_config(contents: Contents, config: Config) -> None:
         )
     for text in shown.values():
         log.warning(f"changed since the run began: {text}")
+
+
+def _given_when_begun(directory: Path) -> set[str]:
+    """Keys in the run's config.yaml, which with `init` holds what was given beside it."""
+    try:
+        return set(_flat((directory / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # it was lost or edited
+        return set()
 
 
 def _before_decay(

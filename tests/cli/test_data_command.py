@@ -172,8 +172,9 @@ def test_show_page(gpt, corpus, tmp_path):
     assert page.read_text().count('<section class="row">') == 4
 
 
-def test_show_examples(gpt, corpus, tmp_path):
+def test_show_examples(gpt, corpus, tmp_path, monkeypatch):
     """Of a finetuning row, prompt tokens carry no loss and response tokens do."""
+    monkeypatch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
     run = tmp_path / "run"
     code, _, err = gpt("pretrain", corpus[1], *TINY, "--run-dir", str(run))
     assert code == 0, err

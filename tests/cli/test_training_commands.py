@@ -22,12 +22,24 @@ samples: {n: 1, max_new_tokens: 4}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A folder with a config and its text."""
+    """A folder with a config and its text. Reports, whose plots take a second, are left out."""
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("One day a cat sat on a mat, and then it ran.\n" * 200)
     monkeypatch.chdir(tmp_path)
+    for job in ("pretrain", "finetune"):
+        monkeypatch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
 
 
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch):
+    """Runs write their reports after all."""
+    from gptcli.reports.report import write_report
+
+    for job in ("pretrain", "finetune"):
+        monkeypatch.setattr(f"gptcli.{job}.write_report", write_report)
+
+
+@pytest.mark.usefixtures("reports")
 def test_a_run_from_start_to_text(gpt, tmp_path):
     """Results on stdout, the rest on stderr; what is printed exists; `generate` finds the run."""
     code, out, err = gpt("pretrain", "tiny.yaml")

@@ -9,6 +9,7 @@ import typer
 
 from gptcli.cli.config_command import config_app
 from gptcli.config.load import load_config
+from gptcli.config.model_schema import RopeScaling
 from gptcli.config.schema import Config
 from gptcli.config.shipped import shipped_config, shipped_names
 from gptcli.errors import ConfigError
@@ -101,3 +102,24 @@ def test_copy_of_an_unknown_name(name: str) -> None:
     with pytest.raises(ConfigError, match="is not a shipped config"):
         run("copy", name)
     assert not os.path.exists("nope.yaml")
+
+
+def test_lists_and_mappings_of_the_model(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`show` printed the one form of a window that `check` of its output had to take."""
+    sets = ["--set", "model.window=64", "--set", "model.rope_scaling={kind: linear, factor: 2}"]
+    run("show", config, *sets)
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    run("check", str(again))
+    assert capsys.readouterr().out == f"{again}: ok\n"
+    model = load_config(str(again)).config.model
+    assert model.window == [64]
+    assert model.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    again.write_text("model:\n  n_layer: 2\n  window: [0, x]\n")
+    with pytest.raises(ConfigError) as error:
+        run("check", str(again))
+    assert error.value.problems == [
+        f"{again}:3:15: model.window[1]: expected a whole number, got the text 'x'"
+    ]

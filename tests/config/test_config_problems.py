@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptcli.config.load import load_config
+from gptcli.config.presets import PRESETS
 from gptcli.errors import ConfigError
 
 
@@ -131,8 +132,110 @@ def test_a_misnamed_key_counts_as_the_one_that_was_meant(tmp_path: Path) -> None
         ("model: [a]", "1:8: model: expected a mapping of keys, got a list"),
         (
             "model: {preset: gtp2}",
-            "1:17: model.preset: unknown preset 'gtp2'; one of: modern, gpt2, gpt2-medium,"
-            " gpt2-large, gpt2-xl; did you mean 'gpt2'?",
+            "1:17: model.preset: unknown preset 'gtp2'; did you mean 'gpt2'?",
+        ),
+        (
+            "model: {preset: gpt3}",
+            "1:17: model.preset: unknown preset 'gpt3'; one of: gpt3-small, gpt3-medium,"
+            " gpt3-large, gpt3-xl, gpt3-2.7b, gpt3-6.7b, gpt3-13b, gpt3-175b",
+        ),
+        (
+            "model: {preset: bloom}",
+            f"1:17: model.preset: unknown preset 'bloom'; one of: {', '.join(PRESETS)}",
+        ),
+        ("model: {window: -1}", "1:17: model.window: must be at least 0, got -1"),
+        ("model: {window: [0, -1]}", "1:21: model.window[1]: must be at least 0, got -1"),
+        ("model: {window: []}", "1:17: model.window: needs at least this many entries: 1, got 0"),
+        (
+            "model: {window: 2.5}",
+            "1:17: model.window: expected a whole number or a list of whole numbers or null, got"
+            " the number 2.5",
+        ),
+        (
+            "model: {window: '256'}",
+            "1:17: model.window: expected a whole number or a list of whole numbers or null, got"
+            " the text '256'; remove the quotes",
+        ),
+        (
+            "model: {window: all}",
+            "1:17: model.window: expected a whole number or a list of whole numbers or null, got"
+            " the text 'all'",
+        ),
+        (
+            "model: {window: true}",
+            "1:17: model.window: expected a whole number or a list of whole numbers or null, got"
+            " true",
+        ),
+        (
+            "model: {n_layer: 2, window: [0, 8, 8]}",
+            "1:29: model.window has 3 entries, but model.n_layer is 2",
+        ),
+        (
+            "model: {rope_scaling: 2}",
+            "1:23: model.rope_scaling: expected a mapping of keys or null, got the number 2",
+        ),
+        (
+            "model: {rope_scaling: {kind: linear}}",
+            "1:23: model.rope_scaling: needs the key 'factor'",
+        ),
+        (
+            "model: {rope_scaling: {kind: ntk, factor: 2, original_block_size: 64}}",
+            "1:30: model.rope_scaling.kind: expected one of: linear, dynamic, yarn, llama3; got"
+            " 'ntk'; did you mean 'dynamic'?",
+        ),
+        (
+            "model: {rope_scaling: {kind: linear, factor: 0.5}}",
+            "1:46: model.rope_scaling.factor: must be at least 1, got 0.5",
+        ),
+        (
+            "model: {rope_scaling: {kind: yarn, factor: 2}}",
+            "1:23: model.rope_scaling: kind yarn needs original_block_size, the block_size that"
+            " the model was trained with",
+        ),
+        (
+            "model: {rope_scaling: {kind: yarn, factor: 2, original_block_size: 9, beta_slow: 32}}",
+            "1:23: model.rope_scaling: kind yarn needs beta_fast 32 above beta_slow 32",
+        ),
+        (
+            "model: {rope_scaling: {kind: llama3, factor: 2, original_block_size: 64,"
+            " high_freq_factor: 1}}",
+            "1:23: model.rope_scaling: kind llama3 needs high_freq_factor 1 above"
+            " low_freq_factor 1",
+        ),
+        (
+            "model: {rope_scaling: {kind: linear, factor: 2, beta_fast: 4}}",
+            "1:49: model.rope_scaling.beta_fast has no effect with model.rope_scaling.kind linear;"
+            " remove it",
+        ),
+        (
+            "model: {position: learned, rope_theta: 1e5}",
+            "1:28: model.rope_theta has no effect with model.position learned; remove it",
+        ),
+        (
+            "model: {preset: gpt2, rope_scaling: {kind: linear, factor: 2}}",
+            "1:1: model: rope_scaling stretches position rope, but position is learned",
+        ),
+        (
+            "model: {n_embd: 12, n_head: 4}",
+            "1:1: model: position rope needs an even head size (n_embd / n_head), not 3",
+        ),
+        (
+            "model: {n_embd: 8, rope_scaling: {kind: dynamic, factor: 2, original_block_size: 64}}",
+            "1:1: model: rope_scaling dynamic needs a head size above 2, not 2"
+            " (its exponent is D / (D - 2))",
+        ),
+        (
+            "model: {rope_theta: 1, rope_scaling: {kind: yarn, factor: 2, original_block_size: 9}}",
+            "1:1: model: rope_scaling yarn needs rope_theta above 1 (its logarithm divides), not 1",
+        ),
+        (
+            "init: runs/x\nmodel: {embedding_file: a.txt}",
+            "2:25: model.embedding_file starts the token embeddings of a new model, but those come"
+            " with the model that init names; remove one of them",
+        ),
+        (
+            "init: runs/x\nmodel: {block_size: 100}",
+            "2:21: training.tokens_per_step 4096 is not a multiple of model.block_size 100",
         ),
         ("model: {preset: gpt2, n_head: 5}", "1:1: model: n_embd 768 is not divisible by n_head 5"),
         ("training: {eval_every: 0}", "1:24: training.eval_every: must be above 0, got 0"),
@@ -250,6 +353,45 @@ def test_init_settles_tokenizer_and_shape(tmp_path: Path) -> None:
         f"c.yaml:5:1: tokenizer: {refused}",
         "c.yaml:6:7: seed: expected a whole number, got the text 'x'",
         f"--set model.n_head=2: model.n_head: {refused}",
+    ]
+
+
+def test_some_keys_may_stand_beside_init(tmp_path: Path) -> None:
+    """The rules for a new model's sizes must not be held against a shape that is not yet known."""
+    path = tmp_path / "c.yaml"
+    path.write_text("init: runs/x\nmodel: {window: [0, 1, 2, 3, 4, 5], rope_theta: 5e5}\n")
+    scaling = "model.rope_scaling={kind: dynamic, factor: 2, original_block_size: 9999}"
+    model = load_config(str(path), [scaling, "eval.stride=500"]).config.model
+    assert model.window == [0, 1, 2, 3, 4, 5]
+    assert model.rope_theta == 5e5
+    refused = "model.n_layer: comes with the model that init names; remove it"
+    text = "init: runs/x\nmodel: {window: 8, n_layer: 3}\n"
+    assert problems_of(tmp_path, text) == [f"c.yaml:2:20: {refused}"]
+
+
+def test_scaling_that_never_begins(tmp_path: Path) -> None:
+    """Dynamic scaling acts beyond original_block_size only: in a shorter block it is no option."""
+    text = "model: {rope_scaling: {kind: dynamic, factor: 2, original_block_size: 128}}"
+    (problem,) = problems_of(tmp_path, text)
+    assert problem.startswith(
+        "c.yaml: model.rope_scaling dynamic changes nothing up to original_block_size 128, and"
+        " model.block_size is 128"
+    )
+    # llama3 and yarn change the frequencies in short blocks, too.
+    path = tmp_path / "c.yaml"
+    path.write_text(text.replace("dynamic", "llama3"))
+    assert load_config(str(path)).config.model.idle_scaling is None
+
+
+def test_misspelt_keys_of_a_mapping_in_the_model(tmp_path: Path) -> None:
+    """Keys of rope_scaling are one level deeper than the suggestions used to look."""
+    text = "model:\n  rope_scaling: {rope_type: linear, factr: 2}\n  sliding_window: 4\n"
+    assert problems_of(tmp_path, text, "model.rope_scaling.knd=yarn") == [
+        "c.yaml:2:18: unknown key 'rope_type' in model.rope_scaling; did you mean 'kind'?",
+        "c.yaml:2:37: unknown key 'factr' in model.rope_scaling; did you mean 'factor'?",
+        "c.yaml:3:3: unknown key 'sliding_window' in model; did you mean 'window'?",
+        "--set model.rope_scaling.knd=yarn: unknown key 'knd' in model.rope_scaling; did you mean"
+        " 'kind'?",
     ]
 
 

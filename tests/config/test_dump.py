@@ -8,8 +8,15 @@ import pytest
 import yaml
 
 from gptcli.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
-from gptcli.config.load import config_schema, dump_config, load_config, load_resolved, unused_keys
-from gptcli.config.model_schema import ModelConfig
+from gptcli.config.load import (
+    config_schema,
+    dump_config,
+    given_beside_init,
+    load_config,
+    load_resolved,
+    unused_keys,
+)
+from gptcli.config.model_schema import ModelConfig, RopeScaling
 from gptcli.config.schema import (
     Config,
     FinetuneConfig,
@@ -52,6 +59,42 @@ def test_a_config_with_init_leaves_out_what_comes_from_there(tmp_path: Path) -> 
     path = tmp_path / "dump.yaml"
     path.write_text(dump_config(config, loadable=True))
     assert load_config(str(path)).config == config
+    assert given_beside_init(load_config(str(path)).config) == {"dropout": 0.1}
+
+
+def test_what_is_given_beside_init_is_written_out(tmp_path: Path) -> None:
+    """config.yaml of a long-context run must repeat it: without its block size, that of the init
+    model would be taken; with keys that were not given, these would be forced on another one."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "init: runs/x\ntraining: {tokens_per_step: 8192}\nmodel:\n  block_size: 4096\n"
+        "  rope_scaling: {kind: dynamic, factor: 4, original_block_size: 1024}\n"
+    )
+    config = load_config(str(path), ["model.window=[0, 4e2]"]).config
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config, loadable=True))
+    assert yaml.safe_load(again.read_text())["model"] == {
+        "block_size": 4096,
+        "dropout": 0.0,
+        "rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_block_size": 1024},
+        "window": [0, 400],
+    }
+    assert load_config(str(again)).config == config
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(kind="linear", factor=2.0),
+        RopeScaling(kind="dynamic", factor=2.0, original_block_size=64),
+        RopeScaling(kind="yarn", factor=2.0, original_block_size=64, attention_factor=1.0),
+        RopeScaling(kind="llama3", factor=8.0, original_block_size=64, low_freq_factor=2.0),
+    ],
+)
+def test_every_scaling_comes_back_equal(tmp_path: Path, scaling: RopeScaling) -> None:
+    """A dump with the keys of all kinds would be refused for those that its kind does not read."""
+    config = Config(model=ModelConfig(rope_scaling=scaling, window=[0, 16]))
+    assert reload(tmp_path, config) == config
 
 
 def test_a_checkpoint_keeps_the_shape_beside_init(tmp_path: Path) -> None:
@@ -100,12 +143,11 @@ def test_keys_without_effect_are_named(tmp_path: Path, caplog: pytest.LogCapture
     path = tmp_path / "a.yaml"
     path.write_text(
         "tokenizer: {kind: bytes, vocab_size: 5000}\noptimizer: {kind: adamw, momentum: 0.9}\n"
-        "schedule: {kind: cosine, decay_ratio: 0.3}\nmodel: {position: learned, rope_theta: 5.0}\n"
+        "schedule: {kind: cosine, decay_ratio: 0.3}\nmodel: {position: learned}\n"
     )
     config = load_config(str(path)).config
     for key in ("tokenizer.vocab_size", "optimizer.momentum", "schedule.decay_ratio"):
         assert f"{key} has no effect" in caplog.text
-    assert "model.rope_theta has no effect" in caplog.text
     caplog.clear()
     path.write_text(dump_config(config))
     load_config(str(path))
@@ -122,4 +164,8 @@ def test_schema_for_editors() -> None:
     assert {"type": "string"} in train
     assert "gpt2" in definitions["ModelConfig"]["properties"]["preset"]["enum"]
     assert "json" in definitions["GenerateConfig"]["properties"]
+    window = definitions["ModelConfig"]["properties"]["window"]["anyOf"]
+    assert {"type": "integer"} in window
+    assert {"type": "array", "items": {"type": "integer"}} in window
+    assert set(definitions["RopeScaling"]["required"]) == {"kind", "factor"}
     assert definitions["OptimizerConfig"]["properties"]["lr"]["default"] == 0.02

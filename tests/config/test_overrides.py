@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gptcli.config.load import LoadedConfig, load_config
+from gptcli.config.model_schema import RopeScaling
 from gptcli.errors import ConfigError
 
 BASE = "model: {n_layer: 2, n_head: 2}\ndata: {train: a.txt}\n"
@@ -39,6 +40,10 @@ def value(loaded: LoadedConfig, key: str) -> Any:
         ("optimizer.lr=3e-4", 3e-4),
         ("optimizer.betas=[0.8, 0.99]", [0.8, 0.99]),
         ("model.gated=false", False),
+        ("model.window=256", [256]),
+        ("model.window=2e2", [200]),
+        ("model.window=[0,256]", [0, 256]),
+        ("model.window=null", None),
         ("name=2024", "2024"),
         ("name=no", "no"),
         ("generate.model=null", None),
@@ -154,3 +159,19 @@ def test_control_characters_are_escaped(path: str) -> None:
         load_config(path, ["name=\x1b[31m\nerror: fake"])
     assert "\x1b" not in error.value.message
     assert "\n" not in error.value.message
+
+
+def test_one_key_of_a_mapping_that_is_not_there(path: str) -> None:
+    """`rope_scaling` is null by default, which has no room for keys of its own."""
+    sets = ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=4"]
+    scaling = load_config(path, sets).config.model.rope_scaling
+    assert scaling == RopeScaling(kind="linear", factor=4.0)
+    assert load_config(path, ["model.rope_scaling={kind: linear, factor: 4}"]).config == (
+        load_config(path, sets).config
+    )
+    assert load_config(path, ["model.window[0]=8"]).config.model.window == [8]
+    with pytest.raises(ConfigError) as error:
+        load_config(path, sets[1:])
+    assert error.value.problems == [
+        "--set model.rope_scaling.factor=4: model.rope_scaling: needs the key 'kind'"
+    ]

@@ -3,13 +3,14 @@
 import pytest
 
 from gptcli.config import suggest
-from gptcli.config.fields import keys_of, sections
+from gptcli.config.fields import all_sections, keys_of
+from gptcli.config.presets import PRESETS
 from gptcli.config.schema import Config
 
 
 def hint(dotted: str) -> str:
     section, _, key = dotted.rpartition(".")
-    model = sections()[section] if section else Config
+    model = all_sections()[section] if section else Config
     return suggest.for_key(key, section, keys_of(model)).text.removeprefix("; ")
 
 
@@ -50,7 +51,26 @@ def hint(dotted: str) -> str:
         ("n_layer", "it belongs to model"),
         ("training.lr", "it belongs to optimizer"),
         ("training.seed", "it belongs to the top level or generate"),
-        ("model.kind", "it belongs to tokenizer, optimizer or schedule"),
+        ("model.kind", "it belongs to tokenizer, optimizer, schedule or model.rope_scaling"),
+        *[
+            (f"model.{k}", "did you mean 'window'?")
+            for k in ("sliding_window", "attention_window", "attention_types", "layer_types")
+        ],
+        ("model.window_size", "did you mean 'window' or 'block_size'?"),
+        ("model.rope_parameters", "did you mean 'rope_scaling'?"),
+        ("model.rope_type", "did you mean 'model.rope_scaling.kind'?"),
+        ("model.factor", "it belongs to model.rope_scaling"),
+        ("model.type", "did you mean 'preset'?"),
+        ("model.word_vectors", "did you mean 'embedding_file'?"),
+        ("optimizer.type", "did you mean 'kind'?"),
+        *[(f"model.rope_scaling.{k}", "did you mean 'kind'?") for k in ("rope_type", "type")],
+        (
+            "model.rope_scaling.original_max_position_embeddings",
+            "did you mean 'original_block_size'?",
+        ),
+        ("model.rope_scaling.facter", "did you mean 'factor'?"),
+        ("model.rope_scaling.high_freq", "did you mean 'high_freq_factor'?"),
+        ("model.rope_scaling.rope_theta", "it belongs to model"),
         ("data.text_field", "it belongs to a source, as in train: [{path: ..., text_field: ...}]"),
         ("modle", "did you mean 'model'?"),
         ("schedule.max_stepz", "did you mean 'training.max_steps'?"),
@@ -66,7 +86,7 @@ def test_suggestions(key: str, text: str) -> None:
 
 def test_every_word_leads_to_a_key() -> None:
     """A renamed key would leave suggestions that are themselves refused."""
-    known = {f"{name}.{key}" for name, section in sections().items() for key in keys_of(section)}
+    known = {f"{name}.{key}" for name, part in all_sections().items() for key in keys_of(part)}
     known |= set(keys_of(Config))
     for word, targets in suggest._TARGETS.items():
         for target in targets:
@@ -81,7 +101,7 @@ def test_no_other_word_is_a_key_where_it_is_suggested() -> None:
         for target in targets:
             section = target.rpartition(".")[0]
             if section:
-                assert word not in keys_of(sections()[section]), word
+                assert word not in keys_of(all_sections()[section]), word
 
 
 @pytest.mark.parametrize(
@@ -92,6 +112,10 @@ def test_no_other_word_is_a_key_where_it_is_suggested() -> None:
         ("adam", ["muon", "adamw"], "adamw"),
         ("Cosine", ["wsd", "cosine"], "cosine"),
         ("zzz", ["wsd", "cosine"], None),
+        ("ntk", ["linear", "dynamic"], "dynamic"),
+        ("gpt2-355m", [*PRESETS], "gpt2-medium"),
+        ("gpt3-1.3b", [*PRESETS], "gpt3-xl"),
+        ("llama-7", [*PRESETS], "llama-7b"),
         ("x" * 100_000, ["wsd"], None),
     ],
 )

@@ -1,4 +1,5 @@
-"""A small server that speaks the hub's API, for tests: listings, redirects and ranged reads.
+"""A small server that speaks the hub's API, for tests: datasets and models, listings, redirects and
+ranged reads.
 
 `with HubServer() as hub:` serves on 127.0.0.1; set HF_ENDPOINT to `hub.url`. Commits are kept, so
 that a branch may move while an old commit stays readable, as on the hub.
@@ -18,7 +19,9 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".parquet", ".arrow", ".gz", ".zst", ".xz")  # kept in LFS, served after a redirect
+# Kept in LFS, served after a redirect.
+LARGE = (".parquet", ".arrow", ".gz", ".zst", ".xz", ".safetensors", ".bin")
+_VERBS = "revision|tree|refs|paths-info"
 
 
 @functools.cache
@@ -28,7 +31,7 @@ def blob_id(data: bytes) -> str:
 
 
 class HubServer:
-    """Datasets, and switches for what goes wrong."""
+    """Datasets and models (their names differ), and switches for what goes wrong."""
 
     def __init__(self) -> None:
         self.commits: dict[tuple[str, str], dict[str, bytes]] = {}
@@ -45,7 +48,7 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def commit(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """A new state of a dataset; the branch moves to it. Returns the commit's hash."""
+        """A new state of a repository; the branch moves to it. Returns the commit's hash."""
         state = json.dumps([name, sorted((k, blob_id(v)) for k, v in files.items())])
         commit = hashlib.sha1(state.encode()).hexdigest()
         self.commits[name, commit] = dict(files)
@@ -105,12 +108,15 @@ class _Answers(BaseHTTPRequestHandler):
         hub.requests.append((self.command, unquote(address.path), self.headers.get("Range")))
         time.sleep(hub.stall_seconds)
         path = address.path
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.*))?)?", path):
+        if match := re.fullmatch(
+            rf"/api/(?:datasets|models)/(.+?)(?:/({_VERBS})(?:/(.*))?)?", path
+        ):
             self._api(unquote(match[1]), match[2], match[3] or "", query)
-        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/(?:datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
             self._resolve(*(unquote(part) for part in match.groups()))
         elif match := re.fullmatch(r"/lfs/(\w+)", path):
-            self._content(self._by_hash(match[1]), f'"{match[1][:32]}"', {})
+            headers = {"X-Repo-Commit": query["commit"][0]}
+            self._content(self._by_hash(match[1]), f'"{match[1][:32]}"', headers)
         else:
             self._json({"error": "Not Found"}, 404)
 
@@ -142,7 +148,7 @@ class _Answers(BaseHTTPRequestHandler):
             return
         commit, files = found
         if verb in (None, "revision"):
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [{"rfilename": k, "size": len(v)} for k, v in files.items()]
             gated = "auto" if name in self.server_state.gated else False
             self._json({"id": name, "sha": commit, "siblings": siblings, "gated": gated})
         elif verb == "paths-info":
@@ -192,7 +198,7 @@ class _Answers(BaseHTTPRequestHandler):
         elif path.endswith(LARGE):
             digest = hashlib.sha256(files[path]).hexdigest()
             self.send_response(302)
-            self.send_header("Location", f"{hub.url}/lfs/{digest}")
+            self.send_header("Location", f"{hub.url}/lfs/{digest}?commit={commit}")
             self.send_header("X-Repo-Commit", commit)
             self.send_header("X-Linked-Etag", f'"{digest}"')
             self.send_header("X-Linked-Size", str(len(files[path])))

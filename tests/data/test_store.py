@@ -2,12 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from gptcli.data.store import (
 )
 from gptcli.data.stream import RecordStream, ShardReader, permutation
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.errors import DataError, ResourceError
+from gptcli.errors import DataError, GptError, ResourceError
 
 KEY = "0" * 64
 WHOLE = Split("none")
@@ -337,52 +336,55 @@ def test_a_stop_request_ends_a_build_and_leaves_nothing(
     assert not list((cache / "tokens").iterdir())
 
 
-BUILD = """
-    import sys, time
-    from pathlib import Path
-    sys.path[:0] = [{tests!r}]
-    from test_store import Counting, KEY, make_shards, walk, write_sources
-    from gptcli.data import store_writer
-    from gptcli.data.store import StoreReader, open_store
-    from gptcli.errors import GptError
-
-    def slowly(calls):
-        time.sleep(float(sys.argv[2]))
-        with open(sys.argv[1] + ".calls", "a") as f:
-            f.write("x")
-
-    store_writer._CHUNK_BYTES = 1000
-    {first}
-    shards = make_shards(write_sources(Path(sys.argv[1]))["rows"])
-    try:
-        print(len(walk(StoreReader(open_store(shards, Counting(slowly), KEY, 2)))))
-    except GptError as error:
-        print(error.exit_code, error, error.hint)
-"""
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter imports for five seconds
 
 
-def start(data: Path, seconds: float, first: str = "") -> subprocess.Popen[str]:
-    """Build the store in a process of its own, at `seconds` a record."""
-    script = textwrap.dedent(BUILD).format(tests=str(Path(__file__).parent), first=first)
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(data), str(seconds)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+class Build:
+    """A process that builds the store of `shards`, at `seconds` a record."""
+
+    def __init__(self, shards: list[Shard], data: Path, seconds: float, limit_bytes: int = 0):
+        self._answer, sender = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(
+            target=self._run, args=(sender, shards, data, seconds, limit_bytes)
+        )
+        self.process.start()
+        sender.close()
+
+    def answer(self) -> str:
+        """The number of records, or exit code, message and hint of the error."""
+        assert self._answer.poll(60)
+        answer = self._answer.recv()
+        self.process.join()
+        return answer
+
+    @staticmethod
+    def _run(sender: Any, shards: list[Shard], data: Path, seconds: float, limit_bytes: int):
+        def slowly(calls: int) -> None:
+            time.sleep(seconds)
+            with open(f"{data}.calls", "a") as f:
+                f.write("x")
+
+        store_writer._CHUNK_BYTES = 1000
+        if limit_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        try:
+            store = open_store(shards, Counting(slowly), KEY, 2)
+            sender.send(str(len(walk(StoreReader(store)))))
+        except GptError as error:
+            sender.send(f"{error.exit_code} {error} {error.hint}")
 
 
 def test_a_killed_build_is_forgotten(tmp_path: Path, cache: Path):
     """Guards against half a store that is taken for a whole one, and against litter."""
     data = tmp_path / "data"
     shards = make_shards(write_sources(data)["rows"])
-    process = start(data, 0.02)
+    process = Build(shards, data, 0.02).process
     calls = tmp_path / "data.calls"
     deadline = time.monotonic() + 60
     while (not calls.exists() or calls.stat().st_size < 10) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert [p.suffix for p in (cache / "tokens").iterdir() if p.is_dir()] == [".building"]
     assert store_sizes() == []
     # Any start removes it, also one that wants another store.
@@ -396,19 +398,17 @@ def test_two_processes_build_once(tmp_path: Path, cache: Path):
     """Guards against two runs started together that both tokenise, or mix their files."""
     data = tmp_path / "data"
     shards = make_shards(write_sources(data)["rows"])
-    processes = [start(data, 0.02) for _ in range(2)]
+    builds = [Build(shards, data, 0.02) for _ in range(2)]
     records = str(len(walk(opened(shards))))
-    assert [p.communicate(timeout=80)[0].strip() for p in processes] == [records, records]
+    assert [build.answer() for build in builds] == [records, records]
     assert (tmp_path / "data.calls").stat().st_size == int(records)
     assert len(list((cache / "tokens").iterdir())) == 1
 
 
 def test_a_file_that_cannot_grow_is_a_resource_error(tmp_path: Path, cache: Path):
     """Guards against a full disk that ends in a traceback and stays full."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
-    write_sources(tmp_path / "data")
-    limited = "write_sources = lambda path, known=write_sources(Path(sys.argv[1])): known"
-    out = start(tmp_path / "data", 0, f"{limited}; {limit}").communicate(timeout=60)[0]
+    shards = make_shards(write_sources(tmp_path / "data")["rows"])
+    out = Build(shards, tmp_path / "data", 0, limit_bytes=200_000).answer()
     assert out.startswith("6 ")
     assert "cannot be written" in out
     assert "data.cache: off" in out

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from gptcli.config.data_schema import TokenizerConfig
+from gptcli.config.model_schema import ModelConfig
 from gptcli.data.tiktoken_tables import (
     O200K_PATTERN,
     PATTERNS,
@@ -24,8 +26,10 @@ from gptcli.data.tiktoken_tables import (
 )
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer_json, train_bpe
 from gptcli.errors import CheckpointError, DataError
+from gptcli.generation.engine import Sampling, generate_samples
 from gptcli.generation.prompt import encode_prompt
 from gptcli.generation.text import Utf8Stream
+from gptcli.model.gpt import GPT
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K" / "hf"
 SOURCE = Path(str(argparse.__file__)).read_text(encoding="utf-8")
@@ -270,22 +274,89 @@ def test_configs_beside_it_name_the_special_tokens(tmp_path: Path):
         path = write(tmp_path / str(number), library, **beside)
         tokenizer = load_tokenizer_json(path)
         assert (tokenizer.eot, tokenizer.bos) == (wanted_eot, wanted_bos), beside
+        ends = {im_end, eot} if "generation_config" in beside else {wanted_eot}
+        assert tokenizer.ends == ends, beside
         folder = TokenizerConfig(kind="file", path=str(path.parent))
         assert build_tokenizer(folder, []).identity == tokenizer.identity
     no_bos = write(tmp_path / "no", llama3_style(), tokenizer_config={"add_bos_token": False})
     assert load_tokenizer_json(no_bos).bos is None
 
 
-def test_without_an_end_of_text_token_it_gets_one(tmp_path: Path):
-    """Guards against documents that cannot be told apart, or separated by an ordinary token."""
+def test_all_ends_that_the_configs_name(tmp_path: Path):
+    """Guards against a chat model that runs on behind its turn, whichever file names that end; and
+    against ends that the vocabulary does not have."""
+    library = llama2_style()
+    library.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    im_end, eot = library.token_to_id("<|im_end|>"), library.token_to_id("<|endoftext|>")
+    h = library.token_to_id("h")
+    path = write(
+        tmp_path / "hf",
+        library,
+        tokenizer_config={"eos_token": "<|endoftext|>"},
+        generation_config={"eos_token_id": [im_end, 99_999, -1, None, "2", True]},
+        config={"eos_token_id": h},
+    )
+    tokenizer = load_tokenizer_json(path)
+    assert (tokenizer.eot, tokenizer.ends) == (eot, {eot, im_end, h})
+    tokenizer.save(tmp_path / "saved")
+    loaded = Tokenizer.load(tmp_path / "saved")
+    assert (loaded.identity, loaded.ends) == (tokenizer.identity, tokenizer.ends)
+    for text in TEXTS:  # an ordinary token that ends texts is text all the same
+        assert loaded.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert loaded.token_bytes(h) == b"h"
+
+
+def test_a_published_folder_stops_at_each_of_its_ends(tmp_path: Path):
+    """Guards against ends that are read and saved, but not known to the decoding."""
+    library = llama2_style()
+    library.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    ends = [library.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    path = write(tmp_path / "hf", library, generation_config={"eos_token_id": ends})
+    load_tokenizer_json(path).save(tmp_path / "saved")
+    tokenizer = Tokenizer.load(tmp_path / "saved")
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 8}
+    model = GPT(ModelConfig.model_validate(shape), tokenizer.vocab_size)
+    for end in ends:
+        torch.nn.init.zeros_(model.head.weight)
+        torch.nn.init.ones_(model.wte.weight)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.attn.proj.weight)
+            torch.nn.init.zeros_(block.mlp.proj.weight)
+        torch.nn.init.ones_(model.head.weight[end])
+        got = generate_samples(model, tokenizer, [1], 1, Sampling(temperature=0.0))[0]
+        assert (got.text, got.tokens, got.finish_reason) == ("", [], "eot")
+
+
+def without_end(tmp_path: Path) -> tuple[Path, int]:
+    """A tokenizer.json that names no end of text, and how many tokens it has."""
     library = llama2_style()
     path = edited(write(tmp_path, library), added_tokens=[], post_processor=None)
     raw = json.loads(path.read_text())
     raw["model"]["vocab"] = {t.replace("</s>", "|"): i for t, i in raw["model"]["vocab"].items()}
     path.write_text(json.dumps(raw))
+    return path, library.get_vocab_size()
+
+
+def test_without_an_end_of_text_token_a_published_model_has_none(tmp_path: Path):
+    """Guards against an id that the model's embedding does not have, put before every prompt."""
+    path, size = without_end(tmp_path)
     tokenizer = load_tokenizer_json(path)
-    assert tokenizer.eot == library.get_vocab_size() == tokenizer.vocab_size - 1
+    assert (tokenizer.eot, tokenizer.start, tokenizer.ends) == (None, None, frozenset())
+    assert tokenizer.vocab_size == size
+    assert encode_prompt(tokenizer, "the") == tokenizer.encode("the")
+    tokenizer.save(tmp_path / "saved")
+    loaded = Tokenizer.load(tmp_path / "saved")
+    assert (loaded.identity, loaded.eot) == (tokenizer.identity, None)
+
+
+def test_without_an_end_of_text_token_it_gets_one_for_training(tmp_path: Path):
+    """Guards against documents that cannot be told apart, or separated by an ordinary token."""
+    path, size = without_end(tmp_path)
+    tokenizer = load_tokenizer_json(path, needs_eot=True)
+    assert tokenizer.eot == size == tokenizer.vocab_size - 1
     assert tokenizer.token_bytes(tokenizer.eot) == b""
+    built = build_tokenizer(TokenizerConfig(kind="file", path=str(path)), [])
+    assert built.identity == tokenizer.identity
 
 
 def test_sentencepiece_text_grows_token_by_token(tmp_path: Path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
@@ -18,6 +19,7 @@ from gptcli.evaluation.perplexity import EncodedDocument, Scores, encode_documen
 from gptcli.model.gpt import GPT, initialise
 
 BLOCK = 16
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK}
 DEVICE = resolve_device("cpu")
 BYTES = Tokenizer.of_bytes()
 TEXTS = [
@@ -37,8 +39,7 @@ def documents(texts: Sequence[str] = TEXTS) -> list[Document]:
 @pytest.fixture(scope="module")
 def model() -> GPT:
     """Random weights that depend on the whole context, in training mode with dropout."""
-    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": BLOCK}
-    config = ModelConfig.model_validate({**sizes, "dropout": 0.3, "zero_init_output": False})
+    config = ModelConfig.model_validate({**SIZES, "dropout": 0.3, "zero_init_output": False})
     made = GPT(config, BYTES.vocab_size)
     initialise(made, torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -98,6 +99,45 @@ def test_batches(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_LOGITS", rows * BLOCK * BYTES.vocab_size)
         found = figures(perplexity(model, encoded, DEVICE, stride=3))
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 257 * 3, 257 * 1000])
+def test_logits_of_a_part_at_a_time(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Bug: the logits of a whole long window fill the memory, or cutting them changes a number."""
+    model.eval()
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 257, (3, BLOCK), generator=generator)
+    targets = torch.randint(0, 257, (3, BLOCK), generator=generator)
+    targets[0, 3:] = targets[2, :4] = -100
+    with torch.no_grad():
+        logits = model(tokens)
+    wanted = F.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-100)
+    sizes: list[int] = []
+    model.head.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
+    monkeypatch.setattr(module, "_LOGITS", at_once)
+    nats, first = module.score_tokens(model, tokens, targets, DEVICE, "fp32")
+    torch.testing.assert_close(nats, wanted, atol=1e-6, rtol=0)
+    assert torch.equal(first, logits.argmax(-1) == targets)
+    assert max(sizes) <= max(at_once, 257)
+    assert sum(sizes) == 257 * int((targets >= 0).sum())
+
+
+def test_positions_that_depend_on_the_length() -> None:
+    """Bug: with dynamic rope a document is scored otherwise next to a longer one, whose padding it
+    shares."""
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_block_size": 4}
+    made = GPT(ModelConfig.model_validate({**SIZES, "rope_scaling": scaling}), BYTES.vocab_size)
+    initialise(made, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    texts = ["abcdefg", "abcdefgh", "hijklmn", "hijklmnopq"]
+    apart = [perplexity(made, encode_documents(documents([t]), BYTES), DEVICE) for t in texts]
+    together = perplexity(made, encode_documents(documents(texts), BYTES), DEVICE)
+    nats = sum(scores.loss * scores.tokens for scores in apart)
+    assert together.loss == pytest.approx(nats / together.tokens, abs=1e-6)
 
 
 def test_bits_per_byte_of_other_tokens() -> None:

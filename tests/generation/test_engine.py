@@ -13,6 +13,7 @@ from torch import Tensor
 from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
+from gptcli.data.special_tokens import SpecialTokens
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.generation import engine
@@ -35,12 +36,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "odd-block": {**PRESETS["modern"], **SMALL, "block_size": 7},
     "block-1": {**PRESETS["gpt2"], **SMALL, "block_size": 1},
+    "banded": {**PRESETS["gpt2"], **SMALL, "window": [0, 5]},
+    "dynamic": {
+        **PRESETS["llama"],
+        **SMALL,
+        "rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_block_size": 12},
+    },
+}
+# Every layer has a window and positions have no end: these read on past the block.
+ROLLING: dict[str, dict[str, Any]] = {
+    "rolling": {**PRESETS["modern"], **SMALL, "n_kv_head": 2, "window": [5, 9]},
+    "rolling-no-position": {**PRESETS["modern"], **SMALL, "position": "none", "window": 6},
+    "rolling-linear": {
+        **PRESETS["llama"],
+        **SMALL,
+        "window": 24,
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
+    },
+    "rolling-wide": {**PRESETS["llama"], **SMALL, "block_size": 8, "window": 20},
 }
 
 
 def random_model(shape: str = "modern", vocab_size: int = 257, std: float = 0.5) -> GPT:
     """Weights wide enough that the argmax changes from token to token."""
-    model = GPT(ModelConfig(**SHAPES[shape]), vocab_size)
+    model = GPT(ModelConfig(**{**SHAPES, **ROLLING}[shape]), vocab_size)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         mean = float(parameter.ndim == 1 and name.endswith("weight"))  # norms
@@ -92,7 +111,7 @@ def test_greedy_cached_equals_uncached_past_the_block(shape: str, penalty: float
         assert len(set(cached[0].tokens)) > 10
 
 
-@pytest.mark.parametrize("shape", ["modern", "gpt2", "odd-block", "block-1"])
+@pytest.mark.parametrize("shape", ["modern", "gpt2", "odd-block", "block-1", "banded", "dynamic"])
 def test_greedy_equals_a_plain_loop(shape: str) -> None:
     """Guards: the window restarts too early, too late or with the wrong tokens."""
     model = random_model(shape)
@@ -119,6 +138,60 @@ def test_a_full_prompt_leaves_room_to_go_on() -> None:
     assert got == generate_samples(model, TOKENIZER, prompt, 1, GREEDY, use_cache=False)
     with pytest.raises(ValueError, match="25 prompt tokens"):
         generate_samples(model, TOKENIZER, [1] * 25, 1, GREEDY)
+    with pytest.raises(ValueError, match="0 prompt tokens"):
+        generate_samples(random_model("rolling"), TOKENIZER, [], 1, GREEDY)
+
+
+def plain_loop(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation by the uncached forward over the whole text, one token after another."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count:
+        ids.append(int(model(torch.tensor([ids]))[0, -1, :256].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 8, 24, 25, 48, 70])
+@pytest.mark.parametrize("shape", ROLLING)
+def test_a_rolling_cache_equals_the_forward_over_the_whole_text(shape: str, length: int) -> None:
+    """Guards: a long prompt cut at the block or read in chunks that do not see each other; a ring
+    that overwrites keys still in reach, or positions that start again at the block."""
+    model = random_model(shape)
+    model.head.weight.data[256:] = 0.0
+    assert model.config.rolls
+    prompt = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(7)).tolist()
+    expected = plain_loop(model, prompt, 60)
+    tokenizer = Tokenizer("no-end", {bytes([b]): b for b in range(256)}, r"[\s\S]", None)
+    settings = replace(GREEDY, max_new_tokens=60)
+    for use_cache in (True, False):
+        got = generate_samples(model, tokenizer, prompt, 2, settings, use_cache=use_cache)
+        assert [g.tokens for g in got] == [expected] * 2
+    assert len(set(expected)) > 4
+
+
+def test_a_rolling_cache_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: memory that grows with the text although no layer looks back that far."""
+    model = random_model("rolling")
+    made: list[int] = []
+    new_cache = GPT.new_cache
+
+    def counted(self: GPT, batch: int, capacity: int | None = None) -> Any:
+        cache = new_cache(self, batch, capacity)
+        made.append(cache.row_bytes)
+        return cache
+
+    monkeypatch.setattr(GPT, "new_cache", counted)
+    generate_samples(model, TOKENIZER, [256] * 100, 1, replace(GREEDY, max_new_tokens=5))
+    bytes_per_token = 2 * model.config.kv_heads * model.config.head_size * 4
+    assert made
+    assert max(made) <= (5 + 9) * bytes_per_token
+
+
+def test_a_stop_request_ends_a_long_prompt() -> None:
+    """Guards: Ctrl-C that waits until a book has been read."""
+    model = random_model("rolling")
+    stop.request(2)
+    got = generate_samples(model, TOKENIZER, [256] * 500, 1, GREEDY)[0]
+    assert (got.text, got.finish_reason) == ("", "interrupted")
 
 
 @pytest.mark.parametrize("shape", ["modern", "gpt2"])
@@ -216,6 +289,36 @@ def test_eot_ends_the_text_and_is_not_part_of_it() -> None:
     """Guards: eot in text or tokens, or generation that goes on into another document."""
     got = scripted("ab", eot=True, max_new_tokens=50)
     assert (got.text, got.tokens, got.finish_reason) == ("ab", [97, 98], "eot")
+
+
+def test_every_end_stops() -> None:
+    """Guards: chat models that run on behind <|im_end|>, since only one of their ends is known."""
+    ends = SpecialTokens({"<|endoftext|>": 256, "<|im_end|>": 257}, more_ends=(257, ord("!")))
+    ranks = {bytes([b]): b for b in range(256)}
+    tokenizer = Tokenizer("chat", ranks, r"[\s\S]", 256, ends)
+    for end in (256, 257, ord("!")):
+        model = Scripted([97, 98, end], vocab_size=258)
+        settings = Sampling(temperature=0.0, max_new_tokens=9)
+        got = generate_samples(model, tokenizer, [256], 1, settings)[0]
+        assert (got.text, got.tokens, got.finish_reason) == ("ab", [97, 98], "eot")
+
+
+def test_without_an_end_the_text_goes_on() -> None:
+    """Guards: `None` compared with tokens, or an invented id that ends the text of GPT-1."""
+    tokenizer = Tokenizer("no-end", {bytes([b]): b for b in range(256)}, r"[\s\S]", None)
+    assert (tokenizer.vocab_size, tokenizer.start, tokenizer.ends) == (256, None, frozenset())
+    model = Scripted([97, 0], vocab_size=256)
+    got = generate_samples(model, tokenizer, [97], 1, replace(GREEDY, max_new_tokens=4))[0]
+    assert (got.tokens, got.finish_reason) == ([97, 0, 97, 0], "length")
+
+
+def test_a_model_without_a_tokenizer_prints_ids() -> None:
+    """Guards: ids run together, or a text that stops at id 0 as the model's config claims."""
+    model = Scripted([2, 0, 11, 1], vocab_size=12)
+    tokenizer = Tokenizer.of_ids(12)
+    got = generate_samples(model, tokenizer, [3], 1, replace(GREEDY, max_new_tokens=4))[0]
+    assert (got.text, got.tokens, got.finish_reason) == ("2 0 11 1 ", [2, 0, 11, 1], "length")
+    assert tokenizer.encode(got.text) == got.tokens
 
 
 def test_streamed_text_is_whole_characters() -> None:

@@ -12,7 +12,7 @@ from gptcli import stop
 from gptcli.config.schema import Config, GenerateConfig
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import ConfigError, DataError
-from gptcli.generate import generate, generate_bytes
+from gptcli.generate import generate, generate_bytes, resolve_prompts
 from gptcli.generation.engine import Generated
 from gptcli.model.gpt import GPT
 from gptcli.runs.load import LoadedModel
@@ -119,6 +119,49 @@ def test_long_prompt_is_cut_or_refused(model: LoadedModel) -> None:
     assert cut.prompt == "x" * 10 + "y" * 16
     with pytest.raises(ConfigError, match="27 tokens"):
         run(model, prompt="x" * 26, truncate="error")
+
+
+def test_a_long_prompt_of_a_model_that_rolls(model: LoadedModel) -> None:
+    """Guards: prompts cut, or refused, although the model can read them whole."""
+    config = Config.model_validate({"model": {**SHAPE, "window": 4}})
+    rolling = GPT(config.model, 257)
+    rolling.load_state_dict(model.model.state_dict())
+    loaded = replace(model, model=rolling.eval(), config=config)
+    [prompt] = resolve_prompts(loaded, settings(prompt="x" * 50, truncate="error"))
+    assert len(prompt.tokens) == 51
+    [[long]] = run(loaded, prompt="x" * 50)
+    assert len(long.tokens) == 8
+
+
+@pytest.mark.parametrize("new_tokens", [14, 15])
+def test_the_restart_of_the_window_is_told_once(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture, tmp_path: Path, new_tokens: int
+) -> None:
+    """Guards: a text that forgets its beginning with no word about it, or a line for each."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("ab\nab\n")  # 3 tokens with the start, and the last new one is not read
+    model.model.head.weight.data[256:] = 0.0
+    with caplog.at_level(logging.INFO, logger="gptcli"):
+        run(model, prompt_file=str(file), max_new_tokens=new_tokens, temperature=0.0)
+    told = [r.getMessage() for r in caplog.records if "block_size" in r.getMessage()]
+    wanted = ["the text grew past block_size, 16 tokens: a full window goes on with its last 8"]
+    assert told == wanted[: new_tokens - 14]
+
+
+def test_a_model_without_a_tokenizer(model: LoadedModel) -> None:
+    """Guards: prompt and continuation run together to another id; text taken for ids."""
+    bare = replace(model, tokenizer=Tokenizer.of_ids(257))
+    [[given]] = run(bare, prompt_tokens=[104, 105])
+    [[written]] = run(bare, prompt="104\n105")
+    assert written == given
+    assert bare.tokenizer.encode(given.prompt + given.text) == [104, 105, *given.tokens]
+    with pytest.raises(DataError, match="no tokenizer") as caught:
+        run(bare, prompt="hi")
+    assert "--prompt-tokens" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        run(bare, prompt="")
+    with pytest.raises(ConfigError, match="--allow-special"):
+        run(bare, prompt="1 <|endoftext|> 2", allow_special=True)
 
 
 def test_special_text_in_a_prompt(model: LoadedModel) -> None:

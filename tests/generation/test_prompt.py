@@ -24,17 +24,9 @@ def test_bos_goes_before_eot() -> None:
     assert encode_prompt(tokenizer, "hi") == [65, 104, 105]
 
 
-class Startless(Tokenizer):
-    """A tokenizer without a document start, as some imported models have."""
-
-    @property
-    def start(self) -> None:
-        return None
-
-
 def test_an_empty_prompt_needs_a_start_token() -> None:
     """Guards: an index error inside the model for a prompt of no tokens."""
-    tokenizer = Startless("bytes", {bytes([b]): b for b in range(256)}, r"[\s\S]", 256)
+    tokenizer = Tokenizer("bytes", {bytes([b]): b for b in range(256)}, r"[\s\S]", None)
     assert encode_prompt(tokenizer, "hi") == [104, 105]
     with pytest.raises(ConfigError, match="the prompt is empty"):
         encode_prompt(tokenizer, "")

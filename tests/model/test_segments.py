@@ -9,6 +9,7 @@ from torch import Tensor
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
 from gptcli.model import segments as segments_module
+from gptcli.model.band import Reach
 from gptcli.model.gpt import GPT, IGNORED
 from gptcli.model.segments import Segments
 
@@ -23,6 +24,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": GPT2,
     "sinusoidal-post-norm": {**GPT2, "norm_position": "post", "position": "sinusoidal"},
     "no-positions": {**MODERN, "position": "none"},
+    "window": {**MODERN, "window": 4},
+    "alternating-windows": {**GPT2, "window": [0, 4]},
+    "yarn": {
+        **MODERN,
+        "rope_scaling": {"kind": "yarn", "factor": 2.0, "original_block_size": 6},
+    },
+    "dynamic": {
+        **MODERN,
+        "rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_block_size": 5},
+    },
 }
 LENGTHS = [[5, 1, 6], [12], [4, 8], [1] * 12]  # of the documents in each row
 
@@ -128,9 +139,11 @@ def test_positions_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[-1, -1, 0, 0, 0], [0, 1, 1, 4, 4]])
     masked = Segments.of(ids)
     assert masked.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
+    assert masked.sizes().tolist() == [[2, 2, 3, 3, 3], [1, 2, 2, 2, 2]]
     assert masked.lengths is None
-    assert masked.mask is not None
-    assert masked.mask[1, 0].int().tolist() == [
+    reach = Reach.of(0, 5, ids.device, segments=masked)
+    assert reach.mask is not None
+    assert reach.mask[1, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
         [0, 1, 1, 0, 0],
@@ -139,7 +152,8 @@ def test_positions_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(segments_module, "_LONGEST_MASKED_ROW", 4)
     called = Segments.of(ids)
-    assert (called.mask, called.lengths) == (None, [2, 3, 1, 2, 2])
+    assert called.lengths == [2, 3, 1, 2, 2]
+    assert Reach.of(0, 5, ids.device, segments=called) == Reach(lengths=called.lengths)
 
 
 def test_dropout_is_applied_to_attention(mechanism: str) -> None:
@@ -148,7 +162,7 @@ def test_dropout_is_applied_to_attention(mechanism: str) -> None:
     tokens, _, segments = some_rows()
     attention = model.blocks[0].attn
     x = model.wte(tokens)
-    known = Segments.of(segments)
+    known = Reach.of(0, T, tokens.device, segments=Segments.of(segments))
     first, second = (attention.train()(x, None, None, 0, known) for _ in range(2))
     assert not torch.equal(first, second)
     first, second = (attention.eval()(x, None, None, 0, known) for _ in range(2))

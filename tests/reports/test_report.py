@@ -101,10 +101,23 @@ class _Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_report_json_keeps_the_contract(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with its report, and what was returned; only to be read."""
+    run = _run(tmp_path_factory.mktemp("finished") / "run")
+    return run, write_report(run)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of a second: tests of other things do without."""
+    monkeypatch.setattr("gptcli.reports.report.training_plots", lambda metrics: [])
+
+
+def test_report_json_keeps_the_contract(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards the names that scripts read; the file holds what is returned."""
-    report = write_report(_run(tmp_path / "run"))
-    assert json.loads((tmp_path / "run/report.json").read_text()) == report
+    run, report = finished
+    assert json.loads((run / "report.json").read_text()) == report
     assert report["scores"] == _scores()
     assert report["training"] == {
         "steps": 100,
@@ -123,11 +136,10 @@ def test_report_json_keeps_the_contract(tmp_path: Path) -> None:
     assert report["notes"] == []
 
 
-def test_no_temporary_files_stay(tmp_path: Path) -> None:
+def test_no_temporary_files_stay(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards against leftovers of the atomic writes in the run directory."""
     before = {p.name for p in _run(tmp_path / "run").iterdir()}
-    write_report(tmp_path / "run")
-    added = {p.name for p in (tmp_path / "run").iterdir()} - before
+    added = {p.name for p in finished[0].iterdir()} - before
     assert added == {"report.json", "report.md", "report.html"}
 
 
@@ -180,6 +192,7 @@ def test_no_such_directory() -> None:
         write_report(Path("nowhere"))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_scores_older_than_the_last_step_say_so(tmp_path: Path) -> None:
     """Guards against passing off the scores of an earlier step as those of the stopped one."""
     report = write_report(
@@ -215,10 +228,9 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     assert "中文" in html
 
 
-def test_html_fetches_nothing(tmp_path: Path) -> None:
+def test_html_fetches_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards against a report that calls home or breaks offline."""
-    write_report(_run(tmp_path / "run"))
-    html = (tmp_path / "run/report.html").read_text()
+    html = (finished[0] / "report.html").read_text()
     assert not re.search(r"https?:|//[a-z]|@import", html)
     elements = _Elements(html).found
     policies = [a["content"] for t, a in elements if a.get("http-equiv")]
@@ -230,10 +242,9 @@ def test_html_fetches_nothing(tmp_path: Path) -> None:
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", html))
 
 
-def test_figures_are_there_and_ids_unique(tmp_path: Path) -> None:
+def test_figures_are_there_and_ids_unique(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards against figures that borrow each other's clip paths when inlined together."""
-    write_report(_run(tmp_path / "run"))
-    html = (tmp_path / "run/report.html").read_text()
+    html = (finished[0] / "report.html").read_text()
     assert html.count("<svg ") == 5
     ids = re.findall(r' id="([^"]*)"', html)
     assert len(ids) == len(set(ids))
@@ -242,16 +253,16 @@ def test_figures_are_there_and_ids_unique(tmp_path: Path) -> None:
     assert used <= set(ids)
 
 
-def test_latest_samples_first(tmp_path: Path) -> None:
+def test_latest_samples_first(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards the order that lets a reader see at once what the model writes now."""
-    write_report(_run(tmp_path / "run"))
-    html = (tmp_path / "run/report.html").read_text()
+    html = (finished[0] / "report.html").read_text()
     assert html.index("Once100") < html.index("Once50") < html.index("Once0<")
-    markdown = (tmp_path / "run/report.md").read_text()
+    markdown = (finished[0] / "report.md").read_text()
     assert "Once100" in markdown
     assert "Once50" not in markdown
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_tasks_before_and_after(tmp_path: Path) -> None:
     """Guards the table that shows what finetuning changed."""
     tasks = {"exact_match": {"before": 0.0, "after": 0.12, "rows": 200}}
@@ -262,16 +273,16 @@ def test_tasks_before_and_after(tmp_path: Path) -> None:
     assert "gpt finetune " in markdown
 
 
-def test_same_files_same_bytes(tmp_path: Path) -> None:
+def test_same_files_same_bytes(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards against dates or random ids that make two reports of one run differ."""
-    run = _run(tmp_path / "run")
+    run, report = finished
     names = ("report.json", "report.md", "report.html")
-    write_report(run)
     first = [(run / name).read_bytes() for name in names]
-    write_report(run)
+    assert write_report(run) == report
     assert [(run / name).read_bytes() for name in names] == first
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_commands_survive_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against commands that break on a space, or name a place that is not there."""
     monkeypatch.chdir(tmp_path)

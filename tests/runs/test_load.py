@@ -17,7 +17,7 @@ from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT
 from gptcli.runs.checkpoint import Contents, checkpoint_dir, publish, write_best
-from gptcli.runs.load import load_model, load_weights, resolve_checkpoint
+from gptcli.runs.load import load_model, load_weights
 from gptcli.runs.run_dir import new_run_dir
 
 Make = Callable[..., Contents]
@@ -84,22 +84,63 @@ def test_what_model_means(
     """Guards the order best, newest valid, and the default of the newest run."""
     monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
     with pytest.raises(CheckpointError, match="no run with a checkpoint under") as caught:
-        resolve_checkpoint(None)
+        load_model(None, CPU)
     assert caught.value.hint == "make one: gpt pretrain configs/small.yaml"
     run_dir = run_with(tmp_path / "runs/one", (1, make_contents(1)), (2, make_contents(2)))
-    assert resolve_checkpoint(str(run_dir)) == checkpoint_dir(run_dir, 2)
+    assert load_model(str(run_dir), CPU).path == checkpoint_dir(run_dir, 2)
     write_best(run_dir, 1, 0.5)
-    assert resolve_checkpoint(None) == checkpoint_dir(run_dir, 1)
-    assert resolve_checkpoint(str(checkpoint_dir(run_dir, 2))) == checkpoint_dir(run_dir, 2)
+    assert load_model(None, CPU).path == checkpoint_dir(run_dir, 1)
+    assert load_model(str(checkpoint_dir(run_dir, 2)), CPU).path == checkpoint_dir(run_dir, 2)
     loaded = load_model(None, CPU)
     assert (loaded.run_dir, loaded.step) == (run_dir, 1)
+    assert loaded.state == {"seed": 1, "tokens": 2**60 + 1, "loss": 0.1}
     assert warnings == []
+    flip_last_bit(checkpoint_dir(run_dir, 1) / "model.safetensors")
+    assert load_model(None, CPU).path == checkpoint_dir(run_dir, 2)
+    assert "best checkpoint cannot be used" in warnings.pop()
     os.truncate(checkpoint_dir(run_dir, 1) / "model.safetensors", 50)
-    assert resolve_checkpoint(None) == checkpoint_dir(run_dir, 2)
+    assert load_model(None, CPU).path == checkpoint_dir(run_dir, 2)
     assert "best checkpoint cannot be used" in warnings[0]
     os.truncate(checkpoint_dir(run_dir, 2) / "model.safetensors", 50)
     assert "has no valid checkpoint" in refused(run_dir)
     assert "model.safetensors has 50 bytes" in refused(checkpoint_dir(run_dir, 2))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", ["weights", "header"])
+def test_damaged_weights(tmp_path: Path, make_contents: Make, place: str) -> None:
+    """Guards against a model of weights that are not those that were saved: they are hashed while
+    they are read, and damage is named as such, whatever it breaks."""
+    path = publish(tmp_path, 1, make_contents())
+    weights = path / "model.safetensors"
+    if place == "weights":
+        flip_last_bit(weights)
+    else:
+        weights.write_bytes(weights.read_bytes().replace(b"norm1.weight", b"norm9.weight", 1))
+    assert "model.safetensors is damaged (its sha256 differs)" in refused(path)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_fp32(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], stored: torch.dtype
+) -> None:
+    """Guards against a model that computes in the dtype in which somebody stored it."""
+    contents = make_contents(tie_embeddings=True)
+    path = publish(tmp_path, 1, contents)
+    tensors = {k: v.to(stored) for k, v in load_file(path / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors")
+    reseal(path)
+    model = load_model(str(path), CPU).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.head.weight is model.wte.weight
+    assert torch.equal(model.norm.weight, tensors["norm.weight"].float())
+    as_stored = load_model(str(path), CPU, dtype=stored).model
+    assert {p.dtype for p in as_stored.parameters()} == {stored}
 
 
 def test_moved_run_and_lone_checkpoint(
@@ -119,9 +160,7 @@ def test_moved_run_and_lone_checkpoint(
 def test_optimizer_is_not_needed_to_generate(tmp_path: Path, make_contents: Make) -> None:
     """Guards against hashing (or refusing for) gigabytes that generation never reads."""
     path = publish(tmp_path, 1, make_contents())
-    content = bytearray((path / "optimizer.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "optimizer.safetensors").write_bytes(content)
+    flip_last_bit(path / "optimizer.safetensors")
     assert load_model(str(path), CPU).step == 1
 
 
@@ -144,12 +183,15 @@ def test_references_that_are_no_model(
         (tmp_path / name).write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
         assert "pickle" in refused(tmp_path / name)
     assert not (tmp_path / "canary").exists()
-    hub = tmp_path / "gpt2"
-    hub.mkdir()
-    (hub / "config.json").write_text("{}")
-    save_file({}, hub / "model.safetensors")
-    assert "is not a run or a checkpoint (no manifest.json)" in refused(hub)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    assert "nor a Hugging Face folder (no config.json)" in refused(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
+    assert "convert it to safetensors" in refused(folder)
+    (folder / "config.json").write_text("{}")
+    assert f"gpt import {folder} OUT --allow-pickle" in refused(folder / "pytorch_model.bin")
     assert "no run or checkpoint at nothing" in refused("nothing")
+    assert not (tmp_path / "canary").exists()
     run_dir = run_with(tmp_path / "mine", (1, make_contents()))
     assert f"did you mean {run_dir}?" in refused("mine")
     weights = checkpoint_dir(run_dir, 1) / "model.safetensors"

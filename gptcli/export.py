@@ -1,0 +1,161 @@
+"""The job behind `gpt export`: a model as a folder for transformers, or as a GGUF file."""
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import safe_open
+
+from gptcli.errors import ConfigError, ResourceError
+from gptcli.interop.gguf_export import GGUFType, write_gguf
+from gptcli.interop.hf_config import family_of
+from gptcli.interop.hf_export import HF_DTYPES, write_hf
+from gptcli.interop.hf_folder import open_folder
+from gptcli.reports.model_card import model_card
+from gptcli.runs.load import LoadedModel, load_model
+from gptcli.runs.manifest import MODEL
+from gptcli.runs.run_dir import sync_directory
+
+log = logging.getLogger("gptcli")
+
+Target = Literal["hf", "gguf"]
+
+_CARD = "README.md"
+_DTYPES: dict[str, tuple[str, ...]] = {"hf": tuple(HF_DTYPES), "gguf": get_args(GGUFType)}
+_REASONS = {
+    ("hf", "q8_0"): "q8_0 is a format of GGUF files",
+    ("gguf", "bf16"): "bf16 in GGUF files runs on few devices",
+}
+_STORED = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # as safetensors calls them
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written: a folder (hf) or a file (gguf), with weights of `dtype`."""
+
+    path: Path
+    to: Target
+    dtype: str
+    parameters: int
+    bytes: int
+
+
+def export(model: str | None, out: Path, to: str, dtype: str | None) -> ExportResult:
+    """Write MODEL to `out`, for transformers (a folder) or llama.cpp (a GGUF file).
+
+    `dtype` is f32, bf16 or f16 for hf, f32, f16 or q8_0 for gguf; None is what the weights are
+    stored as, f32 where the target lacks that. A folder as `out` of a GGUF file gets NAME.gguf.
+    What is at `out` afterwards is whole or not there.
+
+    Raises ConfigError when `out` exists or a choice is wrong, CheckpointError for a model that the
+    target cannot compute, DataError for a tokenizer that it cannot have, ResourceError for a full
+    disk, `stop.Stopped`.
+    """
+    target = _check(out, to, dtype)
+    loaded = load_model(model, torch.device("cpu"))
+    chosen = dtype or _as_stored(loaded, target)
+    if target == "hf":
+        _write_hf(loaded, chosen, out)
+    else:
+        out = out / f"{loaded.name}.gguf" if out.is_dir() else out
+        _refuse_existing(out)
+        _write_gguf(loaded, chosen, out)
+    size = sum(path.stat().st_size for path in (out.iterdir() if target == "hf" else [out]))
+    parameters = loaded.model.parameter_count()
+    log.info(
+        f"exported {loaded.name} ({parameters:,} parameters, {chosen}, {size / 1e6:,.1f} MB) for"
+        f" {'transformers' if target == 'hf' else 'llama.cpp'}: {out}"
+    )
+    return ExportResult(out, target, chosen, parameters, size)
+
+
+def _check(out: Path, to: str, dtype: str | None) -> Target:
+    """The target, once everything is checked that needs no model."""
+    if to not in _DTYPES:
+        raise ConfigError(f"--to {to!r}: expected hf (transformers) or gguf (llama.cpp)")
+    if dtype is not None and dtype not in _DTYPES[to]:
+        why = _REASONS.get((to, dtype))
+        raise ConfigError(
+            f"--dtype {dtype} with --to {to}: expected {', '.join(_DTYPES[to])}"
+            + (f"; {why}" if why else "")
+        )
+    if to == "gguf":
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError("--to gguf needs the package gguf", hint="pip install 'gptcli[gguf]'")
+        if not out.is_dir():
+            _refuse_existing(out)
+        return "gguf"
+    _refuse_existing(out)
+    return "hf"
+
+
+def _refuse_existing(out: Path) -> None:
+    """ConfigError for what is there, but for an empty folder, and for a place inside a file."""
+    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ConfigError(f"{above} is no folder, so there can be no {out}")
+    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not empty:
+        raise ConfigError(f"{out} exists already", hint="choose another name, or remove it first")
+
+
+def _as_stored(loaded: LoadedModel, target: Target) -> str:
+    """The format of the stored weights; f32 where the target has none like it, which is exact."""
+    if loaded.state is None:
+        stored = open_folder(loaded.path).dtype
+        name = next((name for name, dtype in HF_DTYPES.items() if dtype == stored), "f32")
+    else:
+        with safe_open(loaded.path / MODEL, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        name = _STORED.get(kinds.pop(), "f32") if len(kinds) == 1 else "f32"
+    return name if name in _DTYPES[target] else "f32"
+
+
+def _write_hf(loaded: LoadedModel, dtype: str, out: Path) -> None:
+    """Fill a folder beside `out`, then rename it, all synced."""
+    out = out.absolute()
+    temp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    card = model_card(loaded, out.name, dtype)
+    with _told_errors(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temp.mkdir()
+            write_hf(loaded.model, loaded.tokenizer, temp, HF_DTYPES[dtype])
+            (temp / _CARD).write_text(card, encoding="utf-8")
+            for path in temp.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(temp)
+            os.rename(temp, out)  # over an empty folder, if one is there
+            sync_directory(out.parent)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+    if family_of(loaded.model.config) == "qwen2":
+        log.warning(
+            "AutoTokenizer of transformers 5 gives models of type qwen2 a tokenizer of its own;"
+            f" {out / _CARD} says how to load this one"
+        )
+
+
+def _write_gguf(loaded: LoadedModel, dtype: str, out: Path) -> None:
+    facts = {"version": loaded.manifest.get("gptcli"), "step": loaded.step}
+    chosen = next(name for name in get_args(GGUFType) if name == dtype)
+    with _told_errors(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(loaded.model, loaded.tokenizer, loaded.name, out, chosen, facts)
+
+
+@contextmanager
+def _told_errors(out: Path) -> Iterator[None]:
+    """A disk that refuses is a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""Published models and other formats: Hugging Face and GGUF weights, configs and tokenizers."""

@@ -1,0 +1,60 @@
+"""Writing safetensors files tensor by tensor, so that never all of them are in memory.
+
+The format: 8 bytes with the header's length, the header (JSON: dtype, shape and place of each
+tensor), then the numbers (https://github.com/huggingface/safetensors, "Format").
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptcli import stop
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_ALIGNMENT_BYTES = 8  # of the numbers' beginning
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> int:
+    """Write `tensors`, in whatever order they come, as `dtype`; returns the file's bytes.
+
+    ValueError when they are others than `shapes` says; `stop.Stopped` leaves the file cut short.
+    """
+    # One metadata key, as several would come in any order; transformers wants to see this one.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    for name, shape in shapes.items():
+        places[name], end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [places[name], end],
+        }
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT_BYTES)
+    with open(path, "wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        base = file.tell()
+        for name, tensor in tensors:
+            stop.raise_if_requested()
+            if name not in places or tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} {list(tensor.shape)} is not in the header, or came twice")
+            file.seek(base + places.pop(name))
+            plain = tensor.detach().to("cpu", dtype).contiguous().flatten()
+            file.write(plain.view(torch.uint8).numpy().data)
+    if places:
+        raise ValueError(f"{next(iter(places))} has not come")
+    return base + end

@@ -1,0 +1,170 @@
+"""The model that a run starts from: its shape, what the config changes in it, and its weights."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from gptcli.config.load import given_beside_init
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import CheckpointError, ConfigError
+from gptcli.interop.word_vectors import check_word_vectors, start_from_word_vectors
+from gptcli.model.empty import empty_model
+from gptcli.model.gpt import GPT, initialise
+from gptcli.runs.load import LoadedModel, load_model, load_weights
+from gptcli.training.start import Start
+
+log = logging.getLogger("gptcli")
+
+
+def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | None]:
+    """The config with the shape that the run's checkpoint or its `init` has, and that model.
+
+    A file of word vectors that a fresh run needs is looked at, before any text is read.
+    """
+    if start.contents is not None:
+        if config.init is None:
+            return config, None
+        saved = Config.model_validate(start.saved_config)
+        return with_shape(config, saved.model), None
+    if config.init is None:
+        check_embedding_file(config)
+        return config, None
+    initial = load_model(config.init, torch.device("cpu"))
+    shaped = with_shape(config, initial.config.model)
+    _tell_changes(initial.config.model, shaped.model, given_beside_init(config))
+    return shaped, initial
+
+
+def check_embedding_file(config: Config) -> None:
+    """DataError or ConfigError unless `model.embedding_file`, where given, fits the model."""
+    if config.model.embedding_file is not None:
+        check_word_vectors(Path(config.model.embedding_file), config.model.n_embd)
+
+
+def with_shape(config: Config, shape: ModelConfig) -> Config:
+    """`config` with the shape of the model that `init` names, changed by what is given beside it.
+
+    Checked again as a whole: ConfigError for what does not fit that shape.
+    """
+    given = given_beside_init(config)
+    own = {"dropout": config.model.dropout, "embedding_file": None}  # rows of `init` replace those
+    _check_changes(given, shape)
+    try:
+        model = ModelConfig.model_validate({**shape.model_dump(), **given, **own})
+        merged = Config.model_validate({**dict(config), "model": model})
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in item["msg"].splitlines()]
+        problems = [line.removeprefix("Value error, ") for line in lines]
+        raise ConfigError(
+            problems, hint="the sizes that the config leaves open are those of the init model"
+        ) from error
+    if "rope_scaling" in given and model.idle_scaling is not None:
+        raise ConfigError(model.idle_scaling)
+    return merged
+
+
+def required_eot(tokenizer: Tokenizer, where: str) -> int:
+    """The end-of-text token, which training puts between documents. CheckpointError without one."""
+    if tokenizer.eot is None:
+        raise CheckpointError(
+            f"{where}: its tokenizer ({tokenizer.kind}, {tokenizer.vocab_size:,} tokens) has no"
+            " end-of-text token, which training puts behind each document",
+            hint="a tokenizer.json that names an eos_token, beside the model's config.json, has one"
+            if tokenizer.kind == "ids"
+            else "name one as eos_token in its tokenizer_config.json",
+        )
+    return tokenizer.eot
+
+
+def starting_model(
+    config: Config, start: Start, tokenizer: Tokenizer, initial: LoadedModel | None
+) -> tuple[GPT, dict[str, Any]]:
+    """The model with its weights, on the CPU, and facts about them for run.json.
+
+    Weights are those of the run's checkpoint, else those of `initial`, whose tensors are taken over
+    without a copy, else drawn from the seed, with word vectors where the config names some.
+    """
+    if start.contents is not None:
+        table = start.contents.model.get("wte.weight")  # a published one has rows to spare
+        model = GPT(config.model, tokenizer.vocab_size if table is None else table.size(0))
+        load_weights(model, start.contents.model, str(start.directory))
+        return model, {}
+    if initial is not None:
+        return _taken_over(config.model, initial.model), {}
+    model = GPT(config.model, tokenizer.vocab_size)
+    initialise(model, torch.Generator().manual_seed(config.seed))
+    if config.model.embedding_file is None:
+        return model, {}
+    found = start_from_word_vectors(model, tokenizer, Path(config.model.embedding_file))
+    return model, {"embedding_file": asdict(found)}
+
+
+def _taken_over(config: ModelConfig, source: GPT) -> GPT:
+    """A model of `config` that holds the tensors of `source`; of a longer learned position table,
+    a copy of the first block_size rows."""
+    weights = {name: tensor.float() for name, tensor in source.state_dict().items()}
+    if config.position == "learned":
+        positions = weights["wpe.weight"]
+        if len(positions) > config.block_size:  # cloned: a view would keep all of it
+            weights["wpe.weight"] = positions[: config.block_size].clone()
+    model = empty_model(config, source.vocab_size)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.wte.weight  # assigning made two parameters of them
+    model.reset_positions()
+    return model
+
+
+def _check_changes(given: dict[str, Any], shape: ModelConfig) -> None:
+    """ConfigError for what is given beside `init` and cannot be had with its shape."""
+    problems = []
+    if shape.position == "learned" and given.get("block_size", 0) > shape.block_size:
+        problems.append(
+            f"model.block_size {given['block_size']} is above {shape.block_size}, where the learned"
+            " positions of the model that init names end; a longer block needs a model whose"
+            " position is rope, sinusoidal or none"
+        )
+    if "rope_theta" in given and shape.position != "rope":
+        problems.append(
+            f"model.rope_theta has no effect: the model that init names has position"
+            f" {shape.position}; remove it"
+        )
+    if given.get("rope_scaling") is not None and shape.position != "rope":
+        problems.append(
+            "model.rope_scaling stretches position rope, but the model that init names has position"
+            f" {shape.position}; remove it"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _tell_changes(shape: ModelConfig, model: ModelConfig, given: dict[str, Any]) -> None:
+    """Say in the log what differs from the model that `init` names."""
+    for key in given:
+        old, new = getattr(shape, key), getattr(model, key)
+        if old != new and key != "dropout":  # which is a setting of training only
+            change = f"{_shown(old)} -> {_shown(new)}{_remark(shape, model, key)}"
+            log.info(f"beside init: model.{key} {change}")
+
+
+def _remark(shape: ModelConfig, model: ModelConfig, key: str) -> str:
+    if key != "block_size":
+        return ""
+    if model.block_size < shape.block_size:
+        kept = f" (the first {model.block_size} learned positions are kept)"
+        return kept if model.position == "learned" else ""
+    scaled = model.position == "rope" and model.rope_scaling is None
+    advice = "; model.rope_scaling may help" if scaled else ""
+    return f" (positions from {shape.block_size} on are untrained{advice})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value.kind if hasattr(value, "kind") else str(value)
