@@ -26,6 +26,7 @@ from gptcli.data.tokenizer import Tokenizer, build_tokenizer
 from gptcli.data.unicode_scripts import language_of, main_script
 from gptcli.errors import ConfigError, DataError
 from gptcli.runs.load import load_model
+from gptcli.training.initial import with_shape
 
 log = logging.getLogger("gptcli")
 
@@ -165,7 +166,7 @@ def _open(config: Config, fields: tuple[str, ...] | None) -> tuple[Corpus, Token
     if config.init is not None:
         loaded = load_model(config.init, torch.device("cpu"))
         corpus = open_corpus(config.data, fields, eot=loaded.tokenizer.eot, val_tokens=most)
-        return corpus, loaded.tokenizer, loaded.model.config.block_size
+        return corpus, loaded.tokenizer, with_shape(config, loaded.config.model).model.block_size
     tokenizer = ready_tokenizer(config.tokenizer)
     eot = tokenizer.eot if tokenizer is not None else None
     corpus = open_corpus(config.data, fields, eot=eot, val_tokens=most)

@@ -152,7 +152,8 @@ def _from_checkpoint(
             if tokenizer.vocab_size > model.vocab_size:
                 raise CheckpointError(
                     f"{path}: the tokenizer has {tokenizer.vocab_size} tokens,"
-                    f" the model only {model.vocab_size}"
+                    f" the model only {model.vocab_size}",
+                    hint="one of the two belongs to another model; copy or import it again",
                 )
             stored = read_tensors(path / MODEL, device, dtype)
             tensors = with_tied(stored, manifest["tied"], path)

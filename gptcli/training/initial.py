@@ -92,7 +92,8 @@ def starting_model(
     """
     if start.contents is not None:
         table = start.contents.model.get("wte.weight")  # a published one has rows to spare
-        model = GPT(config.model, tokenizer.vocab_size if table is None else table.size(0))
+        rows = tokenizer.vocab_size if table is None else table.size(0)
+        model = empty_model(config.model, rows)  # takes the tensors over
         load_weights(model, start.contents.model, str(start.directory))
         return model, {}
     if initial is not None:
