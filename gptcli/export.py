@@ -2,26 +2,23 @@
 
 import importlib.util
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from safetensors import safe_open
 
-from gptcli.errors import ConfigError, ResourceError
+from gptcli.errors import ConfigError
 from gptcli.interop.gguf_export import GGUFType, write_gguf
 from gptcli.interop.hf_config import family_of
 from gptcli.interop.hf_export import HF_DTYPES, write_hf
 from gptcli.interop.hf_folder import open_folder
+from gptcli.interop.safetensors_file import DTYPES
 from gptcli.reports.model_card import model_card
 from gptcli.runs.load import LoadedModel, load_model
 from gptcli.runs.manifest import MODEL
-from gptcli.runs.run_dir import sync_directory
+from gptcli.runs.run_dir import new_directory, new_place, refuse_existing
 
 log = logging.getLogger("gptcli")
 
@@ -33,7 +30,6 @@ _REASONS = {
     ("hf", "q8_0"): "q8_0 is a format of GGUF files",
     ("gguf", "bf16"): "bf16 in GGUF files runs on few devices",
 }
-_STORED = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,6 @@ def export(model: str | None, out: Path, to: str, dtype: str | None) -> ExportRe
         _write_hf(loaded, chosen, out)
     else:
         out = out / f"{loaded.name}.gguf" if out.is_dir() else out
-        _refuse_existing(out)
         _write_gguf(loaded, chosen, out)
     size = sum(path.stat().st_size for path in (out.iterdir() if target == "hf" else [out]))
     parameters = loaded.model.parameter_count()
@@ -90,53 +85,29 @@ def _check(out: Path, to: str, dtype: str | None) -> Target:
         if importlib.util.find_spec("gguf") is None:
             raise ConfigError("--to gguf needs the package gguf", hint="pip install 'gptcli[gguf]'")
         if not out.is_dir():
-            _refuse_existing(out)
+            refuse_existing(out)
         return "gguf"
-    _refuse_existing(out)
+    refuse_existing(out)
     return "hf"
-
-
-def _refuse_existing(out: Path) -> None:
-    """ConfigError for what is there, but for an empty folder, and for a place inside a file."""
-    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise ConfigError(f"{above} is no folder, so there can be no {out}")
-    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
-    if os.path.lexists(out) and not empty:
-        raise ConfigError(f"{out} exists already", hint="choose another name, or remove it first")
 
 
 def _as_stored(loaded: LoadedModel, target: Target) -> str:
     """The format of the stored weights; f32 where the target has none like it, which is exact."""
     if loaded.state is None:
         stored = open_folder(loaded.path).dtype
-        name = next((name for name, dtype in HF_DTYPES.items() if dtype == stored), "f32")
     else:
         with safe_open(loaded.path / MODEL, framework="pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        name = _STORED.get(kinds.pop(), "f32") if len(kinds) == 1 else "f32"
+        stored = DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    name = next((name for name, dtype in HF_DTYPES.items() if dtype == stored), "f32")
     return name if name in _DTYPES[target] else "f32"
 
 
 def _write_hf(loaded: LoadedModel, dtype: str, out: Path) -> None:
-    """Fill a folder beside `out`, then rename it, all synced."""
-    out = out.absolute()
-    temp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    card = model_card(loaded, out.name, dtype)
-    with _told_errors(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            temp.mkdir()
-            write_hf(loaded.model, loaded.tokenizer, temp, HF_DTYPES[dtype])
-            (temp / _CARD).write_text(card, encoding="utf-8")
-            for path in temp.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(temp)
-            os.rename(temp, out)  # over an empty folder, if one is there
-            sync_directory(out.parent)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+    card = model_card(loaded, out.absolute().name, dtype)
+    with new_directory(out) as temp:
+        write_hf(loaded.model, loaded.tokenizer, temp, HF_DTYPES[dtype])
+        (temp / _CARD).write_text(card, encoding="utf-8")
     if family_of(loaded.model.config) == "qwen2":
         log.warning(
             "AutoTokenizer of transformers 5 gives models of type qwen2 a tokenizer of its own;"
@@ -146,16 +117,6 @@ def _write_hf(loaded: LoadedModel, dtype: str, out: Path) -> None:
 
 def _write_gguf(loaded: LoadedModel, dtype: str, out: Path) -> None:
     facts = {"version": loaded.manifest.get("gptcli"), "step": loaded.step}
-    chosen = next(name for name in get_args(GGUFType) if name == dtype)
-    with _told_errors(out):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(loaded.model, loaded.tokenizer, loaded.name, out, chosen, facts)
-
-
-@contextmanager
-def _told_errors(out: Path) -> Iterator[None]:
-    """A disk that refuses is a ResourceError."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"cannot write {out}: {error.strerror or error}") from error
+    chosen = cast(GGUFType, dtype)  # `_check` lets no other through
+    with new_place(out) as place:
+        write_gguf(loaded.model, loaded.tokenizer, loaded.name, place, chosen, facts)

@@ -1,7 +1,7 @@
 """Supervised finetuning: a pretrained model learns to answer, scored before and after."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows
-from gptcli.device import resolve_device
+from gptcli.device import Device, resolve_device
 from gptcli.errors import ConfigError, DataError
 from gptcli.evaluation.exact_match import exact_match
 from gptcli.evaluation.perplexity import encode_examples
@@ -27,9 +27,14 @@ from gptcli.training.build import (
     nothing_to_do,
     run_session,
 )
-from gptcli.training.initial import required_eot, starting_point, with_shape
+from gptcli.training.initial import (
+    required_eot,
+    starting_point,
+    starting_tokenizer,
+    with_shape,
+)
 from gptcli.training.session import Session
-from gptcli.training.start import Resume, check_fingerprint, starting
+from gptcli.training.start import Resume, Start, check_fingerprint, starting
 
 log = logging.getLogger("gptcli")
 
@@ -60,43 +65,52 @@ def finetune(
     ) as start:
         if start.done:
             return nothing_to_do(start)
-        config, initial = starting_point(config, start)
-        if start.contents is not None:
-            tokenizer = start.contents.tokenizer
-        else:
-            assert initial is not None  # config.init is set
-            tokenizer = initial.tokenizer
-        required_eot(tokenizer, config.init or "")
-        fields = tuple(config.finetune.fields.values())
-        known = start.contents.state["data_fingerprint"] if start.contents is not None else None
-        corpus = open_corpus(config.data, fields, known=known, val_tokens=config.eval.max_tokens)
-        if start.contents is not None:
-            saved = start.contents.state["data_fingerprint"]
-            check_fingerprint(saved, corpus.fingerprint, allow_data_change)
-        encoder = ExampleEncoder(config.finetune, tokenizer, config.model.block_size)
-        held_out = encoder.encode_all(corpus.val_rows)
-        if not held_out:
-            raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
-        if not corpus.remote:
-            encoder.check(corpus.train)
-        if encoder.skipped or encoder.shortened:
-            log.warning(
-                f"{encoder.skipped} training rows do not fit and are skipped,"
-                f" {encoder.shortened} prompts lose their beginning"
-            )
-        validation = encode_examples(held_out)
-        session = build_session(config, start, device, tokenizer, corpus, validation, initial)
+        run = _begin(config, start, device, allow_data_change)
+        session, held_out = run.session, run.held_out
         tasks = read_run_json(start.directory).get("tasks", {})
         if start.contents is None:
             tasks = _tasks({}, "before", session, held_out)
             update_run_json(start.directory, tasks=tasks)
         result = run_session(
-            session,
-            _example_rows(session, corpus, encoder),
-            lambda: {"tasks": _tasks(tasks, "after", session, held_out)},
+            session, run.rows, lambda: {"tasks": _tasks(tasks, "after", session, held_out)}
         )
         write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run in memory is: the session, its rows, and the examples that score it."""
+
+    session: Session
+    rows: ExampleRows
+    held_out: list[Example]
+
+
+def _begin(config: Config, start: Start, device: Device, allow_data_change: bool) -> _Run:
+    """The run in memory. The model that `init` names does not outlive this call."""
+    config, initial = starting_point(config, start)
+    tokenizer = starting_tokenizer(start, initial)
+    assert tokenizer is not None  # config.init is set
+    required_eot(tokenizer, config.init or "")
+    fields = tuple(config.finetune.fields.values())
+    saved = start.saved_fingerprint
+    corpus = open_corpus(config.data, fields, known=saved, val_tokens=config.eval.max_tokens)
+    check_fingerprint(saved, corpus.fingerprint, allow_data_change)
+    encoder = ExampleEncoder(config.finetune, tokenizer, config.model.block_size)
+    held_out = encoder.encode_all(corpus.val_rows)
+    if not held_out:
+        raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
+    if not corpus.remote:
+        encoder.check(corpus.train)
+    if encoder.skipped or encoder.shortened:
+        log.warning(
+            f"{encoder.skipped} training rows do not fit and are skipped,"
+            f" {encoder.shortened} prompts lose their beginning"
+        )
+    validation = encode_examples(held_out)
+    session = build_session(config, start, device, tokenizer, corpus, validation, initial)
+    return _Run(session, _example_rows(session, corpus, encoder), held_out)
 
 
 def _check_data(config: Config) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptcli.config.load import dump_config
-from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.interop.hf_folder import HFFolder, open_folder
 from gptcli.interop.hf_weights import layout
 from gptcli.interop.safetensors_file import write_tensors
@@ -21,7 +19,7 @@ from gptcli.model.empty import empty_model
 from gptcli.runs.load import published_config
 from gptcli.runs.manifest import CONFIG, MODEL, OPTIMIZER, STATE, TOKENIZER, write_manifest
 from gptcli.runs.resolve import ModelPlace, locate
-from gptcli.runs.run_dir import sync_directory
+from gptcli.runs.run_dir import new_directory, refuse_existing
 
 log = logging.getLogger("gptcli")
 
@@ -48,8 +46,12 @@ def import_model(source: str, out: Path, *, allow_pickle: bool = False) -> Impor
     empty, CheckpointError for one that cannot be read, ResourceError when the disk does not take
     it, `stop.Stopped`; then nothing is left behind.
     """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists already", hint="name a new directory, or remove it")
+    if not source or source.endswith(".gguf"):
+        raise ConfigError(
+            f"SOURCE {source!r} is no Hugging Face folder and no name on the hub",
+            hint="a GGUF file cannot be imported, but the folder it was made from can",
+        )
+    refuse_existing(out)  # before anything is fetched
     place = locate(source, allow_pickle=allow_pickle)
     if place.kind != "folder":
         raise ConfigError(
@@ -57,21 +59,8 @@ def import_model(source: str, out: Path, *, allow_pickle: bool = False) -> Impor
             hint=f"use it as it is: gpt generate --model {source}",
         )
     folder = open_folder(place.path, allow_pickle=allow_pickle)
-    temp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    try:
-        temp.parent.mkdir(parents=True, exist_ok=True)
-        temp.mkdir()
+    with new_directory(out) as temp:
         result = _write(temp, folder, place, source)
-        if out.is_dir():
-            out.rmdir()  # it is empty
-        temp.rename(out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"{out}: the import is not written: {error.strerror or error}"
-        ) from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return ImportResult(path=out, commit=place.commit, **result)
 
 
@@ -94,7 +83,6 @@ def _write(temp: Path, folder: HFFolder, place: ModelPlace, source: str) -> dict
     (temp / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     (temp / CONFIG).write_text(dump_config(config), encoding="utf-8")
     folder.tokenizer.save(temp / TOKENIZER)
-    sync_directory(temp / TOKENIZER)
     write_manifest(temp, 0, tied, folder.tokenizer.identity)
     return {
         "family": folder.config.family,

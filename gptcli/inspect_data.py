@@ -13,6 +13,7 @@ from gptcli.config.schema import Config, FinetuneConfig
 from gptcli.data import extras
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.duplicates import Duplicates
+from gptcli.data.files import resolve
 from gptcli.data.findings import Finding, judge
 from gptcli.data.overlap import N_GRAM, Overlap
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
@@ -92,10 +93,16 @@ def check_data(
 
 
 def finetuning_fields(config: Config) -> tuple[str, ...] | None:
-    """The rows' fields where `config` is one for finetuning: it starts from a model, or says how
-    rows become prompts. None for pretraining."""
-    if config.finetune == FinetuneConfig() and config.init is None:
-        return None
+    """The rows' fields where `config` is one for finetuning: it says how rows become prompts, or
+    starts from a model and has rows of which no field is named as the text. None for pretraining.
+    """
+    if config.finetune == FinetuneConfig():
+        if config.init is None or any(
+            "text_field" in source.model_fields_set for source in config.data.train
+        ):
+            return None
+        if any(file.kind not in ("rows", "table") for file in resolve(config.data.train)):
+            return None
     return tuple(config.finetune.fields.values())
 
 

@@ -11,13 +11,14 @@ from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
 from gptcli.data.readers import read_shards
+from gptcli.data.rows import RowSource
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import resolve_device
+from gptcli.device import Device, resolve_device
 from gptcli.errors import DataError
 from gptcli.evaluation.perplexity import encode_documents
 from gptcli.model.empty import empty_model
 from gptcli.reports.report import write_report
-from gptcli.runs.load import LoadedModel, load_model
+from gptcli.runs.load import load_model
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -30,8 +31,10 @@ from gptcli.training.initial import (
     check_embedding_file,
     required_eot,
     starting_point,
+    starting_tokenizer,
     with_shape,
 )
+from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
 
 log = logging.getLogger("gptcli")
@@ -59,18 +62,23 @@ def pretrain(
     ) as start:
         if start.done:
             return nothing_to_do(start)
-        config, initial = starting_point(config, start)
-        saved = start.contents.state["data_fingerprint"] if start.contents is not None else None
-        ready = _tokenizer(start, initial)
-        corpus, tokenizer = read_corpus(config, ready, known=saved)
-        if saved is not None:
-            check_fingerprint(saved, corpus.fingerprint, allow_data_change)
-        validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
-        session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-        rows = training_rows(config, corpus, tokenizer, session.state.position)
+        session, rows = _begin(config, start, device, allow_data_change)
         result = run_session(session, rows)
         write_report(start.directory)
         return result
+
+
+def _begin(
+    config: Config, start: Start, device: Device, allow_data_change: bool
+) -> tuple[Session, RowSource]:
+    """The run in memory and its rows. The model that `init` names does not outlive this call."""
+    config, initial = starting_point(config, start)
+    saved = start.saved_fingerprint
+    corpus, tokenizer = read_corpus(config, starting_tokenizer(start, initial), known=saved)
+    check_fingerprint(saved, corpus.fingerprint, allow_data_change)
+    validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
+    session = build_session(config, start, device, tokenizer, corpus, validation, initial)
+    return session, training_rows(config, corpus, tokenizer, session.state.position)
 
 
 def read_corpus(
@@ -132,13 +140,6 @@ def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> 
             "the validation part is empty",
             hint="add text, or set data.val_fraction or data.val",
         )
-
-
-def _tokenizer(start: Start, initial: LoadedModel | None) -> Tokenizer | None:
-    """The tokenizer of the run's checkpoint or of the model it starts from."""
-    if start.contents is not None:
-        return start.contents.tokenizer
-    return initial.tokenizer if initial is not None else None
 
 
 def _token_count(record: dict[str, Any], tokenizer: Tokenizer) -> int:

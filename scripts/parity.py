@@ -24,6 +24,7 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
 from gptcli.interop.hf_config import ARCHITECTURES, family_of, hf_config
 from gptcli.interop.hf_weights import layout, to_theirs
+from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
 
 START, END = "<!-- parity -->", "<!-- /parity -->"
@@ -45,8 +46,7 @@ def vocab_size(preset: str) -> int:
 
 def parameters(preset: str) -> int:
     """The exact number of parameters, tied ones once; no weight is allocated."""
-    with torch.device("meta"):
-        return GPT(ModelConfig(preset=preset), vocab_size(preset)).parameter_count()
+    return empty_model(ModelConfig(preset=preset), vocab_size(preset)).parameter_count()
 
 
 def made_small(preset: str) -> ModelConfig:

@@ -23,6 +23,7 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.export import export
 from gptcli.import_model import import_model
+from gptcli.interop.hf_export import HF_DTYPES
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
@@ -128,15 +129,18 @@ def test_gpt_takes_the_folder(make_run: Make, tmp_path: Path):
     assert second.tokenizer.start == first.tokenizer.start == 256
 
 
-def test_dtype_as_stored(make_run: Make, tmp_path: Path):
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_dtype_as_stored(make_run: Make, tmp_path: Path, dtype: str):
     """Weights that came in bf16 would double in size, and an exact circle would be none."""
-    half = export(str(make_run()), tmp_path / "half", "hf", "bf16")
+    first_time = None if dtype == "f32" else dtype  # a run of our own is stored in f32
+    half = export(str(make_run()), tmp_path / "half", "hf", first_time)
     again = export(str(half.path), tmp_path / "again", "hf", None)
     imported = import_model(str(half.path), tmp_path / "imported")
     third = export(str(imported.path), tmp_path / "third", "hf", None)
-    assert (half.dtype, again.dtype, third.dtype) == ("bf16", "bf16", "bf16")
+    assert (half.dtype, again.dtype, third.dtype) == (dtype, dtype, dtype)
     name = "model.safetensors"
     first, last = load_file(half.path / name), load_file(third.path / name)
+    assert {tensor.dtype for tensor in last.values()} == {HF_DTYPES[dtype]}
     assert first.keys() == last.keys()
     assert all(torch.equal(first[key], last[key]) for key in first)
 
@@ -229,7 +233,7 @@ def test_existing_out(make_run: Make, tmp_path: Path):
     link.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="exists already"):
         export(run, link, "hf", None)
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="so there can be no"):
         export(run, out / "README.md" / "below", "hf", None)
 
 
@@ -299,6 +303,15 @@ def test_gguf_into_a_folder(make_run: Make, tmp_path: Path):
     with pytest.raises(ConfigError, match="exists already"):
         export(run, tmp_path, "gguf", "f16")
     assert export(run, tmp_path / "new" / "m.gguf", "gguf", None).dtype == "f32"
+
+
+def test_gguf_dtype_as_stored(make_run: Make, tmp_path: Path):
+    """GGUF files get f16 as it is, and bf16 as f32, which holds it exactly."""
+    pytest.importorskip("gguf")
+    run = str(make_run())
+    for dtype, expected in (("f16", "f16"), ("bf16", "f32")):
+        stored = export(run, tmp_path / dtype, "hf", dtype).path
+        assert export(str(stored), tmp_path / f"{dtype}.gguf", "gguf", None).dtype == expected
 
 
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

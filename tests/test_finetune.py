@@ -213,7 +213,7 @@ def test_no_model(rows: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="finetuning starts from a model"):
             call()
     assert not (tmp_path / "run").exists()
-    with pytest.raises(CheckpointError, match="no run or checkpoint at"):
+    with pytest.raises(CheckpointError, match="no run, checkpoint or folder at"):
         finetune(settings(rows), model=str(tmp_path / "none"), run_dir=tmp_path / "run")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gptcli import import_model as module
 from gptcli import stop
 from gptcli.config.schema import Config, GenerateConfig
-from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluate import evaluate
 from gptcli.generate import generate
 from gptcli.import_model import import_model
@@ -102,10 +102,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a checkpoint of gpt's own") as caught:
         import_model(str(out), tmp_path / "again")
     assert caught.value.hint == f"use it as it is: gpt generate --model {out}"
-    with pytest.raises(CheckpointError, match="no run or checkpoint at"):
+    with pytest.raises(CheckpointError, match="no run, checkpoint or folder at"):
         import_model(str(tmp_path / "nothing"), tmp_path / "again")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="is not written"):
+    with pytest.raises(ConfigError, match="so there can be no"):
         import_model(source, tmp_path / "file" / "out")
     weights = load_file(Path(source) / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
@@ -172,6 +172,13 @@ def test_the_command(tmp_path: Path, gpt: Run, monkeypatch: pytest.MonkeyPatch) 
         assert "has no validation part of its own" in err
         assert f"hint: name a text: gpt eval --model {model} --data FILE" in err
     assert gpt("import", "source", "out")[0] == 2
+    (tmp_path / "empty").mkdir()
+    for here in (tmp_path, tmp_path / "empty"):
+        monkeypatch.chdir(here)
+        code, _, err = gpt("import", str(tmp_path / "source"), ".")
+        assert code == 2
+        assert "error: . exists already" in err
+    monkeypatch.chdir(tmp_path)
     assert gpt("runs", "list")[0] == 0
     assert not has_checkpoint(tmp_path)
 
@@ -257,3 +264,10 @@ print(max(most))
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < size / 4
+
+
+@pytest.mark.parametrize("source", ["", "model.gguf"])
+def test_what_cannot_be_imported(source: str, tmp_path: Path) -> None:
+    """An empty SOURCE was read as the folder at hand, and GGUF got a hint about checkpoints."""
+    with pytest.raises(ConfigError, match="no Hugging Face folder and no name on the hub"):
+        import_model(source, tmp_path / "out")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from published import publish_folder, random_model
 
 from gptcli import stop
 from gptcli.config.schema import Config
@@ -306,3 +307,21 @@ def test_examples_need_a_tokenizer(tmp_path):
     values = config(path).model_dump() | {"finetune": {"fields": {"prompt": "q", "response": "a"}}}
     with pytest.raises(ConfigError, match="tokenizer"):
         show_data(Config.model_validate(values))
+
+
+def test_pretraining_that_starts_from_a_model(tmp_path):
+    """With `init`, text is not taken for rows to finetune on; the block size beside it holds."""
+    folder = publish_folder(tmp_path / "published", random_model())
+    (tmp_path / "a.txt").write_text("\n\n".join(documents(20)))
+    settings = Config.model_validate(
+        {
+            "init": str(folder),
+            "data": {"train": str(tmp_path / "a.txt"), "cache": "off"},
+            "model": {"block_size": 16},
+            "training": {"tokens_per_step": 64},
+        }
+    )
+    shown = show_data(settings, rows=2)
+    assert shown.block_size == 16
+    assert [row.targets for row in shown.rows] == [16, 16]
+    assert check_data(settings).report["job"] == "pretrain"

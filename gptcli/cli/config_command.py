@@ -13,6 +13,7 @@ from gptcli.errors import ConfigError
 config_app = typer.Typer(
     name="config", help="List, show, copy and check configs.", rich_markup_mode=None
 )
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 @config_app.command("list")
@@ -23,6 +24,20 @@ def list_configs() -> int:
         write_error("no configs are shipped with this installation")
         return 0
     write_out(columns([[name, _first_comment(_shipped(name))] for name in names]))
+    return 0
+
+
+@config_app.command("presets")
+def list_presets() -> int:
+    """List the model presets (--set model.preset=NAME) with their sizes."""
+    from gptcli.config.model_schema import ModelConfig
+    from gptcli.config.presets import PRESETS
+
+    shapes = []
+    for name in PRESETS:
+        model = ModelConfig(preset=name)
+        shapes.append([name, *(f"{key} {getattr(model, key)}" for key in _SIZES)])
+    write_out(columns(shapes))
     return 0
 
 

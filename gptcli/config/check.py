@@ -234,7 +234,8 @@ def _near(value: Any, choices: Iterable[str]) -> str:
 
 def _known_presets(word: str) -> str:
     """The preset that was probably meant: those of a family, else the nearest, else all."""
-    family = [name for name in PRESETS if name.startswith(f"{word.lower()}-")]
+    word = word.lower()
+    family = [name for name in PRESETS if name == word or name.startswith(f"{word}-")]
     near = "" if family else _near(word, PRESETS)
     return near or f"; one of: {', '.join(family or PRESETS)}"
 

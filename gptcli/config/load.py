@@ -14,6 +14,7 @@ from gptcli.config.check import check
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.model_schema import BESIDE_INIT, ModelConfig
 from gptcli.config.overrides import apply_overrides
+from gptcli.config.presets import PRESETS
 from gptcli.config.scalars import resolve
 from gptcli.config.schema import Config
 from gptcli.config.shipped import shipped_config, shipped_names
@@ -63,6 +64,9 @@ def load_config(
     shape_given = config.init is None or {"model.block_size", "model.rope_scaling"} <= given
     if shape_given and (idle := config.model.idle_scaling):
         raise ConfigError(f"{shown}: {idle}")
+    block_given = config.init is None or "model.block_size" in given
+    if block_given and "model.window" in given and config.model.idle_window:
+        log.warning(f"{config.model.idle_window}; 0 means all tokens")
     for key, reason in unused_keys(config).items():
         if key in given:
             log.warning("%s: %s has no effect with %s", shown, key, reason)
@@ -152,7 +156,9 @@ def _find(reference: str) -> Path:
         raise ConfigError(f"{name}: {_reason(error)}") from None
     names = shipped_names()
     hint = f"shipped configs: {', '.join(names)}"
-    if near := difflib.get_close_matches(path.stem[:64], names, n=1):
+    if reference in PRESETS:
+        hint = f"it is a preset of the model: gpt pretrain small --set model.preset={reference}"
+    elif near := difflib.get_close_matches(path.stem[:64], names, n=1):
         hint = f"did you mean the shipped config '{near[0]}'?"
     raise ConfigError(f"{name}: no such config file", hint)
 

@@ -110,12 +110,17 @@ class ModelConfig(Section):
     @property
     def rolls(self) -> bool:
         """Whether a text of any length can be read with a cache of fixed size, and exactly so:
-        every layer reaches back a bounded number of tokens, and positions have no last one."""
+        every layer reaches back no further than in training, and positions have no last one."""
         scaling = self.rope_scaling
         endless = self.position == "none" or (
             self.position == "rope" and (scaling is None or scaling.kind != "dynamic")
         )
-        return endless and all(self.windows)
+        return endless and all(0 < window <= self.block_size for window in self.windows)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def head_size(self) -> int:
@@ -158,6 +163,13 @@ class ModelConfig(Section):
             f"model.rope_scaling dynamic changes nothing up to original_block_size {trained}, and"
             f" model.block_size is {self.block_size}; raise block_size or remove rope_scaling"
         )
+
+    @property
+    def idle_window(self) -> str | None:
+        """Why a part of `window` bounds nothing within the block; None where all does."""
+        if self.window is None or max(self.window) <= self.block_size:
+            return None
+        return f"model.window {max(self.window)} reaches beyond model.block_size {self.block_size}"
 
     @field_validator("window", mode="before", json_schema_input_type=int | list[int] | None)
     @classmethod

@@ -43,9 +43,10 @@ def _shape(
 
 PRESETS: dict[str, dict[str, Any]] = {
     "modern": _MODERN,
-    "modern-124m": _shape(_MODERN, 12, 12, 768, block_size=1024),
-    "modern-355m": _shape(_MODERN, 24, 16, 1024, block_size=1024),
-    "modern-774m": _shape(_MODERN, 36, 20, 1280, block_size=1024),
+    # Layers, heads and widths of gpt2, -medium and -large; sizes with gpt2's vocabulary.
+    "modern-162m": _shape(_MODERN, 12, 12, 768, block_size=1024),
+    "modern-407m": _shape(_MODERN, 24, 16, 1024, block_size=1024),
+    "modern-838m": _shape(_MODERN, 36, 20, 1280, block_size=1024),
     # Yang et al. 2025 (Qwen3), table 1.
     "modern-0.6b": _shape(_QWEN3, 28, 16, 1024, n_kv_head=8, n_inner=3072, tie_embeddings=True),
     "modern-1.7b": _shape(_QWEN3, 28, 16, 2048, n_kv_head=8, n_inner=6144, tie_embeddings=True),

@@ -12,7 +12,8 @@ class SpecialTokens:
 
     `in_text` are added tokens that are text all the same: they stand for their own characters
     wherever these occur. `more_ends` are ids besides `eot` that end a generated text (a published
-    model may name several); they may be ordinary tokens.
+    model may name several); they may be ordinary tokens. `bare` tokenizers put no token before a
+    text: those of published models without `bos`, which have learnt to do without.
     """
 
     ids: dict[str, int]
@@ -20,6 +21,7 @@ class SpecialTokens:
     bos: str | None = None
     in_text: tuple[str, ...] = ()
     more_ends: tuple[int, ...] = ()
+    bare: bool = False
 
     @property
     def eot_id(self) -> int | None:
@@ -47,6 +49,8 @@ class SpecialTokens:
             saved["in_text"] = list(self.in_text)
         if self.more_ends:
             saved["more_ends"] = sorted(self.more_ends)
+        if self.bare:
+            saved["bare"] = True
         return saved
 
     @classmethod
@@ -58,4 +62,17 @@ class SpecialTokens:
         for name in (eot, bos, *in_text):
             if name is not None:
                 ids[name]  # all named ones have an id
-        return cls(ids, eot, bos, in_text, tuple(int(i) for i in saved.get("more_ends", ())))
+        more_ends = tuple(int(i) for i in saved.get("more_ends", ()))
+        return cls(ids, eot, bos, in_text, more_ends, saved.get("bare") is True)
+
+
+def check_ids(ranks: dict[bytes, int], special: SpecialTokens) -> None:
+    """ValueError for what tiktoken answers with a panic, which is no Exception."""
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+    ids = {*ranks.values(), *special.ids.values()}
+    if len(ids) < len(ranks) + len(special.ids):
+        raise ValueError("two tokens have the same id")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError("a token id is negative or above 2^31")

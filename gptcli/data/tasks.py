@@ -62,16 +62,17 @@ class ExampleEncoder:
                 f"{where}: finetune.template: {error} (has: {', '.join(row)})"
             ) from error
         response = self.tokenizer.encode(values["response"])
-        prompt = [t for t in [self.tokenizer.start] if t is not None]
-        room = self.block_size - len(prompt) - len(response)  # eot is a target only
-        if not response or room < 0:
+        room = self.block_size - len(response)  # eot is a target only
+        if not response or room < 1:  # one for the start, or a bare prompt's last token
             self.skipped += 1
             return None
         body = self.tokenizer.encode(prompt_text)
-        if len(body) > room:
+        prompt = self.tokenizer.begin(body)
+        if len(prompt) > room:
             self.shortened += 1
-            body = body[len(body) - room :]
-        return Example(prompt + body, response, values["response"])
+            kept = room - (len(prompt) - len(body))
+            prompt = self.tokenizer.begin(body[len(body) - kept :])
+        return Example(prompt, response, values["response"])
 
     def check(self, shards: list[Shard]) -> None:
         """Try all rows of the shards, so that what is wrong shows before the training; afterwards

@@ -19,12 +19,14 @@ import tiktoken
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.units import parse_bytes
 from gptcli.data.bpe import learn_ranks
-from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
+from gptcli.data.probe import probe_text
+from gptcli.data.published_files import TOKENIZER_JSON
+from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens, check_ids
 from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, named_encoding, parse_tiktoken
 from gptcli.data.tokenizer_json import TokenText, byte_ranks, parse, read_tokenizer_json
+from gptcli.data.tokenizer_source import load_source, read_source, save_source
 from gptcli.errors import CheckpointError, DataError
 
-TOKENIZER_JSON = "tokenizer.json"
 _RANKS_FILE, _META_FILE = "ranks.tiktoken", "meta.json"
 _BYTES_PATTERN = r"[\s\S]"
 
@@ -38,8 +40,11 @@ class Tokenizer:
     between documents; it is None for published tokenizers that have none, as `bos` is where
     documents begin without one. `ends` holds all ids that end a generated text, eot among them.
     `special` tells of more special tokens than `eot`; with `nfc` texts are normalised first.
+    `source` is what a published folder says of its tokenizer (see `read_source`), for exports only.
     ValueError when `ranks` lack a byte or ids are shared.
     """
+
+    nfc: bool = False
 
     def __init__(
         self,
@@ -52,10 +57,10 @@ class Tokenizer:
     ) -> None:
         if special is None:
             special = SpecialTokens({}, None) if eot is None else SpecialTokens({EOT_TEXT: eot})
-        _check_ids(ranks, special)
+        check_ids(ranks, special)
         self._set_special(kind, special, max(ranks.values()))
         self.pattern = pattern
-        self._nfc, self._in_text = nfc, frozenset(special.in_text)
+        self.nfc, self._in_text = nfc, frozenset(special.in_text)
         self._ranks = ranks
         self._tokens = {rank: token for token, rank in ranks.items()}
         self._tokens |= {special.ids[name]: name.encode() for name in special.in_text}
@@ -69,6 +74,7 @@ class Tokenizer:
         self.kind, self.special = kind, special
         self.eot, self.bos, self.ends = special.eot_id, special.bos_id, special.ends
         self.vocab_size = max([highest, *special.ids.values()]) + 1
+        self.source: dict[str, Any] = {}
 
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
@@ -77,13 +83,28 @@ class Tokenizer:
 
     @classmethod
     def of_ids(cls, vocab_size: int) -> "Tokenizer":
-        """For models that come without a tokenizer: see `IdsTokenizer`."""
+        """For models that come without a tokenizer: see `IdsTokenizer`. No id ends a text."""
         return IdsTokenizer(vocab_size)
 
     @property
     def start(self) -> int | None:
         """The token that stands before a document: bos where there is one, else eot."""
         return self.bos if self.bos is not None else self.eot
+
+    @property
+    def prompt_start(self) -> int | None:
+        """The token that prompts begin with: `start`, but none for bare tokenizers."""
+        return self.bos if self.special.bare else self.start
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """A prompt of the ids of a text, which begins once; one of no ids is `start`, if any."""
+        start = self.prompt_start if ids else self.start
+        return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+    @property
+    def original_json(self) -> bytes | None:
+        """The tokenizer.json that the library `tokenizers` runs; None where tiktoken runs it."""
+        return None
 
     @cached_property
     def identity(self) -> str:
@@ -112,7 +133,7 @@ class Tokenizer:
     def _encode(self, text: str) -> Ids:
         if self._bytes_only:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
-        if self._nfc and not unicodedata.is_normalized("NFC", text):
+        if self.nfc and not unicodedata.is_normalized("NFC", text):
             text = self._normalized(text)
         ids = self._encoding.encode_to_numpy(
             text, allowed_special=self._in_text, disallowed_special=()
@@ -152,6 +173,7 @@ class Tokenizer:
             (directory / self._file).write_bytes(self._content())
         meta = {**self._meta(), "identity": self.identity}
         (directory / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+        save_source(directory, self.source)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -167,16 +189,13 @@ class Tokenizer:
                 tokenizer = LibraryTokenizer(content, special)
             else:
                 ranks = parse_tiktoken((directory / Tokenizer._file).read_bytes())
+                pattern, nfc = meta["pattern"], meta.get("normalizer") == "NFC"
                 tokenizer = Tokenizer(
-                    meta["kind"],
-                    ranks,
-                    meta["pattern"],
-                    special.eot_id,
-                    special,
-                    nfc=meta.get("normalizer") == "NFC",
+                    meta["kind"], ranks, pattern, special.eot_id, special, nfc=nfc
                 )
             if meta.get("identity", tokenizer.identity) != tokenizer.identity:
                 raise ValueError(f"{tokenizer._file} and {_META_FILE} do not belong together")
+            tokenizer.source = load_source(directory)
             return tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory}: not a saved tokenizer: {error}") from error
@@ -188,7 +207,7 @@ class Tokenizer:
 
     def _meta(self) -> dict[str, Any]:
         meta = {"kind": self.kind, "pattern": self.pattern, **self.special.to_json()}
-        return {**meta, "normalizer": "NFC"} if self._nfc else meta
+        return {**meta, "normalizer": "NFC"} if self.nfc else meta
 
 
 class LibraryTokenizer(Tokenizer):
@@ -218,6 +237,11 @@ class LibraryTokenizer(Tokenizer):
         unknown = raw["model"].get("unk_token")
         self._unknown = None if unknown is None else self._library.token_to_id(unknown)
 
+    @property
+    def original_json(self) -> bytes:
+        """The tokenizer.json as it was read."""
+        return self._json
+
     def _encode(self, text: str) -> Ids:
         text.encode()  # for lone surrogates the library has another error than UnicodeEncodeError
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
@@ -246,7 +270,9 @@ class LibraryTokenizer(Tokenizer):
 class IdsTokenizer(Tokenizer):
     """No tokenizer: a text is token ids in decimal, separated by white space.
 
-    It has neither eot nor bos. ValueError for a `vocab_size` below 1.
+    It has neither eot nor bos, and no id ends a text, whatever eos_token_id a config names: there
+    are published models without a tokenizer in which that id is an ordinary token. ValueError for a
+    `vocab_size` below 1.
     """
 
     KIND = "ids"
@@ -336,48 +362,37 @@ def load_tokenizer(path: Path, pattern: str) -> Tokenizer:
         raise DataError(f"{path}: not a .tiktoken file: {error}") from error
 
 
-def load_tokenizer_json(path: Path, *, needs_eot: bool = False) -> Tokenizer:
+def load_tokenizer_json(
+    path: Path, *, needs_eot: bool = False, content: bytes | None = None
+) -> Tokenizer:
     """A Hugging Face `tokenizer.json`, special tokens as it and the configs beside it say.
 
-    One that names no end-of-text token has none, as a published model's must (its embedding has no
-    row for another id); with `needs_eot`, for training from scratch, it gets one behind its last
-    id.
+    `content` stands for what the file holds, which then need not be there. A tokenizer that names
+    no end-of-text token has none, as a published model's must (its embedding has no row for another
+    id), and is bare if it has no bos; with `needs_eot`, for training from scratch, it gets an eot
+    behind its last id, and texts begin with that.
     Byte-level BPE runs in tiktoken where that gives the same ids, everything else in the library
     `tokenizers`. DataError when the file is none, or for kinds whose tokens have no text.
     """
-    content, special = read_tokenizer_json(path, needs_eot)
+    content, special = read_tokenizer_json(path, needs_eot, content)
     try:
-        library = LibraryTokenizer(content, special)
-        found = byte_ranks(content, special)
+        tokenizer = _fastest(content, special)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a tokenizer.json that can be used: {error}") from error
+    if not needs_eot:
+        tokenizer.source = read_source(path.parent, parse(content), tokenizer.vocab_size)
+    return tokenizer
+
+
+def _fastest(content: bytes, special: SpecialTokens) -> Tokenizer:
+    library = LibraryTokenizer(content, special)
+    found = byte_ranks(content, special)
     if found is not None:
         try:
             fast = Tokenizer("file", found.ranks, found.pattern, special.eot_id, special, found.nfc)
         except ValueError:  # a regex that tiktoken does not take, a byte without a token
             return library
-        probe = _probe()
+        probe = probe_text()
         if np.array_equal(fast.encode_numpy(probe), library.encode_numpy(probe)):
             return fast
     return library
-
-
-def _probe() -> str:
-    """Text in which regexes that two engines read differently show: characters of many scripts
-    between letters, digits, spaces and line ends."""
-    characters = [*range(0x250), *range(0x250, 0x3400, 29), *range(0x3400, 0x1F700, 997)]
-    kept = [chr(c) for c in characters if not 0xD800 <= c < 0xE000]
-    mixed = "".join(f"a{c}b 12{c}345678 {c}{c}\n {c}A'{c}\r\n\n  " for c in kept)
-    return mixed + "I'LL don't   we'Re 1234567890 \t\n x\u00a0y " + "".join(kept)
-
-
-def _check_ids(ranks: dict[bytes, int], special: SpecialTokens) -> None:
-    """ValueError for what tiktoken answers with a panic, which is no Exception."""
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no token")
-    ids = {*ranks.values(), *special.ids.values()}
-    if len(ids) < len(ranks) + len(special.ids):
-        raise ValueError("two tokens have the same id")
-    if min(ids) < 0 or max(ids) >= 2**31:
-        raise ValueError("a token id is negative or above 2^31")

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptcli.data.json_file import bounded_bytes, read_json_object
+from gptcli.data.published_files import CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
 from gptcli.data.tiktoken_tables import GPT2_PATTERN, byte_characters
 from gptcli.errors import DataError
 
+# Configs beside tokenizer.json that speak of special tokens, by their names and by their ids.
+NAMING, NUMBERING = (TOKENIZER_CONFIG, SPECIAL_TOKENS), (GENERATION_CONFIG, CONFIG)
+MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest published one, and what a checkpoint may hold
+
 # How models call their end of text, where no file beside tokenizer.json says it.
 _EOT_NAMES = (EOT_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
-_MAX_BYTES = 64 * 2**20  # twice the largest published one, and what a checkpoint may hold
 _WORD_PIECES = {"WordPiece", "CTC"}  # decoders whose tokens have no bytes of their own
 
 
@@ -26,16 +31,17 @@ class ByteRanks:
     nfc: bool
 
 
-def read_tokenizer_json(path: Path, needs_eot: bool) -> tuple[bytes, SpecialTokens]:
-    """The file's bytes and its special tokens, by it and the configs beside it.
+def read_tokenizer_json(
+    path: Path, needs_eot: bool, content: bytes | None = None
+) -> tuple[bytes, SpecialTokens]:
+    """The file's bytes (or `content`) and its special tokens, by it and the configs beside it.
 
     A tokenizer without an end-of-text token has none, or with `needs_eot` gets one behind its last
-    id. All the ids that the configs name as ends are ends. DataError when it cannot be read.
+    id; one without bos is bare, but not with `needs_eot`. All the ids that the configs name as ends
+    are ends. DataError when it cannot be read.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        content = path.read_bytes()
+        content = bounded_bytes(path, MAX_TOKENIZER_BYTES) if content is None else content
         raw = parse(content)
         ids = _vocabulary(raw) | {t["content"]: t["id"] for t in raw["added_tokens"]}
         beside = _Beside(path.parent)
@@ -49,7 +55,8 @@ def read_tokenizer_json(path: Path, needs_eot: bool) -> tuple[bytes, SpecialToke
         found = {name: ids[name] for name in names}
         ends = set(beside.ids("eos_token_id")) & set(ids.values())
         more = tuple(sorted(ends - {None if eot is None else ids[eot]}))
-        return content, SpecialTokens(found, eot, bos, tuple(n for n in names if n in added), more)
+        in_text, bare = tuple(n for n in names if n in added), bos is None and not needs_eot
+        return content, SpecialTokens(found, eot, bos, in_text, more, bare)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer.json: {_reason(error)}") from error
 
@@ -211,10 +218,8 @@ class _Beside:
     """The Hugging Face configs in a folder, as far as they speak of special tokens."""
 
     def __init__(self, folder: Path) -> None:
-        names = ("tokenizer_config.json", "special_tokens_map.json")
-        self._named = [self._read(folder / name) for name in names]
-        names = ("generation_config.json", "config.json")
-        self._numbered = [self._read(folder / name) for name in names]
+        self._named = [self._read(folder / name) for name in NAMING]
+        self._numbered = [self._read(folder / name) for name in NUMBERING]
 
     def name(self, key: str) -> str | None:
         """The token that `key` (eos_token) names."""
@@ -240,13 +245,7 @@ class _Beside:
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
-        if not path.is_file():
-            return {}
-        try:
-            value = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: damaged: {error}") from error
-        return value if isinstance(value, dict) else {}
+        return read_json_object(path, DataError) if path.is_file() else {}
 
 
 def _eot(ids: dict[str, int], beside: _Beside) -> str | None:

@@ -16,11 +16,11 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a document that begins with `text`, document start included.
 
-    The start is the tokenizer's `start`, as in training and evaluation. With `allow_special`,
-    `<|endoftext|>` in the text is the token of that name, or else the eot token; without, it is
-    ordinary text. Bytes are a document that is no text, for tokenizers with a token a byte. Raises
-    ConfigError when nothing is left to start from, or when the tokenizer has no eot to allow, and
-    DataError for a text that is no ids where the model has no tokenizer.
+    The start is the tokenizer's `prompt_start`; an empty text is `start` alone. With
+    `allow_special`, `<|endoftext|>` in the text is the token of that name, or else the eot token;
+    without, it is ordinary text. Bytes are a document that is no text, for tokenizers with a token
+    a byte. Raises ConfigError when nothing is left to start from, or when the tokenizer has no eot
+    to allow, and DataError for a text that is no ids where the model has no tokenizer.
     """
     parts: list[Any] = [text]
     if allow_special:
@@ -31,8 +31,7 @@ def encode_prompt(
         if special is None:
             raise ConfigError(f"--allow-special: the tokenizer has no {EOT_TEXT} token")
         ids += [special, *tokenizer.encode(part)]
-    if tokenizer.start is not None and ids[:1] != [tokenizer.start]:
-        ids = [tokenizer.start, *ids]
+    ids = tokenizer.begin(ids)
     if not ids:
         raise ConfigError(
             "the prompt is empty and the tokenizer has no token to start a document with",

@@ -281,7 +281,7 @@ def _add_tokenizer(writer: Any, tokens: Vocabulary) -> None:
         writer.add_unk_token_id(tokens.unknown)
     if tokens.start is not None:
         writer.add_bos_token_id(tokens.start)
-    writer.add_add_bos_token(tokens.start is not None)
+    writer.add_add_bos_token(tokens.adds_start)
     add_end = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for add, end in zip(add_end, tokens.ends, strict=False):
         add(end)

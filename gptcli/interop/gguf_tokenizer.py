@@ -41,8 +41,9 @@ class Vocabulary:
     """The keys tokenizer.ggml.* of a GGUF file.
 
     `model` is gpt2 (byte-level BPE) or llama (sentencepiece); `pre` names the regex that cuts
-    words. `tokens`, `types` and `scores` have one entry an id, `start` is the token put before
-    every text, `ends` those that end one, the first of them the end-of-text token.
+    words. `tokens`, `types` and `scores` have one entry an id, `start` is the token that begins a
+    text, and `adds_start` tells whether it is put before every one; `ends` are those that end one,
+    the first of them the end-of-text token.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]
     start: int | None
+    adds_start: bool
     ends: list[int]
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -98,6 +100,7 @@ def _byte_level(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
         tokens=tokens,
         types=types,
         start=tokenizer.start,
+        adds_start=tokenizer.prompt_start is not None,
         ends=_ends(tokenizer),
         merges=[f"{spelled[a]} {spelled[b]}" for a, b in merges] or [_NO_MERGE],
     )
@@ -154,6 +157,7 @@ def _sentencepiece(tokenizer: LibraryTokenizer, vocab_size: int) -> Vocabulary:
         tokens=tokens,
         types=types,
         start=tokenizer.start,
+        adds_start=tokenizer.prompt_start is not None,
         ends=_ends(tokenizer),
         scores=[-float(ranks.get(token, len(ranks))) for token in tokens],
         unknown=None if unknown is None else ids[unknown],

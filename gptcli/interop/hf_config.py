@@ -65,7 +65,7 @@ class HFConfig:
 
 
 def read_config(raw: dict[str, Any], where: str) -> HFConfig:
-    """Our config for the config.json `raw`; keys that are not there have transformers' defaults.
+    """Our config for the config.json `raw`; keys that it may lack have transformers' defaults.
 
     Unknown keys are refused unless they are null or false. CheckpointError opens with `where` and
     lists everything that is wrong.
@@ -83,8 +83,7 @@ def read_config(raw: dict[str, Any], where: str) -> HFConfig:
     try:
         model = ModelConfig(preset=_PRESETS[family], zero_init_output=False, dropout=0.0, **values)
     except ValidationError as error:
-        reasons = "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())
-        raise CheckpointError(f"{where}: {reasons}") from error
+        raise CheckpointError(f"{where}: {_reasons(error)}") from error
     return HFConfig(family, model, vocab_size, zeros)
 
 
@@ -122,6 +121,16 @@ def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     if family in ("openai-gpt", "gpt2"):
         return common | _gpt_keys(model, family)
     return common | _rotary_keys(model, family)
+
+
+def _reasons(error: ValidationError) -> str:
+    """What our config has against the values, by our names of the keys."""
+    found = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        text = str(problem["msg"]).removeprefix("Value error, ").replace("\n", "; ")
+        found.append(f"{key}: {text}" if key else text)
+    return "; ".join(found)
 
 
 def _known_family(raw: dict[str, Any], where: str) -> Family:

@@ -1,6 +1,5 @@
 """The files of a Hugging Face folder: which hold the weights, and what their headers say."""
 
-import json
 import os
 import re
 import stat
@@ -8,27 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptcli import stop
+from gptcli.data.json_file import read_json_object
+from gptcli.data.published_files import (
+    PICKLE,
+    PICKLE_INDEX,
+    PICKLES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from gptcli.errors import CheckpointError
 from gptcli.interop.hf_pickle import unpickled
+from gptcli.interop.safetensors_file import DTYPES
 
-CONFIG = "config.json"
-_WEIGHTS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_MAX_CONFIG_BYTES = 2**20
 _MAX_INDEX_BYTES = 64 * 2**20
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -38,21 +35,8 @@ class Stored:
     name: str
     path: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: no float of ours
+    dtype: torch.dtype | None  # None: none of `DTYPES`
     dtype_name: str
-
-
-def read_json(path: Path, most_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. CheckpointError when it is none, or larger than `most_bytes`."""
-    try:
-        if path.stat().st_size > most_bytes:
-            raise CheckpointError(f"{path}: larger than {most_bytes} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -86,18 +70,18 @@ def weight_files(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
 
     CheckpointError when there are none, one is missing, or all are pickles and may not be read.
     """
-    for name in (_WEIGHTS, _PICKLE):
-        whole, index = inside(folder, name), inside(folder, f"{name}.index.json")
+    for name, index_name in ((WEIGHTS, WEIGHTS_INDEX), (PICKLE, PICKLE_INDEX)):
+        whole, index = inside(folder, name), inside(folder, index_name)
         if whole is None and index is None:
             continue
-        if name == _PICKLE and not allow_pickle:
-            raise _pickled(whole or folder / f"{name}.index.json")
-        return (whole,) if whole is not None else _shards(folder, f"{name}.index.json")
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+        if name == PICKLE and not allow_pickle:
+            raise _pickled(whole or folder / index_name)
+        return (whole,) if whole is not None else _shards(folder, index_name)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0], readable=False)
     raise CheckpointError(
-        f"{folder} has no weights (no {_WEIGHTS})",
+        f"{folder} has no weights (no {WEIGHTS})",
         hint="was the download finished? are they in a folder inside it?",
     )
 
@@ -106,7 +90,7 @@ def _pickled(path: Path, readable: bool = True) -> CheckpointError:
     hint = (
         "where you trust it: --allow-pickle reads its tensors and nothing else"
         if readable
-        else f"where you trust it, save its state_dict as {_WEIGHTS}"
+        else f"where you trust it, save its state_dict as {WEIGHTS}"
     )
     return CheckpointError(
         f"{path} is a pickle file, which can run any code when it is read, so gpt does not", hint
@@ -114,11 +98,12 @@ def _pickled(path: Path, readable: bool = True) -> CheckpointError:
 
 
 def _shards(folder: Path, index: str) -> tuple[Path, ...]:
-    places = read_json(folder / index, _MAX_INDEX_BYTES).get("weight_map")
+    raw = read_json_object(folder / index, CheckpointError, _MAX_INDEX_BYTES)
+    places = raw.get("weight_map")
     if not isinstance(places, dict) or not all(type(name) is str for name in places.values()):
         raise CheckpointError(f"{folder / index}: no weight_map from tensors to files")
     found = []
-    suffix = ".safetensors" if index.startswith(_WEIGHTS) else ".bin"
+    suffix = Path(WEIGHTS if index == WEIGHTS_INDEX else PICKLE).suffix
     plain = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*" + re.escape(suffix))
     for name in sorted(set(places.values())):
         if not plain.fullmatch(name):
@@ -143,7 +128,7 @@ def headers(files: tuple[Path, ...]) -> list[Stored]:
     for path in files:
         stop.raise_if_requested()
         with _reported(path):
-            found += _pickle_header(path) if path.suffix == ".bin" else _header(path)
+            found += _pickle_header(path) if path.suffix in PICKLES else _header(path)
     return found
 
 
@@ -152,13 +137,13 @@ def _header(path: Path) -> Iterator[Stored]:
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
             kind = part.get_dtype()
-            yield Stored(name, path, tuple(part.get_shape()), _DTYPES.get(kind), kind)
+            yield Stored(name, path, tuple(part.get_shape()), DTYPES.get(kind), kind)
 
 
 def _pickle_header(path: Path) -> Iterator[Stored]:
     for name, tensor in unpickled(path).items():
         kind = str(tensor.dtype).removeprefix("torch.")
-        dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
+        dtype = tensor.dtype if tensor.dtype in DTYPES.values() else None
         yield Stored(name, path, tuple(tensor.shape), dtype, kind)
 
 
@@ -176,7 +161,7 @@ class Reader:
         path = stored.path
         with _reported(path):
             if path not in self._opened:
-                pickled = path.suffix == ".bin"
+                pickled = path.suffix in PICKLES
                 self._opened[path] = (
                     unpickled(path).__getitem__
                     if pickled

@@ -59,6 +59,12 @@ class Keys:
             return default
         return value
 
+    def required(self, key: str, default: int, most: int = _MOST) -> int:
+        """A size that every published config gives; `default` goes on where one lacks it."""
+        if self.get(key) is None:
+            self.problems.append(f"{self._inside}{key} is missing")
+        return self.size(key, default, most=most)
+
     def number(self, key: str, default: float) -> float:
         """A number above 0."""
         value = self.get(key)

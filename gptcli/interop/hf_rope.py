@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gptcli.config.model_schema import ModelConfig, RopeScaling
+from gptcli.config.model_schema import ModelConfig
 from gptcli.interop.hf_keys import Keys
 
 # What each kind may say besides its name and rope_theta.
@@ -24,10 +24,11 @@ _NOT_READ = frozenset({"finetuned", _ORIGINAL})  # written by YaRN's authors; by
 
 @dataclass(frozen=True)
 class Rope:
-    """What a config.json says of positions."""
+    """What a config.json says of positions; `scaling` are values for our `RopeScaling`, which
+    checks them."""
 
     theta: float
-    scaling: RopeScaling | None
+    scaling: dict[str, Any] | None
     block_size: int
 
 
@@ -46,8 +47,8 @@ def read_rope(keys: Keys, longest: int) -> Rope:
         if kind == "dynamic" and original != longest:
             inner.wrong(_ORIGINAL, original, f"max_position_embeddings ({longest}) for dynamic")
         scaling = _scaling(inner, kind, longest, original)
-    if scaling is not None and kind == "dynamic":
-        reach = math.floor(scaling.factor * longest)
+        if kind == "dynamic" and "factor" in scaling:
+            reach = math.floor(scaling["factor"] * longest)
     keys.problems += inner.problems
     if kind is not None and (unknown := inner.unknown(_NOT_READ)):
         keys.problems.append(f"unknown keys for rope type {kind}: {', '.join(unknown)}")
@@ -63,13 +64,30 @@ def _parameters(keys: Keys) -> tuple[str, dict[str, Any]]:
     if not isinstance(value, dict):
         keys.wrong(name, value, "an object")
         return name, {}
-    if isinstance(old, dict) and new is not None:
-        differing = [key for key in old if key in value and old[key] != value[key]]
-        if differing:
+    if new is not None and old is not None:
+        if not isinstance(old, dict):
+            keys.wrong("rope_scaling", old, "an object")
+        elif differing := _differing(new, old):
             keys.problems.append(
                 f"rope_parameters and rope_scaling differ in {', '.join(map(str, differing))}"
             )
     return name, value
+
+
+def _differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """The keys that are not the same in both; the old form has its rope_theta elsewhere."""
+    ours, theirs = _normalised(new), _normalised(old)
+    theirs.setdefault("rope_theta", ours.get("rope_theta"))
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+
+
+def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without what is null, the kind under its newer name."""
+    given = {key: value for key, value in raw.items() if value is not None}
+    kind = given.pop("type", None)
+    if given.setdefault("rope_type", kind or "default") != kind and kind is not None:
+        given["type"] = kind
+    return given
 
 
 def _theta(keys: Keys, inner: Keys) -> float:
@@ -108,9 +126,10 @@ def _original(keys: Keys, inner: Keys, longest: int) -> int:
     return outside
 
 
-def _scaling(inner: Keys, kind: str, longest: int, original: int) -> RopeScaling | None:
-    factor = inner.number("factor", longest / original if kind == "yarn" else 0.0)
-    values: dict[str, Any] = {"kind": kind, "factor": factor}
+def _scaling(inner: Keys, kind: str, longest: int, original: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"kind": kind}
+    if kind == "yarn" or inner.get("factor") is not None:
+        values["factor"] = inner.number("factor", longest / original)
     if kind != "linear":
         values["original_block_size"] = original
     if kind == "llama3":
@@ -119,16 +138,12 @@ def _scaling(inner: Keys, kind: str, longest: int, original: int) -> RopeScaling
                 inner.wrong(key, None, "a number")
         values["low_freq_factor"] = inner.number("low_freq_factor", 1.0)
         values["high_freq_factor"] = inner.number("high_freq_factor", 4.0)
-        if values["high_freq_factor"] <= values["low_freq_factor"]:
-            inner.wrong("high_freq_factor", values["high_freq_factor"], "above low_freq_factor")
     if kind == "yarn":
         values["beta_fast"] = inner.number("beta_fast", 32.0)
         values["beta_slow"] = inner.number("beta_slow", 1.0)
-        values["attention_factor"] = _attention_factor(inner, factor)
+        values["attention_factor"] = _attention_factor(inner, values["factor"])
         inner.must_be("truncate", True)
-    if factor < 1.0:
-        inner.wrong("factor", inner.get("factor"), "a number of at least 1")
-    return None if inner.problems else RopeScaling(**values)
+    return values
 
 
 def _attention_factor(inner: Keys, factor: float) -> float | None:

@@ -1,16 +1,17 @@
 """What the keys of a Hugging Face config.json mean in our config, family by family.
 
-Sizes that a file does not give are those of transformers' config classes.
+The sizes of the matrices must be given. For what published files may lack, the values are those of
+transformers' config classes.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from gptcli.interop.fit import MAX_POSITION_NUMBERS
 from gptcli.interop.hf_keys import Keys
 from gptcli.interop.hf_rope import read_rope
 
 _MOST_LAYERS = 2**16  # some settings are listed layer by layer
-_POSITION_NUMBERS = 2**28  # 1 GiB: the rotary table is the one size that no weight confirms
 _VOCABULARIES = {
     "openai-gpt": 40478,
     "gpt2": 50257,
@@ -52,7 +53,7 @@ Values = tuple[dict[str, Any], tuple[str, ...]]
 
 def read_vocab_size(keys: Keys, family: str) -> int:
     """Rows of the embedding."""
-    return keys.size("vocab_size", _VOCABULARIES[family])
+    return keys.required("vocab_size", _VOCABULARIES[family])
 
 
 def read_values(keys: Keys, family: str) -> Values:
@@ -64,7 +65,7 @@ def read_values(keys: Keys, family: str) -> Values:
 
 
 def _read_gpt(keys: Keys, family: str) -> Values:
-    n_embd = keys.size("n_embd", 768)
+    n_embd = keys.required("n_embd", 768)
     first = family == "openai-gpt"
     if first:
         activation = keys.choice("afn", "gelu", _GPT1_ACTIVATIONS)
@@ -75,8 +76,8 @@ def _read_gpt(keys: Keys, family: str) -> Values:
         keys.must_be("add_cross_attention", False)
     return {
         **_LEARNED,
-        "n_layer": keys.size("n_layer", 12, most=_MOST_LAYERS),
-        "n_head": keys.size("n_head", 12),
+        "n_layer": keys.required("n_layer", 12, most=_MOST_LAYERS),
+        "n_head": keys.required("n_head", 12),
         "n_embd": n_embd,
         "n_inner": 4 * n_embd if first else keys.size("n_inner", 4 * n_embd),
         "block_size": keys.size("n_positions", 512 if first else 1024),
@@ -90,14 +91,14 @@ def _read_gpt(keys: Keys, family: str) -> Values:
 
 
 def _read_neo(keys: Keys, family: str) -> Values:
-    n_embd = keys.size("hidden_size", 2048)
-    n_layer = keys.size("num_layers", 24, most=_MOST_LAYERS)
+    n_embd = keys.required("hidden_size", 2048)
+    n_layer = keys.required("num_layers", 24, most=_MOST_LAYERS)
     width = keys.size("window_size", 256)
     kinds = _neo_kinds(keys, n_layer)
     return {
         **_LEARNED,
         "n_layer": n_layer,
-        "n_head": keys.size("num_heads", 16),
+        "n_head": keys.required("num_heads", 16),
         "n_embd": n_embd,
         "n_inner": keys.size("intermediate_size", 4 * n_embd),
         "block_size": keys.size("max_position_embeddings", 2048),
@@ -118,8 +119,10 @@ def _neo_kinds(keys: Keys, n_layer: int) -> list[str]:
     try:
         total = 0
         for kinds, repeats in types:
-            if type(repeats) is not int or repeats < 1 or not {*kinds} <= {"global", "local"}:
+            if type(repeats) is not int or repeats < 1:
                 raise ValueError
+            if type(kinds) is not list or not kinds or not {*kinds} <= {"global", "local"}:
+                raise ValueError  # an empty list could be repeated 10^12 times
             total += len(kinds) * repeats
         if total != n_layer:  # before the list is made: it may be a long one
             keys.problems.append(f"attention_types are of {total} layers, num_layers is {n_layer}")
@@ -135,8 +138,8 @@ def _neo_kinds(keys: Keys, n_layer: int) -> list[str]:
 
 def _read_rotary(keys: Keys, family: str) -> Values:
     default = _ROTARY_DEFAULTS[family]
-    n_embd, n_head = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    n_layer = keys.size("num_hidden_layers", 32, most=_MOST_LAYERS)
+    n_embd, n_head = keys.required("hidden_size", 4096), keys.required("num_attention_heads", 32)
+    n_layer = keys.required("num_hidden_layers", 32, most=_MOST_LAYERS)
     n_kv_head = keys.size("num_key_value_heads", default["n_kv_head"] or n_head)
     if keys.is_null("num_key_value_heads"):
         n_kv_head = n_head
@@ -145,7 +148,7 @@ def _read_rotary(keys: Keys, family: str) -> Values:
     keys.choice("hidden_act", "silu", _SILU)
     head_dim = keys.size("head_dim", default["head_dim"] or max(n_embd // n_head, 1))
     rope = read_rope(keys, keys.size("max_position_embeddings", default["block_size"]))
-    if rope.block_size * head_dim > _POSITION_NUMBERS:
+    if rope.block_size * head_dim > MAX_POSITION_NUMBERS:
         keys.problems.append(f"{rope.block_size} positions of heads of {head_dim} are too many")
     return {
         "norm": "rmsnorm",
@@ -164,7 +167,7 @@ def _read_rotary(keys: Keys, family: str) -> Values:
         "n_head": n_head,
         "n_kv_head": None if n_kv_head == n_head else n_kv_head,
         "n_embd": n_embd,
-        "n_inner": keys.size("intermediate_size", default["n_inner"]),
+        "n_inner": keys.required("intermediate_size", default["n_inner"]),
         "head_dim": None if head_dim * n_head == n_embd else head_dim,
         "window": _rotary_window(keys, family, n_layer),
         "tie_embeddings": keys.flag("tie_word_embeddings", False),
@@ -186,7 +189,6 @@ def _rotary_window(keys: Keys, family: str, n_layer: int) -> list[int] | None:
     if family == "llama":
         return None
     width = 0 if keys.is_null("sliding_window") else keys.size("sliding_window", 4096)
-    keys.get("sliding_window")
     if family == "mistral":
         return [width] if width else None
     if not keys.flag("use_sliding_window", False):

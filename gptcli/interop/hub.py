@@ -4,6 +4,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Only config
 safetensors are fetched; code and, unless asked for, pickles never are.
 """
 
+import errno
 import logging
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -27,27 +28,41 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx, tqdm  # type: ignore[attr-defined]
 
 from gptcli import stop
+from gptcli.data.published_files import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    MERGES,
+    PICKLE,
+    PICKLE_INDEX,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCABULARY,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from gptcli.data.remote import hub_endpoint, prepare_library
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, ResourceError
+from gptcli.interop.hf_files import weight_files
 
 log = logging.getLogger("gptcli")
 
 LOOKUP_SECONDS = 10.0  # a mistyped run is looked up, too: where no network answers, say so soon
 _WORKERS = 4  # files fetched at the same time
 _TOKEN = "set HF_TOKEN, or log in with `hf auth login`"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ABOUT = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    MERGES,
+    CHAT_TEMPLATE,
 )
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
-_PICKLE_WHOLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _PICKLE_SHARDS = "pytorch_model-*-of-*.bin"
 
 
@@ -69,7 +84,8 @@ def fetch(name: str, revision: str | None, *, allow_pickle: bool = False) -> Hub
     in the cache. Where the hub cannot be reached, what is in the cache is taken.
 
     Raises HubLookupError when there is no such model or no way to know, CheckpointError when it
-    has no files to read here or the download fails, `stop.Stopped`.
+    has no files to read here or the download fails, ResourceError when the disk of the cache is
+    full, `stop.Stopped`.
     """
     prepare_library()
     api = HfApi(endpoint=hub_endpoint())
@@ -119,10 +135,10 @@ class _Silent(tqdm):
 
 def _chosen(name: str, sizes: dict[str, int], allow_pickle: bool) -> list[str]:
     """The files to fetch, of those in the repository's own folder."""
-    if "config.json" not in sizes:
-        raise CheckpointError(f"{name} on the hub has no config.json: it holds no model to read")
-    weights = _weights(sizes, _WHOLE, _INDEX, _SHARDS)
-    pickles = _weights(sizes, _PICKLE_WHOLE, _PICKLE_INDEX, _PICKLE_SHARDS)
+    if CONFIG not in sizes:
+        raise CheckpointError(f"{name} on the hub has no {CONFIG}: it holds no model to read")
+    weights = _weights(sizes, WEIGHTS, WEIGHTS_INDEX, _SHARDS)
+    pickles = _weights(sizes, PICKLE, PICKLE_INDEX, _PICKLE_SHARDS)
     if not weights and pickles and not allow_pickle:
         raise CheckpointError(
             f"{name} on the hub has its weights in pickles only ({pickles[-1]}), which are never"
@@ -130,7 +146,9 @@ def _chosen(name: str, sizes: dict[str, int], allow_pickle: bool) -> list[str]:
             hint=f"where you trust it: gpt import {name} OUT --allow-pickle",
         )
     if not weights and not pickles:
-        raise CheckpointError(f"{name} on the hub has no {_WHOLE}: its weights cannot be read here")
+        raise CheckpointError(
+            f"{name} on the hub has no {WEIGHTS}: its weights cannot be read here"
+        )
     return [file for file in _ABOUT if file in sizes] + (weights or pickles)
 
 
@@ -149,16 +167,17 @@ def _is_cached(name: str, file: str, commit: str | None) -> bool:
 
 def _cached(name: str, revision: str | None, allow_pickle: bool) -> HubModel | None:
     """What an earlier fetch left in the cache, if that is all of it."""
-    patterns = [*_ABOUT, _WHOLE, _INDEX, _SHARDS]
-    if allow_pickle:
-        patterns += [_PICKLE_WHOLE, _PICKLE_INDEX, _PICKLE_SHARDS]
     try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, local_files_only=True, allow_patterns=patterns
-            )
+        config = try_to_load_from_cache(name, CONFIG, revision=revision)
+        if not isinstance(config, str):
+            return None
+        folder = Path(config).parent
+        weights = [path.name for path in weight_files(folder, allow_pickle)]
+        # Nothing is fetched: the library compares with the hub's listing, where it has kept that.
+        snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=[*_ABOUT, *weights]
         )
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         return None
     return HubModel(name, folder, folder.name)
 
@@ -203,6 +222,11 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise HubLookupError(f"{name!r} is no name of the hub's") from error
     except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: an answer of no JSON
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            raise ResourceError(
+                f"no space left on the disk for {name} in {constants.HF_HUB_CACHE}",
+                hint="make room, or set HF_HUB_CACHE to a folder on another disk",
+            ) from error
         raise _unread(error) from error
 
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from gptcli import stop
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+# The floats that are read and written, by their names in the header.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT_BYTES = 8  # of the numbers' beginning
 
 
@@ -39,7 +41,7 @@ def write_tensors(
     for name, shape in shapes.items():
         places[name], end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": _DTYPE_NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [places[name], end],
         }

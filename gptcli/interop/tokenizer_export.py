@@ -5,78 +5,84 @@ both give the same ids is tried on a text before anything is written.
 """
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Library
 
 from gptcli import stop
+from gptcli.data.probe import probe_text
+from gptcli.data.published_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from gptcli.data.special_tokens import EOT_TEXT
 from gptcli.data.tiktoken_tables import GPT2_PATTERN, byte_characters
-from gptcli.data.tokenizer import TOKENIZER_JSON, IdsTokenizer, LibraryTokenizer, Tokenizer
+from gptcli.data.tokenizer import IdsTokenizer, Tokenizer
+from gptcli.data.tokenizer_source import NAMES, TOKEN_FLAGS
 from gptcli.errors import DataError
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _STOP_EVERY_TOKENS = 1000  # between looks at the stop flag
-
-# Words, digits, contractions, white space, code and scripts of several kinds, and characters that
-# two engines for regexes may class differently.
-_WORDS = (
-    "Hello, world! I'LL don't we'Re it's 1234567890 3.14 x\u00a0y e\u0301 Ünïcödé ſ K \t\r\n\n"
-    "  中文的句子,没有空格。ひらがな カタカナ 한국어 Русский العربية हिन्दी ไทย"
-    " 👩\u200d👩\u200d👧 🇩🇪 🙂🏽\n"
-    "def f(x):\n\treturn {'a': [1, 2], **x}  # über-Maß\n    \n\n\nif (a!=b){c+=1;} ÄÖ_ß"
-    " ½²Ⅷ\u2028\u0085\n "
-)
-_CHARACTERS = [*range(1, 0x300), *range(0x300, 0x3400, 41), *range(0x3400, 0x1F700, 1499)]
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     """Files by name, with which `AutoTokenizer` gives the ids of our prompts; none for kind ids.
 
-    The start of a document is put before every text, and special tokens inside a text are ordinary
-    characters. DataError when the library would give other ids.
+    The start of a prompt is put before every text. Special tokens inside a text are ordinary
+    characters, or what the published folder said that the tokenizer is from; its chat template is
+    given back. DataError when the library would give other ids.
     """
     if isinstance(tokenizer, IdsTokenizer):
         return {}
     content = tokenizer_json(tokenizer)
     config = tokenizer_config(tokenizer, json.loads(content), block_size)
-    return {TOKENIZER_JSON: content, TOKENIZER_CONFIG: _json(config)}
+    files = {TOKENIZER_JSON: content, TOKENIZER_CONFIG: json_bytes(config)}
+    template = tokenizer.source.get("chat_template")
+    return {**files, CHAT_TEMPLATE: template.encode()} if isinstance(template, str) else files
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """tokenizer.json, tried against the tokenizer. DataError when no such file gives its ids."""
-    if isinstance(tokenizer, LibraryTokenizer):
-        raw = _with_special_tokens(_original(tokenizer), tokenizer)
+    if tokenizer.original_json is not None:
+        raw = _with_special_tokens(json.loads(tokenizer.original_json), tokenizer)
     else:
         raw = _byte_level(tokenizer)
-    content = _json(raw)
+    content = json_bytes(raw)
     _check(content, tokenizer)
     return content
 
 
 def tokenizer_config(tokenizer: Tokenizer, raw: dict[str, Any], block_size: int) -> dict[str, Any]:
     """tokenizer_config.json for the tokenizer whose tokenizer.json is `raw`."""
-    unknown = raw["model"].get("unk_token")
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    unknown, source = raw["model"].get("unk_token"), tokenizer.source
+    names = {
         "bos_token": token_name(tokenizer, tokenizer.start),
         "eos_token": token_name(tokenizer, tokenizer.eot),
         "unk_token": unknown if isinstance(unknown, str) else None,
-        "add_bos_token": tokenizer.start is not None,
+    }
+    names |= {key: source[key] for key in NAMES if key in source}
+    if tokenizer.prompt_start is not None:
+        names["bos_token"] = token_name(tokenizer, tokenizer.prompt_start)
+    template = source.get("chat_template")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "add_bos_token": tokenizer.prompt_start is not None,
         "add_eos_token": False,
         "model_max_length": block_size,
         # Else a token type would be handed to models, and gpt2's adds an embedding for it.
         "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<|endoftext|>" inside a text is ordinary text
+        "clean_up_tokenization_spaces": source.get("clean_up_tokenization_spaces", False),
+        # Of tokenizers made here, "<|endoftext|>" inside a text is ordinary text.
+        "split_special_tokens": source.get("split_special_tokens", True),
+        **({"chat_template": template} if isinstance(template, list) else {}),
     }
 
 
 def token_name(tokenizer: Tokenizer, token: int | None) -> str | None:
     """The name of a special token."""
     return next((name for name, i in tokenizer.special.ids.items() if i == token), None)
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """An object as it is written into a JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def merges_of(ranks: dict[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
@@ -152,19 +158,16 @@ def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(name, i, name not in special.in_text) for name, i in added],
-        "normalizer": {"type": "NFC"} if _normalises(tokenizer) else None,
+        "added_tokens": [
+            _added(name, i, name not in special.in_text) | _flags(tokenizer, name)
+            for name, i in added
+        ],
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": _pre_tokenizer(tokenizer.pattern),
         "post_processor": _post_processor(tokenizer, None),
         "decoder": _byte_level_part(use_regex=True),
         "model": model,
     }
-
-
-def _normalises(tokenizer: Tokenizer) -> bool:
-    """Whether texts are normalised to NFC: the one change that a byte-level tokenizer makes."""
-    parted = "e\u0301"
-    return tokenizer.decode(tokenizer.encode(parted)) != parted
 
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
@@ -181,15 +184,21 @@ def _byte_level_part(use_regex: bool) -> dict[str, Any]:
 
 
 def _added(name: str, token: int, is_special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(TOKEN_FLAGS, False)
     return {"id": token, "content": name, **flags, "special": is_special}
+
+
+def _flags(tokenizer: Tokenizer, name: str) -> dict[str, bool]:
+    """How the source of the tokenizer looks for a special token inside a text."""
+    given = tokenizer.source.get("token_flags", {}).get(name, {})
+    return {key: True for key in TOKEN_FLAGS if given.get(key) is True}
 
 
 def _post_processor(tokenizer: Tokenizer, original: Any) -> dict[str, Any] | None:
     """What puts the start token before a text, in place of all that adds tokens in `original`."""
     parts = original["processors"] if (original or {}).get("type") == "Sequence" else [original]
     kept = [part for part in parts if part and part.get("type") == "ByteLevel"]
-    name = token_name(tokenizer, tokenizer.start)
+    name = token_name(tokenizer, tokenizer.prompt_start)
     if name is not None:
         start = {"SpecialToken": {"id": name, "type_id": 0}}
         again = {"SpecialToken": {"id": name, "type_id": 1}}
@@ -198,20 +207,14 @@ def _post_processor(tokenizer: Tokenizer, original: Any) -> dict[str, Any] | Non
             "type": "TemplateProcessing",
             "single": [start, first],
             "pair": [start, first, again, second],
-            "special_tokens": {name: {"id": name, "ids": [tokenizer.start], "tokens": [name]}},
+            "special_tokens": {
+                name: {"id": name, "ids": [tokenizer.prompt_start], "tokens": [name]}
+            },
         }
         kept.append(template)
     if len(kept) < 2:
         return kept[0] if kept else None
     return {"type": "Sequence", "processors": kept}
-
-
-def _original(tokenizer: LibraryTokenizer) -> dict[str, Any]:
-    """The tokenizer.json that the tokenizer was read from."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        raw: dict[str, Any] = json.loads((Path(folder) / TOKENIZER_JSON).read_bytes())
-    return raw
 
 
 def _with_special_tokens(raw: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -252,8 +255,8 @@ def _check(content: bytes, tokenizer: Tokenizer) -> None:
     for text in _probes(tokenizer):
         stop.raise_if_requested()
         ids = [int(i) for i in tokenizer.encode(text)]
-        if tokenizer.start is not None:
-            ids = [tokenizer.start, *ids]
+        if tokenizer.prompt_start is not None:
+            ids = [tokenizer.prompt_start, *ids]
         found = library.encode(text).ids
         if found != ids:
             place = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), 0)
@@ -269,13 +272,4 @@ def _probes(tokenizer: Tokenizer) -> list[str]:
     """Texts to try both on."""
     names = [EOT_TEXT, *list(tokenizer.special.ids)[:100]]
     literal = " ".join(f"a{name}b {name}\n{name}" for name in names)
-    strange = "".join(
-        f"a{chr(c)}b 12{chr(c)}345678 {chr(c)}{chr(c)}\n {chr(c)}A'{chr(c)}\r\n\n  "
-        for c in _CHARACTERS
-        if not 0xD800 <= c < 0xE000
-    )
-    return [_WORDS, literal, *names, strange, " ", ""]
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return [probe_text(), literal, *names, " ", ""]

@@ -73,10 +73,10 @@ class Reach:
         if self.block:
             assert self.mask is not None
             return _attend_blocks(q, k, v, self.mask, self.block, dropout)
-        causal = self.mask is None and q.size(2) > 1
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, dropout_p=dropout, is_causal=causal
-        )
+        # Two calls: a compiled graph for any T takes no `is_causal` that depends on T.
+        if self.mask is None and q.size(2) > 1:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
 
 
 def _block_mask(back: Tensor, size: int) -> Tensor:

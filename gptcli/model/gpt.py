@@ -155,9 +155,16 @@ class GPT(nn.Module):
         self.reset_positions()
 
     def reset_positions(self) -> None:
-        """Compute the fixed position table where the weights are (no checkpoint stores it)."""
+        """Compute the fixed position table where the weights are (no checkpoint stores it).
+
+        A model on the meta device gets an empty one: it computes nothing before it has weights.
+        """
         c = self.config
-        if c.position == "rope":
+        if self.device.type == "meta":
+            if c.position in ("rope", "sinusoidal"):
+                empty = torch.empty(0, device=self.device)
+                self.register_buffer("positions", empty, persistent=False)
+        elif c.position == "rope":
             table = self._rotations(torch.arange(fixed_length(c.rope_scaling, c.block_size)))
             self.register_buffer("positions", table.to(self.device), persistent=False)
         elif c.position == "sinusoidal":  # added to the embeddings, so of their dtype

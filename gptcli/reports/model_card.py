@@ -73,6 +73,7 @@ class _Card:
     summary: str
     tokenizer_class: str
     has_tokenizer: bool
+    splits: bool
     start: str | None
     start_rule: str
     eot: str | None
@@ -102,8 +103,9 @@ def model_card(loaded: LoadedModel, folder: str, dtype: str) -> str:
         # transformers 5 gives qwen2 a tokenizer of its own, whatever tokenizer_config.json names.
         tokenizer_class="PreTrainedTokenizerFast" if family == "qwen2" else "AutoTokenizer",
         has_tokenizer=not isinstance(tokenizer, IdsTokenizer),
-        start=token_name(tokenizer, tokenizer.start),
-        start_rule="as in training" if trained else "as gpt does with every model",
+        splits=tokenizer.source.get("split_special_tokens", True),
+        start=token_name(tokenizer, tokenizer.prompt_start),
+        start_rule="as in training" if trained else "as the source does",
         eot=token_name(tokenizer, tokenizer.eot),
         new_tokens=min(_NEW_TOKENS, max(1, loaded.model.config.block_size // 2)),
         model=_model_rows(loaded, dtype),
@@ -332,7 +334,7 @@ def _limits(loaded: LoadedModel, run: dict[str, Any]) -> list[str]:
     config = loaded.model.config
     limits = []
     if not _trained(loaded):
-        limits.append("A chat template or licence of the source is not copied.")
+        limits.append("The source's licence is not copied.")
     if _trained(loaded) and (loaded.state or {}).get("job") == "pretrain":
         limits.append("It continues text; it was not trained to follow instructions.")
     if config.rolls:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,29 +118,35 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(paths, key=_step)
 
 
-def newest_valid(run_dir: Path, log: logging.Logger, *, optimizer: bool = True) -> Path | None:
-    """The checkpoint of the highest step that `verify` accepts; damaged ones are reported.
+def newest_valid(run_dir: Path, log: logging.Logger) -> Path | None:
+    """The checkpoint of the highest step that `verify` accepts; see `newest_first`."""
+    return next(newest_first(run_dir, log), None)
 
-    NewerFormatError when a newer gpt wrote the newest one: going back would lose good work.
+
+def newest_first(
+    run_dir: Path, log: logging.Logger, *, optimizer: bool = True, weights: bool = True
+) -> Iterator[Path]:
+    """Checkpoints that `verify` accepts, from the highest step down; damaged ones are reported.
+
+    NewerFormatError when a newer gpt wrote the next one: going back would lose good work.
     """
     damaged: list[tuple[int, CheckpointError]] = []
-    found = None
     for path in reversed(list_checkpoints(run_dir)):
         try:
-            verify(path, optimizer=optimizer)
+            verify(path, optimizer=optimizer, weights=weights)
         except NewerFormatError:
             raise
         except CheckpointError as error:
             damaged.append((_step(path), error))
-        else:
-            found = path
-            break
-    for step, problem in damaged:
-        rest = ""
-        if found is not None:
-            rest = f"; using step {_step(found)} instead: {step - _step(found)} steps lost"
-        log.warning("checkpoint skipped: %s%s", problem.message, rest)
-    return found
+            continue
+        found = _step(path)
+        for step, problem in damaged:
+            rest = f"; using step {found} instead: {step - found} steps lost"
+            log.warning("checkpoint skipped: %s%s", problem.message, rest)
+        damaged = []
+        yield path
+    for _, problem in damaged:
+        log.warning("checkpoint skipped: %s", problem.message)
 
 
 def read(directory: Path, *, with_optimizer: bool) -> Contents:

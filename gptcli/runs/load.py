@@ -17,8 +17,9 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.interop.fit import MAX_POSITION_NUMBERS, misfit
 from gptcli.interop.hf_folder import open_folder
-from gptcli.model.empty import empty_model
+from gptcli.model.empty import empty_model, parameter_shapes
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
 from gptcli.runs.manifest import CONFIG, MODEL, TOKENIZER, DamagedFileError, check_hash
@@ -29,8 +30,6 @@ from gptcli.runs.tensors import Shapes, read_tensors, stored_shapes, with_tied
 log = logging.getLogger("gptcli")
 
 _WRAPPERS = {"_orig_mod", "module"}  # what torch.compile and DistributedDataParallel put in names
-_LISTED_KEYS = 10
-_POSITION_NUMBERS = 2**28  # 1 GiB: the fixed position table is the one size no weight confirms
 _TOKENS_PER_STEP = 4096  # or one row, of models whose rows are longer
 
 
@@ -104,7 +103,7 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     """
     names = _plain_names(tensors, where)
     plain = {names[name]: tensor for name, tensor in tensors.items()}
-    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in plain.items()}, where)
+    _check_fit(_shapes(model.state_dict()), _shapes(plain), where)
     if model.config.tie_embeddings and not _same(plain["wte.weight"], plain["head.weight"]):
         raise CheckpointError(f"{where}: wte.weight and head.weight differ, but are tied")
     on_meta = model.device.type == "meta"
@@ -116,7 +115,10 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The best checkpoint; where it is damaged, and where there is none, the newest valid one."""
+    """The best checkpoint; where it is damaged, and where there is none, the newest valid one.
+
+    Weights are hashed once, while they are read.
+    """
     best = checkpoint.read_best(run_dir)
     if best is not None:
         path = checkpoint.checkpoint_dir(run_dir, best[0])
@@ -129,10 +131,12 @@ def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> Loaded
                 return _from_checkpoint(path, manifest, device, dtype)
             except DamagedFileError as error:
                 log.warning("the best checkpoint cannot be used: %s", error.message)
-    newest = checkpoint.newest_valid(run_dir, log, optimizer=False)
-    if newest is None:
-        raise CheckpointError(f"{run_dir} has no valid checkpoint", hint="see: gpt runs list")
-    return _from_checkpoint(newest, checkpoint.verify(newest, hashes=False), device, dtype)
+    for path in checkpoint.newest_first(run_dir, log, optimizer=False, weights=False):
+        try:
+            return _from_checkpoint(path, checkpoint.verify(path, hashes=False), device, dtype)
+        except DamagedFileError as error:
+            log.warning("checkpoint skipped: %s", error.message)
+    raise CheckpointError(f"{run_dir} has no valid checkpoint", hint="see: gpt runs list")
 
 
 def _from_checkpoint(
@@ -207,7 +211,7 @@ def _read_config(path: Path) -> Config:
 
 
 def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
-    """A model on the meta device that the weights file fits; sizes are checked before building."""
+    """A model on the meta device that the weights file fits, which is checked before building."""
     where = str(path / MODEL)
     stored = stored_shapes(path / MODEL)
     stored.update({name: stored[kept] for name, kept in tied.items() if kept in stored})
@@ -222,17 +226,17 @@ def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
         )
     _check_positions(path / CONFIG, config)
     try:
-        model = empty_model(config, embedding[0])
+        expected = parameter_shapes(config, embedding[0])
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
         raise CheckpointError(f"{path / CONFIG}: no model has these sizes: {error}") from error
-    _check_fit(model, shapes, where)
-    return model
+    _check_fit(expected, shapes, where)
+    return empty_model(config, embedding[0])
 
 
 def _check_positions(path: Path, config: ModelConfig) -> None:
     """Bound the table that `GPT.reset_positions` makes."""
     widths = {"rope": config.head_size, "sinusoidal": config.n_embd}
-    if config.block_size * widths.get(config.position, 0) > _POSITION_NUMBERS:
+    if config.block_size * widths.get(config.position, 0) > MAX_POSITION_NUMBERS:
         raise CheckpointError(f"{path}: model.block_size {config.block_size} is too large")
 
 
@@ -244,28 +248,14 @@ def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
     return plain
 
 
-def _check_fit(model: GPT, found: Shapes, where: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = []
-    if missing := [name for name in expected if name not in found]:
-        problems.append(f"missing: {_listed(missing)}")
-    if unexpected := [name for name in found if name not in expected]:
-        problems.append(f"unexpected: {_listed(unexpected)}")
-    misshapen = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if misshapen:
-        problems.append(f"wrong shape: {_listed(misshapen)}")
-    if problems:
-        raise CheckpointError(f"{where} does not fit the model; " + "; ".join(problems))
+def _check_fit(expected: Shapes, found: Shapes, where: str) -> None:
+    if problem := misfit(expected, found):
+        raise CheckpointError(f"{where} does not fit the model; {problem}")
 
 
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - _LISTED_KEYS} more" if len(items) > _LISTED_KEYS else ""
-    return ", ".join(items[:_LISTED_KEYS]) + more
+def _shapes(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or torch.equal(a, b)
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gptcli.data.published_files import CONFIG as HF_CONFIG
+from gptcli.data.published_files import PICKLES
 from gptcli.errors import CheckpointError
 from gptcli.runs.manifest import MANIFEST
 from gptcli.runs.run_dir import is_run_dir, newest_run, runs_root
 
-HF_CONFIG = "config.json"
-PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
-_FILES = PICKLES | {".safetensors", ".gguf", ".json", ".yaml", ".yml"}
+_FILES = {*PICKLES, ".safetensors", ".gguf", ".json", ".yaml", ".yml"}
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?", re.ASCII)
 
 
@@ -80,12 +80,13 @@ def _elsewhere(reference: str, allow_pickle: bool) -> ModelPlace:
     """The hub's model of that name; CheckpointError says what was looked for in vain."""
     elsewhere = runs_root() / reference
     if elsewhere.is_dir():
-        raise CheckpointError(
-            f"no run or checkpoint at {reference}", hint=f"did you mean {elsewhere}?"
-        )
+        hint = f"did you mean {elsewhere}?"
+        if hub_name(reference) and "@" not in reference:
+            hint += f" (the hub's model of that name: {reference}@main)"
+        raise CheckpointError(f"no run, checkpoint or folder at {reference}", hint=hint)
     named = hub_name(reference)
     if named is None:
-        raise CheckpointError(f"no run or checkpoint at {reference}", hint="see: gpt runs list")
+        raise CheckpointError(f"no run, checkpoint or folder at {reference}", hint="see: gpt runs list")
     # The library is slow to import, and every other kind of MODEL does without it.
     from gptcli.interop.hub import HubLookupError, fetch
 
@@ -95,7 +96,7 @@ def _elsewhere(reference: str, allow_pickle: bool) -> ModelPlace:
     except HubLookupError as error:
         hints = ["see: gpt runs list", *([error.hint] if error.hint else [])]
         raise CheckpointError(
-            f"no run or checkpoint at {reference}; as a name on the hub: {error.message}",
+            f"no run, checkpoint or folder at {reference}; as a name on the hub: {error.message}",
             hint="\n".join(hints),
         ) from error
     return ModelPlace("folder", found.folder, name.rpartition("/")[2], found.commit)

@@ -1,4 +1,6 @@
-"""Run directories: making and finding them, the lock that keeps two processes apart, run.json."""
+"""Run directories: making and finding them, the lock that keeps two processes apart, run.json.
+
+Also what else is written whole or not at all: new directories and single files."""
 
 import contextlib
 import errno
@@ -8,6 +10,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -199,6 +202,66 @@ def write_atomic(path: Path, content: bytes) -> None:
             temp.unlink()
 
 
+def refuse_existing(out: Path) -> None:
+    """ConfigError unless a new file or directory can be at `out`.
+
+    Nothing may be there but an empty directory, and that not the one in which somebody works.
+    ResourceError when it cannot be looked at.
+    """
+    place = Path(os.path.abspath(out))  # `.` has no name and no parents
+    above = next((parent for parent in place.parents if os.path.lexists(parent)), place)
+    if not above.is_dir():
+        raise ConfigError(f"{above} is no directory, so there can be no {out}")
+    if not os.path.lexists(out):
+        return
+    try:
+        empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+        if not empty or out.samefile(os.curdir):
+            raise ConfigError(f"{out} exists already", hint="name a new one, or remove it first")
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def new_place(out: Path) -> Iterator[Path]:
+    """The absolute path of `out`, where the block puts something new, by one rename.
+
+    Directories above it are made, and removed again when the block puts nothing there. Raises what
+    `refuse_existing` does, and ResourceError when the disk does not take it.
+    """
+    refuse_existing(out)
+    place = Path(os.path.abspath(out))
+    missing = [parent for parent in place.parents if not os.path.lexists(parent)]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield place
+        sync_directory(place.parent)
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # it holds something now
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory for the block to fill, which then becomes `out`: whole and on disk, or not there.
+
+    Raises what `new_place` raises.
+    """
+    with new_place(out) as place:
+        temp = place.with_name(f".tmp-{place.name}-{os.getpid()}")
+        try:
+            shutil.rmtree(temp, ignore_errors=True)  # of a process that was killed
+            temp.mkdir()
+            yield temp
+            _sync_all(temp)
+            os.rename(temp, place)  # over an empty directory, if one is there
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -216,6 +279,17 @@ def json_bytes(obj: Any, indent: int | None = None) -> bytes:
     text = json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False)
     # A lone surrogate (an undecodable file name) is written as the JSON escape \udcXX.
     return text.encode("utf-8", "backslashreplace")
+
+
+def _sync_all(directory: Path) -> None:
+    """fsync everything in `directory`, and it."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            _sync_all(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)
 
 
 def _finite(obj: Any) -> Any:

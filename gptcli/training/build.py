@@ -70,7 +70,8 @@ def build_session(
 ) -> Session:
     """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed.
 
-    `initial` gives its tensors to the session: it is not to be used afterwards.
+    The checkpoint's tensors are taken out of `start.contents`, so that the run holds them once.
+    `initial` gives its tensors to the session: it is not to be used, nor kept, afterwards.
     """
     model, facts = starting_model(config, start, tokenizer, initial)
     model.to(device.torch)

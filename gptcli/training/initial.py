@@ -41,6 +41,13 @@ def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | 
     return shaped, initial
 
 
+def starting_tokenizer(start: Start, initial: LoadedModel | None) -> Tokenizer | None:
+    """The tokenizer of the run's checkpoint or of the model it starts from, if any."""
+    if start.contents is not None:
+        return start.contents.tokenizer
+    return initial.tokenizer if initial is not None else None
+
+
 def check_embedding_file(config: Config) -> None:
     """DataError or ConfigError unless `model.embedding_file`, where given, fits the model."""
     if config.model.embedding_file is not None:
@@ -87,17 +94,20 @@ def starting_model(
 ) -> tuple[GPT, dict[str, Any]]:
     """The model with its weights, on the CPU, and facts about them for run.json.
 
-    Weights are those of the run's checkpoint, else those of `initial`, whose tensors are taken over
-    without a copy, else drawn from the seed, with word vectors where the config names some.
+    Weights are those of the run's checkpoint, taken out of `start.contents`, else those of
+    `initial`, whose tensors are taken over without a copy, else drawn from the seed, with word
+    vectors where the config names some.
     """
     if start.contents is not None:
-        table = start.contents.model.get("wte.weight")  # a published one has rows to spare
+        saved = start.contents.model
+        table = saved.get("wte.weight")  # a published one has rows to spare
         rows = tokenizer.vocab_size if table is None else table.size(0)
         model = empty_model(config.model, rows)  # takes the tensors over
-        load_weights(model, start.contents.model, str(start.directory))
+        load_weights(model, saved, str(start.directory))
+        saved.clear()  # `start` lives as long as the run
         return model, {}
     if initial is not None:
-        return _taken_over(config.model, initial.model), {}
+        return _taken_over(config.model, initial), {}
     model = GPT(config.model, tokenizer.vocab_size)
     initialise(model, torch.Generator().manual_seed(config.seed))
     if config.model.embedding_file is None:
@@ -106,19 +116,16 @@ def starting_model(
     return model, {"embedding_file": asdict(found)}
 
 
-def _taken_over(config: ModelConfig, source: GPT) -> GPT:
-    """A model of `config` that holds the tensors of `source`; of a longer learned position table,
+def _taken_over(config: ModelConfig, initial: LoadedModel) -> GPT:
+    """A model of `config` that holds the tensors of `initial`; of a longer learned position table,
     a copy of the first block_size rows."""
-    weights = {name: tensor.float() for name, tensor in source.state_dict().items()}
+    weights = {name: tensor.float() for name, tensor in initial.model.state_dict().items()}
     if config.position == "learned":
         positions = weights["wpe.weight"]
         if len(positions) > config.block_size:  # cloned: a view would keep all of it
             weights["wpe.weight"] = positions[: config.block_size].clone()
-    model = empty_model(config, source.vocab_size)
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.wte.weight  # assigning made two parameters of them
-    model.reset_positions()
+    model = empty_model(config, initial.model.vocab_size)
+    load_weights(model, weights, str(initial.path))
     return model
 
 

@@ -70,16 +70,18 @@ class Optimizer:
         return state | (self._muon.state_dict() if self._muon is not None else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the state that `state_dict` gave. CheckpointError when a name or shape differs."""
-        left = dict(state)
+        """Take the tensors that `state_dict` gave out of `state`, without a copy where possible.
+
+        CheckpointError when a name or shape differs.
+        """
         if self._muon is not None:
-            self._muon.load_state_dict(left)
+            self._muon.load_state_dict(state)
         for group in self._adamw.param_groups:
             for parameter in group["params"]:
                 name = next(n for n, p in self._named.items() if p is parameter)
                 entry = {}
                 for key in _ADAM_STATE:
-                    value = left.pop(f"{name}.{key}", None)
+                    value = state.pop(f"{name}.{key}", None)
                     if value is not None:
                         if key != "step" and value.shape != parameter.shape:
                             raise CheckpointError(f"optimizer state {name}.{key} has another shape")
@@ -87,8 +89,8 @@ class Optimizer:
                         entry[key] = value.to(on)
                 if entry:
                     self._adamw.state[parameter] = entry
-        if left:
-            raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(left)}")
+        if state:
+            raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(state)}")
 
 
 def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:
@@ -163,7 +165,7 @@ class Muon:
             value = state.pop(f"{name}.momentum", None)
             if value is None or value.shape != buffer.shape:
                 raise CheckpointError(f"optimizer state {name}.momentum is missing or misshapen")
-            buffer.copy_(value)
+            self._buffers[name] = value.to(buffer)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ class Start:
         saved: dict[str, Any] = yaml.safe_load(self.contents.config_yaml)
         return saved
 
+    @property
+    def saved_fingerprint(self) -> dict[str, Any] | None:
+        """The data fingerprint that the checkpoint holds; None for a fresh run."""
+        return self.contents.state["data_fingerprint"] if self.contents is not None else None
+
 
 @contextmanager
 def starting(
@@ -223,8 +228,15 @@ def machine(device: Device) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], allow_change: bool) -> None:
-    """Refuse to resume over other data than the run has seen, unless that is allowed."""
+def check_fingerprint(
+    saved: dict[str, Any] | None, now: dict[str, Any], allow_change: bool
+) -> None:
+    """Refuse to resume over other data than the run has seen, unless that is allowed.
+
+    A fresh run, whose `saved` is None, has seen none.
+    """
+    if saved is None:
+        return
     changed = [
         f"{name} ({'gone' if name not in now else 'new' if name not in saved else 'changed'})"
         for name in sorted(saved.keys() | now.keys())

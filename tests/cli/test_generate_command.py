@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -128,11 +127,12 @@ def test_missing_device(gpt, run_dir):
     assert "cpu" in err
 
 
-def test_head_takes_one_line(shell, run_dir):
+def test_head_takes_one_line(forked, run_dir):
     """`| head -1` must be quiet and a success, whenever the pipe closes."""
-    generate = "gpt generate --prompt $'a\\nb\\nc' --max-new-tokens 3000 --quiet"
-    done = shell(f"({generate}; echo rc $? >&2) | head -1")
-    assert (done.stdout, done.stderr) == ("a\n", "rc 0\n")
+    child = forked(["generate", "--prompt", "a\nb\nc", "--max-new-tokens", "3000", "--quiet"])
+    assert child.stdout.readline() == b"a\n"
+    child.stdout.close()
+    assert child.wait() == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
@@ -141,21 +141,15 @@ def test_full_disk(shell, run_dir):
     assert done.stderr == "error: stdout: No space left on device\nrc 6\n"
 
 
-def test_stop_while_sampling(run_dir):
+def test_stop_while_sampling(forked, run_dir):
     """A long generation could not be stopped, or ended as if it were complete."""
     # Greedy, because a sampled eot would end the text before the signal comes.
     endless = ["--prompt", "x", "--temperature", "0", "--max-new-tokens", "9999999"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptcli", "generate", *endless],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-        env=dict(os.environ),
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(1) == b"x"
+    child = forked(["generate", *endless])
+    assert child.stdout.read(1) == b"x"
     time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 143
-    assert err.decode().splitlines()[-1] == "stopped by SIGTERM"
+    os.kill(child.process, signal.SIGTERM)
+    child.stdout.read()
+    code, err = child.wait()
+    assert code == 143
+    assert err.splitlines()[-1] == "stopped by SIGTERM"

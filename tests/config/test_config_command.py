@@ -10,6 +10,7 @@ import typer
 from gptcli.cli.config_command import config_app
 from gptcli.config.load import load_config
 from gptcli.config.model_schema import RopeScaling
+from gptcli.config.presets import PRESETS
 from gptcli.config.schema import Config
 from gptcli.config.shipped import shipped_config, shipped_names
 from gptcli.errors import ConfigError
@@ -123,3 +124,14 @@ def test_lists_and_mappings_of_the_model(
     assert error.value.problems == [
         f"{again}:3:15: model.window[1]: expected a whole number, got the text 'x'"
     ]
+
+
+def test_presets_and_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A preset that no command names is not found; taken for a config it got a wrong hint."""
+    run("presets")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert lines[-1].split()[2::2] == ["96", "96", "12288", "2048"]
+    with pytest.raises(ConfigError) as error:
+        run("show", "gpt3-small")
+    assert "gpt pretrain small --set model.preset=gpt3-small" in str(error.value.hint)

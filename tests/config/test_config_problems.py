@@ -461,3 +461,14 @@ def test_nothing_of_pydantic_shows(tmp_path: Path) -> None:
     assert not any(
         word in "".join(found) for word in ("constrained", "pydantic", "literal", "Input")
     )
+
+
+def test_window_beyond_the_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A window that bounds nothing is said to, and no reason to read texts without end: distances
+    beyond the block were never trained."""
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {preset: llama, window: 500, block_size: 128}\n")
+    assert not load_config(str(path)).config.model.rolls
+    assert "model.window 500 reaches beyond model.block_size 128" in caplog.text
+    assert load_config(str(path), ["model.window=128"]).config.model.rolls
+    assert not load_config(str(path), ["model.window=[128, 0]"]).config.model.rolls

@@ -53,6 +53,7 @@ def test_ids_instead_of_a_tokenizer(tmp_path: Path):
         assert tokenizer.ends == frozenset()
         assert tokenizer.identity == made.identity
     assert made.identity != Tokenizer.of_ids(13).identity
+    assert (made.ends, made.original_json, made.nfc) == (frozenset(), None, False)
 
 
 @pytest.mark.parametrize("text", ["hi", "1 -1", "12", "1,2", "²", "٣", "1_0", "+1", "9" * 5000])

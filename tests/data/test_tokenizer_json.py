@@ -225,7 +225,9 @@ def test_saved_and_loaded_it_is_the_same(both, tmp_path: Path):
     assert ours.identity != Tokenizer.of_bytes().identity
     # What a checkpoint's manifest lets in.
     names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
-    assert names in ({"meta.json", "ranks.tiktoken"}, {"meta.json", "tokenizer.json"})
+    files = {"meta.json", "source.json"}
+    assert names in (files | {"ranks.tiktoken"}, files | {"tokenizer.json"})
+    assert Tokenizer.load(tmp_path / "tokenizer").source == ours.source != {}
 
 
 def test_binary_data_are_refused(both):
@@ -277,9 +279,63 @@ def test_configs_beside_it_name_the_special_tokens(tmp_path: Path):
         ends = {im_end, eot} if "generation_config" in beside else {wanted_eot}
         assert tokenizer.ends == ends, beside
         folder = TokenizerConfig(kind="file", path=str(path.parent))
-        assert build_tokenizer(folder, []).identity == tokenizer.identity
+        made = build_tokenizer(folder, [])
+        assert (made.eot, made.bos, made.ends) == (wanted_eot, wanted_bos, ends)
+        assert (made.identity == tokenizer.identity) is (wanted_bos is not None)
     no_bos = write(tmp_path / "no", llama3_style(), tokenizer_config={"add_bos_token": False})
     assert load_tokenizer_json(no_bos).bos is None
+
+
+def test_prompts_begin_as_the_publisher_has_it(tmp_path: Path):
+    """A token put before texts by a model that never saw one there changes what it writes."""
+    path = write(tmp_path / "bare", gpt2_style())
+    bare = load_tokenizer_json(path)
+    assert (bare.bos, bare.prompt_start, bare.start) == (None, None, bare.eot)
+    assert encode_prompt(bare, "hi") == bare.encode("hi")
+    assert encode_prompt(bare, "") == [bare.eot]
+    bare.save(tmp_path / "saved")
+    saved = Tokenizer.load(tmp_path / "saved")
+    assert saved.prompt_start is None
+    assert saved.identity == bare.identity
+    for training in (
+        load_tokenizer_json(path, needs_eot=True),
+        build_tokenizer(TokenizerConfig(kind="file", path=str(path)), []),
+    ):
+        assert encode_prompt(training, "hi") == [training.eot, *bare.encode("hi")]
+        assert "bare" not in training.special.to_json()
+        assert training.identity != bare.identity
+        assert training.source == {}
+    library = llama3_style()
+    begun = load_tokenizer_json(write(tmp_path / "begun", library))
+    assert (
+        encode_prompt(begun, "hi") == library.encode("hi").ids == [begun.bos, *begun.encode("hi")]
+    )
+
+
+def test_what_the_source_says_is_kept_within_bounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Names that are no tokens, ids beyond the vocabulary and a huge template would be exported."""
+    settings = {
+        "bos_token": {"content": "<|endoftext|>"},
+        "pad_token": "not there",
+        "split_special_tokens": True,
+        "chat_template": "{{ 1 }}",
+    }
+    ids = {"bos_token_id": 10**6, "pad_token_id": True}
+    path = write(tmp_path, gpt2_style(), tokenizer_config=settings, config=ids)
+    assert load_tokenizer_json(path).source == {
+        "bos_token": "<|endoftext|>",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{{ 1 }}",
+    }
+    (tmp_path / "chat_template.jinja").write_text("a" * 2**20)
+    assert "chat_template" not in load_tokenizer_json(path).source
+    assert "its chat_template is too long" in caplog.text
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template.jinja cannot be read"):
+        load_tokenizer_json(path)
 
 
 def test_all_ends_that_the_configs_name(tmp_path: Path):
@@ -494,8 +550,42 @@ def test_damaged_configs_beside_it_are_named(tmp_path: Path):
     """Guards against a wrong eot chosen because the file that names it was cut short."""
     path = write(tmp_path, llama2_style())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<')
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: damaged"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
         load_tokenizer_json(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "config"])
+def test_configs_beside_it_are_bounded(tmp_path: Path, name: str):
+    """Guards against a small name that holds gigabytes, deep nesting, and what is no object."""
+    path = write(tmp_path, llama2_style())
+    beside = tmp_path / f"{name}.json"
+    with open(beside, "wb") as file:
+        file.truncate(2**30)  # a hole: no disk is used
+    with pytest.raises(DataError, match=rf"{name}\.json cannot be read: larger than 16777216"):
+        load_tokenizer_json(path)
+    for content in ("[" * 100_000, "[1]", '{"eos_token_id": ' + "9" * 5000 + "}"):
+        beside.write_text(content)
+        with pytest.raises(DataError, match=rf"{name}\.json"):
+            load_tokenizer_json(path)
+
+
+def test_the_file_is_bounded(tmp_path: Path):
+    """Guards against gigabytes read before they are refused."""
+    path = tmp_path / "tokenizer.json"
+    with open(path, "wb") as file:
+        file.truncate(2**31)
+    with pytest.raises(DataError, match="larger than 67108864 bytes"):
+        load_tokenizer_json(path)
+
+
+def test_what_it_was_made_of_is_known(both: Any, tmp_path: Path):
+    """Guards against an export that writes another tokenizer.json than the one that came."""
+    tokenizer, _, _ = both
+    content = tokenizer.original_json
+    if type(tokenizer) is Tokenizer:
+        assert content is None
+    else:
+        assert load_tokenizer_json(tmp_path / "x.json", content=content).original_json == content
 
 
 def test_a_damaged_saved_one_is_noticed(tmp_path: Path):

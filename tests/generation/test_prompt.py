@@ -4,6 +4,9 @@ import logging
 
 import pytest
 
+from gptcli.config.schema import FinetuneConfig
+from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
+from gptcli.data.tasks import ExampleEncoder
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
@@ -22,6 +25,43 @@ def test_bos_goes_before_eot() -> None:
     tokenizer = Tokenizer.of_bytes()
     tokenizer.bos = 65
     assert encode_prompt(tokenizer, "hi") == [65, 104, 105]
+
+
+def bare_tokenizer() -> Tokenizer:
+    """As a published one that puts no token before a text."""
+    ranks = {bytes([b]): b for b in range(256)}
+    special = SpecialTokens({EOT_TEXT: 256}, bare=True)
+    return Tokenizer("file", ranks, r"[\s\S]", 256, special)
+
+
+def test_bare_prompts_begin_with_their_text() -> None:
+    """Guards: a start token before texts of a model that learnt none; an empty prompt of none."""
+    tokenizer = bare_tokenizer()
+    assert encode_prompt(tokenizer, "hi") == [104, 105]
+    assert encode_prompt(tokenizer, "") == [256]
+    assert encode_prompt(tokenizer, EOT_TEXT, allow_special=True) == [256]
+
+
+@pytest.mark.parametrize("text", ["", "a", "abcdefgh"])
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, bare_tokenizer()], ids=["start", "bare"])
+def test_finetuning_rows_begin_as_prompts_do(tokenizer: Tokenizer, text: str) -> None:
+    """Guards: a model finetuned on rows that begin otherwise than what it is then given."""
+    encoder = ExampleEncoder(FinetuneConfig(template="{{ prompt }}"), tokenizer, 32)
+    example = encoder.encode({"prompt": text, "response": "xyz"}, "here")
+    assert example is not None
+    assert example.prompt == encode_prompt(tokenizer, text)
+
+
+def test_bare_finetuning_rows_are_cut_to_the_block() -> None:
+    """Guards: a cut prompt of no tokens, from which no first token of the answer is learnt."""
+    row = {"prompt": "abcdefgh", "response": "xyz"}
+    for block_size, wanted in ((3, None), (4, b"h"), (6, b"fgh"), (11, b"abcdefgh")):
+        encoder = ExampleEncoder(
+            FinetuneConfig(template="{{ prompt }}"), bare_tokenizer(), block_size
+        )
+        example = encoder.encode(row, "here")
+        assert (example and bytes(example.prompt)) == wanted
+        assert encoder.shortened == (block_size in (4, 6))
 
 
 def test_an_empty_prompt_needs_a_start_token() -> None:

@@ -131,13 +131,35 @@ def test_transformers_reads_the_same_from_what_we_write(tmp_path: Path) -> None:
         assert computed(again.model) == computed(model)
 
 
+_GPT_SIZES = ("vocab_size", "n_embd", "n_layer", "n_head")
+_ROTARY_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+REQUIRED = {
+    "openai-gpt": _GPT_SIZES,
+    "gpt2": _GPT_SIZES,
+    "gpt_neo": ("vocab_size", "hidden_size", "num_layers", "num_heads"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (*_ROTARY_SIZES, "intermediate_size")),
+}
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_missing_keys_mean_what_transformers_takes_them_for(family: str) -> None:
     """transformers leaves out keys with default values, and its defaults differ by family."""
     made = transformers.AutoConfig.for_model(family)
     whole = read_config(json.loads(made.to_json_string(use_diff=False)), "here")
-    bare = read_config({"model_type": family}, "here")
+    given = {key: made.to_dict()[key] for key in REQUIRED[family]}
+    bare = read_config({"model_type": family, **given}, "here")
     assert (computed(bare.model), bare.vocab_size) == (computed(whole.model), whole.vocab_size)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_sizes_that_are_missing_are_named(family: str) -> None:
+    """The family's default for one is told as hundreds of tensors of a wrong shape."""
+    with pytest.raises(CheckpointError) as caught:
+        read_config({"model_type": family}, "here")
+    expected = "; ".join(f"{key} is missing" for key in REQUIRED[family])
+    assert sorted(caught.value.message.removeprefix("here: ").split("; ")) == sorted(
+        expected.split("; ")
+    )
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -404,6 +426,8 @@ def test_old_and_new_form_of_positions_mean_the_same(scaling: dict[str, Any]) ->
     assert old.model == new.model
     assert old.model.rope_theta == 5e5
     assert (old.model.rope_scaling is None) == (not scaling)
+    both = {"rope_parameters": {**renamed, "rope_theta": 5e5}, "rope_scaling": scaling}
+    assert read_config({**LLAMA, **both}, "both").model == new.model
 
 
 def test_yarn_factor_is_transformers() -> None:
@@ -478,14 +502,38 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**LLAMA, "rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'; it must be"),
     ({**LLAMA, "rope_scaling": {"rope_type": "mrope", "mrope_section": [2, 2]}}, "mrope"),
     ({**LLAMA, "rope_scaling": [2]}, "rope_scaling is .*it must be an object"),
-    ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor is null"),
-    ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5"),
+    ({**LLAMA, "rope_scaling": {"type": "linear"}}, "rope_scaling.factor: .*required"),
+    ({**LLAMA, "rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling.factor is -1"),
+    (
+        {**LLAMA, "rope_scaling": {"type": "linear", "factor": 0.5}},
+        "scaling.factor: .*equal to 1",
+    ),
     ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2, "x": 1}}, "rope_scaling.x"),
     (
         {**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}},
         "truncate is false",
     ),
     ({**LLAMA, "rope_scaling": {"type": "llama3", "factor": 2}}, "low_freq_factor is null"),
+    (
+        {
+            **LLAMA,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+        },
+        "rope_parameters and rope_scaling differ in rope_type, factor",
+    ),
+    (
+        {
+            **LLAMA,
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20},
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+        },
+        "rope_parameters and rope_scaling differ in beta_fast",
+    ),
+    (
+        {**LLAMA, "rope_parameters": {"rope_type": "default"}, "rope_scaling": [2]},
+        "rope_scaling is .*it must be an object",
+    ),
     (
         {
             **LLAMA,
@@ -512,6 +560,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global", "odd"], 1]]},
         "attention_types is",
     ),
+    (
+        {
+            "model_type": "gpt_neo",
+            "num_layers": 12,
+            "attention_types": [[["global", "local"], 6], [[], 10**12]],
+        },
+        "attention_types is .*10000000",
+    ),
+    ({"model_type": "gpt_neo", "num_layers": 2, "attention_types": [["", 10**12]]}, "_types is"),
+    ({"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["local"], 0]]}, "_types is"),
+    ({"model_type": "gpt_neo", "num_layers": 2, "attention_layers": 7}, "attention_types is"),
     ({**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types"),
     (
         {**LLAMA, "model_type": "qwen2", "layer_types": ["sliding_attention"] * 4},
@@ -525,6 +584,37 @@ def test_what_cannot_be_computed_is_refused(raw: dict[str, Any], reason: str) ->
     """A key that is passed over gives a model that runs and computes something else."""
     with pytest.raises(CheckpointError, match=f"^here: .*{reason}"):
         read_config(raw, "here")
+
+
+ROPE_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"rope_type": "yarn", "beta_fast": 1, "beta_slow": 1}, "beta_fast 1 above beta_slow 1"),
+    ({"rope_type": "yarn", "rope_theta": 1.0}, "yarn needs rope_theta above 1"),
+    ({"rope_type": "yarn", "original_max_position_embeddings": 128}, "rope_scaling.factor: "),
+    (
+        {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+        "high_freq_factor 1 above low_freq_factor 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "reason"), ROPE_RULES, ids=[reason for _, reason in ROPE_RULES])
+def test_rules_of_our_positions_are_told_as_those_of_the_file(
+    keys: dict[str, Any], reason: str
+) -> None:
+    """A rule that only our schema knows, broken by a file, would look like a fault of gpt's."""
+    factor = {} if "original_max_position_embeddings" in keys else {"factor": 2.0}
+    with pytest.raises(CheckpointError, match=f"^here: .*{reason}"):
+        read_config({**LLAMA, "rope_parameters": {**factor, **keys}}, "here")
+
+
+def test_dynamic_with_heads_of_two_numbers_is_refused() -> None:
+    """Its exponent D / (D - 2) has no value; every problem of such a file is in one line."""
+    raw = {**LLAMA, "head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    with pytest.raises(CheckpointError, match=r"^here: rope_scaling dynamic needs a"):
+        read_config(raw, "here")
+    with pytest.raises(CheckpointError, match="by n_kv_head 3; rope_scaling dynamic") as caught:
+        read_config({**raw, "num_key_value_heads": 3}, "here")
+    assert "\n" not in caught.value.message
 
 
 NO_TWIN: list[tuple[dict[str, Any], str]] = [

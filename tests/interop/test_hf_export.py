@@ -14,7 +14,9 @@ from gptcli.config.model_schema import ModelConfig  # noqa: E402
 from gptcli.data.special_tokens import SpecialTokens  # noqa: E402
 from gptcli.data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 from gptcli.errors import CheckpointError, ConfigError  # noqa: E402
+from gptcli.export import export  # noqa: E402
 from gptcli.generation.prompt import encode_prompt  # noqa: E402
+from gptcli.import_model import import_model  # noqa: E402
 from gptcli.interop.hf_export import write_hf  # noqa: E402
 from gptcli.interop.hf_folder import open_folder  # noqa: E402
 from gptcli.model.gpt import GPT, initialise  # noqa: E402
@@ -186,6 +188,98 @@ def test_no_tokenizer(tmp_path: Path):
     made = twin.generate(torch.tensor([[1, 2]]), max_new_tokens=5, do_sample=False)
     assert made.shape == (1, 7)
     assert open_folder(tmp_path).tokenizer.kind == "ids"
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((tmp_path / name).read_text())
+        assert raw["eos_token_id"] is None  # said, not left out: the family's default is 50256
+
+
+def published(folder: Path, architecture: str) -> Path:
+    """A model as it is published, whose tokenizer puts no token before a text.
+
+    It cuts digits apart as SmolLM's does (read by the library) or is like gpt2's (by tiktoken).
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE())
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    library.pre_tokenizer = digits if architecture == "llama" else bytes_
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(TEXTS * 3, trainer)
+    library.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=library, unk_token="<|endoftext|>", **names
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = small_model(len(fast), preset=architecture)
+    write_hf(model, Tokenizer.of_ids(model.vocab_size), folder, torch.float32)
+    fast.save_pretrained(folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | ids))
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_published_model_comes_back_as_it_was(architecture: str, tmp_path: Path):
+    """Its prompts begin otherwise, its chat template is lost, its special tokens become text."""
+    for name in ("source", "out"):
+        (tmp_path / name).mkdir()
+    source = published(tmp_path / "source", architecture)
+    import_model(str(source), tmp_path / "imported")
+    export(str(tmp_path / "imported"), tmp_path / "out", "hf", None)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("source", "out")
+    )
+    texts = [*TEXTS, "<|im_start|>user\nhi 123<|im_end|>", "a <mask>b<|endoftext|>", "", " "]
+    for text in texts:
+        assert ours(text).input_ids == theirs(text).input_ids
+        if text:
+            kept = open_folder(source).tokenizer
+            assert encode_prompt(kept, text) == theirs(text, split_special_tokens=True).input_ids
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token", "split_special_tokens"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    messages = [{"role": "user", "content": "Who is king?"}]
+    prompts = [
+        t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for t in (theirs, ours)
+    ]
+    assert (
+        prompts[0]
+        == prompts[1]
+        == "<|im_start|>user\nWho is king?<|im_end|>\n" + ("<|im_start|>assistant\n")
+    )
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((tmp_path / "out" / name).read_text())
+        assert [raw[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [1, 2, 2]
+    again = open_folder(tmp_path / "out").tokenizer
+    assert again.prompt_start is None
+    assert again.source == open_folder(source).tokenizer.source
+
+
+def test_an_end_that_is_none_is_not_passed_on(tmp_path: Path):
+    """A source of bare ids may name an ordinary one as its end: `generate` would break off there,
+    and nobody would know why the copy does not."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_hf(small_model(7, preset="gpt2"), Tokenizer.of_ids(7), source, torch.float32)
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**raw, "eos_token_id": 0}))
+    export(str(source), out, "hf", None)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
+    assert "No id ends a text (`eos_token_id` is\nnull)" in (out / "README.md").read_text()
 
 
 def test_model_without_a_twin(tokenizer: Tokenizer, tmp_path: Path):

@@ -171,19 +171,37 @@ def test_all_misfits_are_listed_at_once(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_folder(folder)
     message = caught.value.message
-    assert "missing: ln_f.bias;" in message
+    assert "missing: transformer.ln_f.bias;" in message
     assert "unexpected: extra_00, extra_01" in message
     assert "extra_09 and 3 more;" in message
-    assert "wrong shape: wpe.weight [9, 16] instead of [8, 16]" in message
+    assert "wrong shape: transformer.wpe.weight [9, 16] instead of [8, 16]" in message
+
+
+def test_tensors_are_called_as_in_the_file(folder: Path) -> None:
+    """Nobody finds `ln_f.bias` in a file that has transformer.ln_f.bias, or the other way round."""
+
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        del tensors["ln_f.bias"]
+
+    change(folder, strip)
+    with pytest.raises(CheckpointError, match=r"; missing: ln_f.bias$"):
+        open_folder(folder)
+    set_config(folder, n_layer=3)
+    with pytest.raises(CheckpointError, match=r"; missing: h.2$"):
+        open_folder(folder)
 
 
 def test_another_number_of_layers_is_told_before_any_work(folder: Path) -> None:
     """Listing the tensors of 65,536 layers takes seconds; of 10^9, all the memory."""
     set_config(folder, n_layer=60000)
-    with pytest.raises(CheckpointError, match=r"60000 layers, .* have 2; missing: h.2, h.3"):
+    with pytest.raises(
+        CheckpointError, match=r"60000 layers, .* have 2; missing: transformer.h.2, transformer.h.3"
+    ):
         open_folder(folder)
     set_config(folder, n_layer=1)
-    with pytest.raises(CheckpointError, match=r"1 layers, but .* unexpected: h.1$"):
+    with pytest.raises(CheckpointError, match=r"1 layers, but .* unexpected: transformer.h.1$"):
         open_folder(folder)
     set_config(folder, n_layer=10**9)
     with pytest.raises(CheckpointError, match="n_layer is 1000000000"):
@@ -261,12 +279,18 @@ def test_a_damaged_file_is_an_error_for_people(folder: Path, how: str) -> None:
 
 
 def test_whole_numbers_are_no_weights(folder: Path) -> None:
-    """Quantised weights have the right shapes and the wrong meaning."""
+    """Quantised weights have the right shapes and the wrong meaning, floats of 8 bits too."""
     change(
         folder,
         lambda t: t.update({"transformer.ln_f.bias": torch.zeros(16, dtype=torch.int8)}),
     )
-    with pytest.raises(CheckpointError, match=r"transformer.ln_f.bias holds I8, not floats"):
+    with pytest.raises(CheckpointError, match=r"ln_f.bias holds I8, none of F64, F32, F16, BF16"):
+        open_folder(folder)
+    change(
+        folder,
+        lambda t: t.update({"transformer.ln_f.bias": torch.zeros(16, dtype=torch.float8_e4m3fn)}),
+    )
+    with pytest.raises(CheckpointError, match=r"holds F8_E4M3, none of"):
         open_folder(folder)
 
 
@@ -276,7 +300,7 @@ def test_whole_numbers_are_no_weights(folder: Path) -> None:
         ("{", "cannot be read"),
         ("[1]", "not a JSON object"),
         ("[" * 100_000, "cannot be read"),
-        ('{"x": "' + "y" * 2**20 + '"}', "larger than"),
+        ('{"x": "' + "y" * 2**24 + '"}', "larger than"),
         ("\xff", "cannot be read"),
     ],
     ids=["cut", "list", "nested", "large", "latin"],
@@ -346,6 +370,43 @@ def test_links_stay_in_the_folder_or_the_hub_cache(folder: Path, tmp_path: Path)
     (folder / WEIGHTS).mkdir()
     with pytest.raises(CheckpointError, match="not a regular file"):
         open_folder(folder)
+
+
+BESIDE = [
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_small_files_are_bounded_and_inside(tmp_path: Path, name: str) -> None:
+    """Gigabytes under the name of a config would fill the memory, a link would read any file."""
+    library = bpe()
+    save(tmp_path, "gpt2", vocab_size=library.get_vocab_size())
+    library.model.save(str(tmp_path))
+    path = tmp_path / name
+    if not path.exists():
+        path.write_text("{}")
+    open_folder(tmp_path)
+    moved = path.rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    path.symlink_to(moved)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of its folder"):
+        open_folder(tmp_path)
+    path.unlink()
+    with open(path, "wb") as file:
+        file.truncate(2**30)  # a hole: no disk is used
+    with pytest.raises(DataError, match=f"{name}.* larger than"):
+        open_folder(tmp_path)
+
+
+def test_an_end_that_config_names_is_no_end_without_a_tokenizer(folder: Path) -> None:
+    """Published models of bare ids name an ordinary token there: their texts would break off."""
+    set_config(folder, eos_token_id=0)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert open_folder(folder).tokenizer.ends == frozenset()
 
 
 def test_pickles_are_read_only_when_allowed(folder: Path) -> None:
@@ -439,3 +500,56 @@ def test_other_tokenizers_without_json_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"only tokenizer.model") as caught:
         open_folder(folder)
     assert "save_pretrained" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_that_was_forgotten_is_told(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy without tokenizer.json would ask for ids, and nobody knew why."""
+    open_folder(folder)
+    assert not caplog.records
+    (folder / name).write_text("{}")
+    assert open_folder(folder).tokenizer.kind == "ids"
+    assert (
+        f"tokenizer.json is missing, though there is a {name}: texts are token ids" in caplog.text
+    )
+
+
+def with_tokenizer(folder: Path, **config: Any) -> Path:
+    library = bpe()
+    save(folder, "gpt2", vocab_size=library.get_vocab_size() + 5)
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    set_config(folder, **config)
+    return folder
+
+
+def test_ends_that_are_no_tokens_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A text that never ends, because its end was misspelt, looks like a bad model."""
+    folder = with_tokenizer(tmp_path, eos_token_id=[0, 99999, -1, True])
+    opened = open_folder(folder)
+    assert opened.tokenizer.ends == {0}
+    size = opened.config.vocab_size
+    assert (
+        f"{CONFIG}: eos_token_id 99999, -1, True: no token of the vocabulary of {size};"
+        in caplog.text
+    )
+    caplog.clear()
+    set_config(folder, eos_token_id=0, bos_token_id=7)
+    open_folder(folder)
+    assert not caplog.records  # nothing is put before a text: nothing to differ from
+
+
+def test_another_start_than_the_tokenizers_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of the two is wrong, and only the publisher knows which."""
+    folder = with_tokenizer(tmp_path, eos_token_id=0, bos_token_id=0)
+    settings = {"add_bos_token": True, "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_folder(folder).tokenizer.bos == 0
+    assert not caplog.records
+    set_config(folder, bos_token_id=7)
+    open_folder(folder)
+    assert f"{CONFIG}: bos_token_id is 7, but the tokenizer begins texts with 0" in caplog.text

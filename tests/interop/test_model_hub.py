@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from gptcli import stop
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, ResourceError
 from gptcli.interop import hub as hub_module
 from gptcli.interop.hub import HubLookupError, fetch
 from gptcli.runs.load import load_model
@@ -112,7 +113,7 @@ def test_offline(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     huggingface_hub.close_session()
     assert load_model("me/m", CPU).path == expected.path
     message = refused("me/other")
-    assert "no run or checkpoint at me/other; as a name on the hub: " in message
+    assert "no run, checkpoint or folder at me/other; as a name on the hub: " in message
     assert "HF_HUB_OFFLINE" in message
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -120,12 +121,67 @@ def test_offline(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert load_model("me/m", CPU).path == expected.path
 
 
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00002-of-00002", "index"])
+def test_a_part_in_the_cache_is_no_model(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Guards against a fetch that broke off, taken for the model: another error hides why, and
+    without its tokenizer a model would read token ids."""
+    hub.commit("me/m", files_of(publish_folder(tmp_path / "a", random_model(), shards=2)))
+    folder = load_model("me/m", CPU).path
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+    assert fetch("me/m", None).folder == folder
+    next(path for path in folder.iterdir() if lost in path.name).unlink()
+    with pytest.raises(HubLookupError, match="the hub could not be read"):
+        fetch("me/m", None)
+
+
+def test_shards_beside_the_whole_are_not_needed(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a model in the cache that is useless offline, as files it does not need were
+    not fetched."""
+    files = files_of(publish_folder(tmp_path / "a", random_model()))
+    files |= {"model-00001-of-00001.safetensors": b"x", "model.safetensors.index.json": b"{}"}
+    hub.commit("me/m", files)
+    folder = load_model("me/m", CPU).path
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+    assert load_model("me/m", CPU).path == folder
+
+
+def test_pickles_in_the_cache(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against pickles that count as weights, or are lost, where the hub is out of reach."""
+    hub.commit("me/old", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    folder = fetch("me/old", None, allow_pickle=True).folder
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+    assert fetch("me/old", None, allow_pickle=True).folder == folder
+    with pytest.raises(HubLookupError, match="the hub could not be read"):
+        fetch("me/old", None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files bounded by the system stand for a disk")
+def test_a_full_disk_is_no_fault_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    """Guards against advice to check the network where the disk is full."""
+    hub.commit("me/m", files_of(publish_folder(tmp_path / "a", random_model(vocab_size=4000))))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ResourceError, match="no space left on the disk for me/m in") as caught:
+            fetch("me/m", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "HF_HUB_CACHE" in str(caught.value.hint)
+
+
 def test_names_that_fail(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a mistyped run that waits for the network, or hides why no model is there."""
     begun = time.monotonic()
     message = refused("smal-run")
     assert (
-        f"no run or checkpoint at smal-run; as a name on the hub: no model 'smal-run' at {hub.url}"
+        f"no run, checkpoint or folder at smal-run; as a name on the hub: no model 'smal-run' at {hub.url}"
         in message
     )
     assert "see: gpt runs list\nif it is private, set HF_TOKEN" in message

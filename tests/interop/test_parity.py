@@ -153,8 +153,9 @@ def test_text_longer_than_the_block_rolls(tmp_path) -> None:
     assert texts == [texts[0]] * 4
 
 
-def dense_masked(model: GPT, tokens: Tensor) -> Tensor:
-    """Logits (B, T, V) of a gpt3 by the book: all scores, then a mask for each layer."""
+def dense_masked(model: GPT, tokens: Tensor, windows: list[int]) -> Tensor:
+    """Logits (B, T, V) of a gpt3 by the book: all scores, then a mask for each layer, in which a
+    query sees itself and the `windows[layer] - 1` tokens before it."""
     config, w = model.config, model.state_dict()
     length = tokens.size(1)
     back = torch.arange(length)[:, None] - torch.arange(length)  # how far key j is behind query i
@@ -165,11 +166,10 @@ def dense_masked(model: GPT, tokens: Tensor) -> Tensor:
         )
 
     x = w["wte.weight"][tokens] + w["wpe.weight"][:length]
-    for layer in range(config.n_layer):
+    for layer, reach in enumerate(windows):
         at = f"blocks.{layer}"
         qkv = norm(x, f"{at}.norm1") @ w[f"{at}.attn.qkv.weight"].T
         q, k, v = qkv.view(*tokens.shape, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
-        reach = config.windows[layer] or length
         scores = q @ k.transpose(-1, -2) / math.sqrt(config.head_size)
         seen = (back >= 0) & (back < reach)
         y = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
@@ -192,7 +192,7 @@ def test_bands_against_a_dense_mask(window: int) -> None:
     with torch.inference_mode():
         for parameter in model.parameters():
             parameter.add_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
-        expected = dense_masked(model, tokens)
+        expected = dense_masked(model, tokens, [BLOCK, window, BLOCK])
         assert_near(model(tokens), expected)
         cache = model.new_cache(len(tokens))
         assert_near(torch.cat([model(t, cache) for t in tokens.split(5, dim=1)], dim=1), expected)

@@ -75,6 +75,7 @@ def test_read_back(kind: str, tmp_path: Path):
     assert (read.eot, read.start) == (tokenizer.eot, tokenizer.start)
     assert read.vocab_size == tokenizer.vocab_size
     assert read.special.in_text == tokenizer.special.in_text
+    assert read.nfc == tokenizer.nfc == (kind == "special")
     assert type(read) is Tokenizer  # tiktoken's speed is kept
     for text in [*TEXTS, "a<tag>b<bos>"]:
         assert encode_prompt(read, text) == encode_prompt(tokenizer, text)
@@ -159,7 +160,8 @@ def test_library_tokenizer(with_bos: bool, tmp_path: Path):
     read = load_tokenizer_json(written(tokenizer, out))
     assert (read.eot, read.start) == (tokenizer.eot, tokenizer.start)
     direct = library(tokenizer)
-    for text in ("a fox", "", "  x", "a</s>b", "ü"):
+    assert read.prompt_start == tokenizer.prompt_start == (tokenizer.bos if with_bos else None)
+    for text in ("a fox", "  x", "a</s>b", "ü"):
         assert direct.encode(text).ids == encode_prompt(tokenizer, text)
         assert encode_prompt(read, text) == encode_prompt(tokenizer, text)
 

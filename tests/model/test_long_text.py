@@ -23,7 +23,7 @@ def scaled(kind: str, original: int = 8) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "window": {**MODERN, "window": 5},
     "window-of-one": {**MODERN, "window": 1},
-    "window-beyond-block": {**MODERN, "window": 100},
+    "window-of-the-block": {**MODERN, "window": 24},
     "mixed": {**GPT2, "window": [0, 5]},
     "learned-all-windowed": {**GPT2, "window": [7, 3]},
     "unequal-windows": {**MODERN, "window": [3, 9, 6]},
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dynamic-not-needed": {**MODERN, **scaled("dynamic", 100)},
 }
 ROLLING = ["window", "window-of-one", "unequal-windows", "mqa-wide-heads", "no-positions"]
-ROLLING += ["yarn-window", "window-beyond-block"]
+ROLLING += ["yarn-window", "window-of-the-block"]
 LONG_CHUNKS = [[1] * 80, [40, 1, 39], [30, 20, 5, 25]]
 CHUNKS = [[T], [1] * T, [10, 1, 1, 12], [3, 4, 5, 6, 6], [1, 23], [18] + [1] * 6]
 
@@ -138,10 +138,10 @@ def test_other_configs_end_with_the_block(name: str) -> None:
 
 def test_a_cache_that_is_full_says_so() -> None:
     """Guards: a ring smaller than its window that drops keys which queries still reach."""
-    model = random_model(VARIANTS["window-beyond-block"])
-    cache = model.new_cache(1, 30)
-    model(some_tokens(30, 1), cache)
-    with pytest.raises(ValueError, match="31 tokens do not fit a cache of 30"):
+    model = random_model(VARIANTS["window-of-the-block"])
+    cache = model.new_cache(1, 20)
+    model(some_tokens(20, 1), cache)
+    with pytest.raises(ValueError, match="21 tokens do not fit a cache of 20"):
         model(some_tokens(1, 1), cache)
 
 

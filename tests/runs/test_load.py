@@ -3,7 +3,10 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
-from gptcli.model.gpt import GPT
+from gptcli.interop.hf_export import write_hf
+from gptcli.model.empty import empty_model, parameter_shapes
+from gptcli.model.gpt import GPT, Block
+from gptcli.runs import manifest
 from gptcli.runs.checkpoint import Contents, checkpoint_dir, publish, write_best
 from gptcli.runs.load import load_model, load_weights
 from gptcli.runs.run_dir import new_run_dir
@@ -106,6 +112,33 @@ def test_what_model_means(
     assert "model.safetensors has 50 bytes" in refused(checkpoint_dir(run_dir, 2))
 
 
+def test_weights_are_hashed_once(
+    tmp_path: Path, make_contents: Make, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    """Guards against reading gigabytes twice: a run without a best checkpoint, and one whose newest
+    is damaged, which is found out only while its weights are read."""
+    run_dir = run_with(tmp_path / "run", *((step, make_contents(step)) for step in (1, 2, 3)))
+    hashed, real = [], manifest._sha256
+
+    def watched(path: Path, **keys: Any) -> str:
+        hashed.append(path.relative_to(run_dir / "checkpoints").as_posix())
+        return real(path, **keys)
+
+    monkeypatch.setattr(manifest, "_sha256", watched)
+    assert load_model(str(run_dir), CPU).step == 3
+    assert [name for name in hashed if "model." in name] == ["step-00000003/model.safetensors"]
+    assert not any("optimizer" in name for name in hashed)
+    flip_last_bit(checkpoint_dir(run_dir, 3) / "model.safetensors")
+    (checkpoint_dir(run_dir, 2) / "state.json").write_text("{}")
+    hashed.clear()
+    assert load_model(str(run_dir), CPU).step == 1
+    names = [f"step-0000000{step}/model.safetensors" for step in (3, 1)]
+    assert [name for name in hashed if "model." in name] == names
+    assert "model.safetensors is damaged" in warnings[0]
+    assert "state.json has 2 bytes" in warnings[1]
+    assert "using step 1 instead" in warnings[1]
+
+
 def flip_last_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -190,7 +223,7 @@ def test_references_that_are_no_model(
     assert "convert it to safetensors" in refused(folder)
     (folder / "config.json").write_text("{}")
     assert f"gpt import {folder} OUT --allow-pickle" in refused(folder / "pytorch_model.bin")
-    assert "no run or checkpoint at nothing" in refused("nothing")
+    assert "no run, checkpoint or folder at nothing" in refused("nothing")
     assert not (tmp_path / "canary").exists()
     run_dir = run_with(tmp_path / "mine", (1, make_contents()))
     assert f"did you mean {run_dir}?" in refused("mine")
@@ -289,6 +322,90 @@ def test_position_table_is_bounded(
     assert "block_size 1000000000000 is too large" in refused(path)
 
 
+def test_a_model_is_built_only_when_it_fits(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], monkeypatch: Any
+) -> None:
+    """Guards time and memory: a header of a few bytes a layer asks for any number of them."""
+    path = publish(tmp_path, 1, make_contents())
+    layers = {f"blocks.{layer}.x": torch.empty(0) for layer in range(3000)}
+    save_file({"wte.weight": torch.ones(257, 16), **layers}, path / "model.safetensors")
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("n_layer: 2", "n_layer: 3000", 1))
+    reseal(path)
+    built, real = [], Block.__init__
+
+    def watched(self: Block, config: ModelConfig) -> None:
+        built.append(config)
+        real(self, config)
+
+    monkeypatch.setattr(Block, "__init__", watched)
+    message = refused(path)
+    assert "does not fit the model; missing: norm.weight" in message
+    assert "unexpected: blocks.0.x" in message
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expected_shapes_are_those_of_the_model(shape: str) -> None:
+    """Guards the check of a file against a list of tensors that no model has."""
+    keys = {"n_layer": 3, "n_head": 2, "n_embd": 8, "block_size": 8, "window": [0, 4]}
+    config = ModelConfig.model_validate({**keys, **SHAPES[shape]})
+    state = GPT(config, 10).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert parameter_shapes(config, 10) == expected
+
+
+ONE_COPY = """
+import sys
+import torch
+from gptcli.runs import load
+from gptcli.data import tokenizer
+import tokenizers
+
+def used():
+    text = open("/proc/self/smaps_rollup").read()
+    kinds = ("Anonymous", "Swap")
+    return 1024 * sum(int(l.split()[1]) for l in text.splitlines() if l.split(":")[0] in kinds)
+
+real, most = load.load_weights, []
+def watched(*arguments):
+    most.append(used() - before)
+    real(*arguments)
+    most.append(used() - before)  # the arguments are still there
+load.load_weights = watched
+before = used()
+loaded = load.load_model(sys.argv[1], torch.device("cpu"))
+print(max(most), loaded.model.parameter_count() * 4)
+"""
+
+
+@pytest.mark.parametrize("kind", ["own", "own in bf16", "folder"])
+def test_memory_holds_the_weights_once(
+    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], kind: str
+) -> None:
+    """Guards against a second copy: of the file, of the weights drawn, or of those stored in less.
+
+    A model that fills the memory would not load."""
+    if not os.path.exists("/proc/self/smaps_rollup"):
+        pytest.skip("Linux only")
+    contents = make_contents(n_layer=16, n_embd=192, qk_norm=False)  # 30 MB
+    path = publish(tmp_path, 1, replace(contents, optimizer={}))
+    if kind == "own in bf16":
+        tensors = {k: v.bfloat16() for k, v in load_file(path / "model.safetensors").items()}
+        save_file(tensors, path / "model.safetensors")
+        reseal(path)
+    elif kind == "folder":
+        model, folder = trained(contents), tmp_path / "folder"
+        folder.mkdir()
+        write_hf(model, contents.tokenizer, folder, torch.float32)
+        path = folder
+    command = [sys.executable, "-c", ONE_COPY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    most, size = map(int, done.stdout.split())
+    assert size > 25e6
+    assert most < 1.4 * size
+
+
 def test_load_weights_into_a_live_model(make_contents: Make) -> None:
     """Guards a resume: the parameters the optimizer holds must stay the same objects."""
     contents = make_contents(3, tie_embeddings=True)
@@ -300,6 +417,13 @@ def test_load_weights_into_a_live_model(make_contents: Make) -> None:
     apart = {**contents.model, "head.weight": contents.model["head.weight"] + 1}
     with pytest.raises(CheckpointError, match="tied"):
         load_weights(model, apart, "here")
+
+
+def test_an_empty_model_has_no_position_table() -> None:
+    """Guards against a table (here of 1 TB) that is computed only to be thrown away."""
+    for position in ("rope", "sinusoidal"):
+        keys = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 2**36, "position": position}
+        assert empty_model(ModelConfig.model_validate(keys), 10).positions.numel() == 0
 
 
 def test_reset_positions_matches_the_constructor() -> None:

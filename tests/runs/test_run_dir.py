@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gptcli import stop
 from gptcli.errors import ConfigError, ResourceError
 from gptcli.runs.run_dir import (
     RunLock,
+    new_directory,
+    new_place,
     new_run_dir,
     newest_run,
     newest_unfinished,
@@ -184,3 +187,52 @@ def test_run_json(tmp_path: Path, warnings: list[str]) -> None:
     assert "cannot be read" in warnings[0]
     with pytest.raises(ResourceError, match="cannot write"):
         write_json_atomic(tmp_path / "absent" / "x.json", {})
+
+
+def test_a_new_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Guards against half of an import or export that looks like all of it, and against litter."""
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    with new_directory(tmp_path / "deep" / "er" / "out") as temp:
+        (temp / "below").mkdir()
+        (temp / "below" / "a").write_text("a")
+        assert not (tmp_path / "deep" / "er" / "out").exists()
+    assert (tmp_path / "deep" / "er" / "out" / "below" / "a").read_text() == "a"
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
+
+    def fail(error: BaseException) -> None:
+        with new_directory(tmp_path / "new" / "er" / "out") as temp:
+            (temp / "a").write_text("a")
+            raise error
+
+    with pytest.raises(stop.Stopped):
+        fail(stop.Stopped())
+    assert names() == ["deep"]
+    with pytest.raises(ResourceError, match="No space left on device"):
+        fail(OSError(28, "No space left on device"))
+    assert names() == ["deep"]
+    stale = tmp_path / f".tmp-out-{os.getpid()}"  # of a killed process that had this number
+    stale.mkdir()
+    (stale / "old").write_text("")
+    (tmp_path / "out").mkdir()  # an empty directory is as good as none
+    with new_directory(tmp_path / "out") as temp:
+        (temp / "a").write_text("a")
+    assert names() == ["deep", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_where_nothing_new_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards what is there, and the directory in which somebody works: replaced by another, it
+    would leave their shell in one that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for taken in (".", "..", "../here", "/", tmp_path / "here", "../file", "../link"):
+        with pytest.raises(ConfigError, match="exists already"), new_directory(Path(taken)):
+            pytest.fail("was let in")
+    with pytest.raises(ConfigError, match="so there can be no"), new_place(Path("../file/x/y")):
+        pytest.fail("was let in")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here", "link"]

@@ -1,5 +1,6 @@
 """Runs that start from a model: what may change beside `init`, and what is refused."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from gptcli.model.gpt import GPT, initialise
 from gptcli.pretrain import describe, pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
-from gptcli.runs.load import load_model
+from gptcli.runs.load import LoadedModel, load_model
 from gptcli.runs.run_dir import read_run_json
+from gptcli.training.build import RunResult, run_session
 from gptcli.training.initial import starting_model, starting_point, with_shape
+from gptcli.training.session import Session
 from gptcli.training.start import Start
 from gptcli.training.state import TrainState
 
@@ -212,6 +215,40 @@ def test_tensors_are_taken_over(tmp_path: Path, publish: Publish) -> None:
     model, _ = starting_model(config, fresh(tmp_path), initial.tokenizer, initial)
     assert {name: t.data_ptr() for name, t in model.state_dict().items()} == places
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def alive(kind: type) -> list[Any]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
+def test_a_run_holds_its_tensors_once(
+    tmp_path: Path, publish: Publish, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run began from, kept for as long as it goes on, doubles its memory: the model that
+    init names, the weights and the optimizer state of the checkpoint that it resumes."""
+    surplus: list[int] = []
+
+    def watched(session: Session, rows: Any) -> RunResult:
+        own = {**session.model.state_dict(), **session.optimizer.state_dict()}
+        known = {t.untyped_storage().data_ptr() for t in [*own.values(), *before]}
+        places = {t.untyped_storage().data_ptr(): t.nbytes for t in alive(torch.Tensor)}
+        surplus.append(sum(size for place, size in places.items() if place not in known))
+        assert len(alive(LoadedModel)) == others
+        for contents in alive(Contents):
+            assert not contents.model
+            assert not contents.optimizer
+        return run_session(session, rows)
+
+    monkeypatch.setattr("gptcli.pretrain.run_session", watched)
+    source = publish(position="learned", n_embd=64, block_size=512)
+    before, others = alive(torch.Tensor), len(alive(LoadedModel))  # of other tests
+    run, shape = tmp_path / "run", {"model__block_size": 16, "optimizer__kind": "muon"}
+    pretrain(run_config(book, source, **shape), run_dir=run)
+    longer = run_config(book, source, training__max_steps=3, **shape)
+    assert pretrain(longer, run_dir=run, resume="resume").step == 3
+    assert len(surplus) == 2
+    assert max(surplus) < 64 * 2**10  # the positions alone have 128 KiB, a momentum 48
 
 
 def test_a_run_in_short_rows_and_its_resume(
