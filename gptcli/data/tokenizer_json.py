@@ -84,7 +84,7 @@ class TokenText:
     """
 
     def __init__(self, raw: dict[str, Any]) -> None:
-        parts = list(_flat(raw.get("decoder"), "decoders"))
+        parts = list(flat(raw.get("decoder"), "decoders"))
         kinds = {str(part.get("type")) for part in parts}
         if kinds & _WORD_PIECES:
             raise ValueError(f"its decoder ({', '.join(sorted(kinds & _WORD_PIECES))}) is unknown")
@@ -123,7 +123,7 @@ def byte_ranks(content: bytes, special: SpecialTokens) -> ByteRanks | None:
     comes about by its pairs: the last two parts of a token then always are those of a listed pair.
     """
     raw = parse(content)
-    pattern, nfc = _split_pattern(raw.get("pre_tokenizer")), _is_nfc(raw.get("normalizer"))
+    pattern, nfc = split_pattern(raw.get("pre_tokenizer")), _is_nfc(raw.get("normalizer"))
     model = raw["model"]
     plain = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -174,9 +174,9 @@ def _is_simple(raw: dict[str, Any], special: SpecialTokens) -> bool:
     return not any(a != b and b.startswith(a) for a in names for b in names)
 
 
-def _split_pattern(pre_tokenizer: Any) -> str | None:
+def split_pattern(pre_tokenizer: Any) -> str | None:
     """The regex that cuts words before a byte-level BPE; None for other pre-tokenizers."""
-    parts = list(_flat(pre_tokenizer, "pretokenizers"))
+    parts = list(flat(pre_tokenizer, "pretokenizers"))
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space", True):
         return None
     if len(parts) == 1:
@@ -192,17 +192,17 @@ def _split_pattern(pre_tokenizer: Any) -> str | None:
 
 def _is_nfc(normalizer: Any) -> bool | None:
     """Whether text is normalised to NFC; None for other changes of the text."""
-    kinds = [part.get("type") for part in _flat(normalizer, "normalizers")]
+    kinds = [part.get("type") for part in flat(normalizer, "normalizers")]
     return None if any(kind != "NFC" for kind in kinds) else bool(kinds)
 
 
-def _flat(part: Any, key: str) -> Iterator[dict[str, Any]]:
-    """The steps of a component, those of sequences one by one."""
+def flat(part: Any, key: str) -> Iterator[dict[str, Any]]:
+    """The steps of a component of a tokenizer.json, those of sequences one by one."""
     if part is None:
         return
     if part.get("type") == "Sequence":
         for inner in part[key]:
-            yield from _flat(inner, key)
+            yield from flat(inner, key)
     else:
         yield part
 
@@ -262,7 +262,7 @@ def _bos(raw: dict[str, Any], ids: dict[str, int], beside: _Beside) -> str | Non
     wanted = beside.flag("add_bos_token")
     if wanted is False:
         return None
-    for part in _flat(raw.get("post_processor"), "processors"):
+    for part in flat(raw.get("post_processor"), "processors"):
         if part.get("type") == "TemplateProcessing" and "SpecialToken" in part["single"][0]:
             name = part["single"][0]["SpecialToken"]["id"]
             return name if name in ids else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from gptcli.data.tiktoken_tables import GPT2_PATTERN, GPT4_PATTERN, byte_characters
 from gptcli.data.tokenizer import IdsTokenizer, LibraryTokenizer, Tokenizer
+from gptcli.data.tokenizer_json import flat, split_pattern
 from gptcli.errors import CheckpointError
 from gptcli.interop.tokenizer_export import merges_of, tokenizer_json
 
@@ -74,7 +75,10 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}"
         )
     if isinstance(tokenizer, LibraryTokenizer):
-        return _sentencepiece(tokenizer, vocab_size)
+        raw = json.loads(tokenizer_json(tokenizer))
+        if any(step.get("type") == "ByteLevel" for step in flat(raw.get("decoder"), "decoders")):
+            return _byte_level_of_library(tokenizer, raw, vocab_size)
+        return _sentencepiece(tokenizer, raw, vocab_size)
     return _byte_level(tokenizer, vocab_size)
 
 
@@ -126,12 +130,61 @@ def _pre_tokenizer(tokenizer: Tokenizer, whole_words: bool) -> str:
     return pre
 
 
-def _sentencepiece(tokenizer: LibraryTokenizer, vocab_size: int) -> Vocabulary:
+def _byte_level_of_library(
+    tokenizer: LibraryTokenizer, raw: dict[str, Any], vocab_size: int
+) -> Vocabulary:
+    """A byte-level BPE by its own list of merges, which llama.cpp follows in the same order."""
+    model, special, pre = raw["model"], tokenizer.special, _library_pre(raw)
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or affixes:
+        raise _refusal("the tokenizer's tokens are not made by merging bytes alone")
+    if raw.get("normalizer") is not None:
+        raise _refusal("the tokenizer has a normalizer that changes texts, llama.cpp none")
+    if special.in_text:
+        raise _refusal(f"the tokenizer looks for {special.in_text[0]!r} before it cuts words")
+    if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
+        raise _refusal(f"llama.cpp looks for whole words with llama-bpe only, not with {pre}")
+    missing = [f"0x{b:02X}" for c, b in byte_characters().items() if c not in model["vocab"]]
+    if missing:
+        log.warning(
+            "these bytes have no token, and llama.cpp merges otherwise what is around them: %s",
+            " ".join(missing),
+        )
+    named = {i: (token, NORMAL) for token, i in model["vocab"].items()}
+    tokens, types = _listed(named | {i: (n, CONTROL) for n, i in special.ids.items()}, vocab_size)
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        start=tokenizer.start,
+        adds_start=tokenizer.prompt_start is not None,
+        ends=_ends(tokenizer),
+        merges=[f"{left} {right}" for left, right in pairs] or [_NO_MERGE],
+    )
+
+
+def _library_pre(raw: dict[str, Any]) -> str:
+    """llama.cpp's name of the pre-tokenizer of a byte-level BPE."""
+    steps = list(flat(raw.get("pre_tokenizer"), "pretokenizers"))
+    if len(steps) == 2 and steps[0].get("type") == "Digits" and steps[0].get("individual_digits"):
+        if split_pattern(steps[1]) == GPT2_PATTERN:
+            return "smollm"
+    elif pre := _PRE_TOKENIZERS.get(split_pattern(raw.get("pre_tokenizer")) or ""):
+        return pre
+    kinds = " + ".join(str(step.get("type")) for step in steps) or "none"
+    raise _refusal(
+        f"the tokenizer is a byte-level BPE, but its pattern (pre-tokenizer: {kinds}) is none that"
+        " llama.cpp knows by a name of ours (gpt-2, llama-bpe, smollm)"
+    )
+
+
+def _sentencepiece(tokenizer: LibraryTokenizer, raw: dict[str, Any], vocab_size: int) -> Vocabulary:
     """A BPE over the whole text with spaces as `▁` and bytes for unknown characters.
 
     llama.cpp merges any two neighbours whose union is a token, the highest score first.
     """
-    raw = json.loads(tokenizer_json(tokenizer))
     model = raw["model"]
     ids: dict[str, int] = model.get("vocab", {})
     if not _is_plain_sentencepiece(raw) or tokenizer.special.in_text:

@@ -157,20 +157,16 @@ def _one_name(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]
     return plain
 
 
-def _qkv_bias(model: ModelConfig) -> bool:
-    return model.bias if model.qkv_bias is None else model.qkv_bias
-
-
 def _closest(model: ModelConfig) -> Family:
     """The one family that could compute `model`, by the switches that tell families apart."""
     windows = set(model.windows)
     if model.norm == "layernorm":
         if model.norm_position == "post":
             return "openai-gpt"
-        return "gpt2" if windows == {0} and _qkv_bias(model) else "gpt_neo"
+        return "gpt2" if windows == {0} and model.has_qkv_bias else "gpt_neo"
     if model.qk_norm:
         return "qwen3"
-    if _qkv_bias(model) and not model.bias:
+    if model.has_qkv_bias and not model.bias:
         return "qwen2"
     # LlamaConfig refuses heads that do not divide n_embd, whatever head_dim says.
     undivided = bool(model.n_embd % model.n_head) and not model.bias
@@ -216,10 +212,10 @@ def _gpt_problems(model: ModelConfig, family: Family) -> list[str]:
         found.append(f"n_kv_head {model.kv_heads} beside n_head {model.n_head}")
     if model.head_size * model.n_head != model.n_embd:
         found.append(f"head_dim {model.head_size} beside n_embd {model.n_embd}")
-    if family == "gpt_neo" and _qkv_bias(model):
+    if family == "gpt_neo" and model.has_qkv_bias:
         found.append("window beside qkv_bias true")
     if family == "openai-gpt":
-        if not _qkv_bias(model):
+        if not model.has_qkv_bias:
             found.append("qkv_bias false")
         if any(model.windows):
             found.append("window")
@@ -234,8 +230,8 @@ def _rotary_problems(model: ModelConfig, family: Family) -> list[str]:
     found = []
     if model.bias and family != "llama":
         found.append("bias true" + (" beside window" if family == "mistral" else ""))
-    if _qkv_bias(model) != model.bias and family != "qwen2":
-        found.append(f"qkv_bias {str(_qkv_bias(model)).lower()}")
+    if model.has_qkv_bias != model.bias and family != "qwen2":
+        found.append(f"qkv_bias {str(model.has_qkv_bias).lower()}")
     if family == "llama" and model.n_embd % model.n_head:
         found.append(f"n_head {model.n_head} that does not divide n_embd {model.n_embd}")
     if family == "mistral" and len(set(model.windows)) > 1:

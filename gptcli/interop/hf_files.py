@@ -88,7 +88,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
 
 def _pickled(path: Path, readable: bool = True) -> CheckpointError:
     hint = (
-        "where you trust it: --allow-pickle reads its tensors and nothing else"
+        f"where you trust it, as tensors and nothing else: gpt import {path.parent} OUT --allow-pickle"
         if readable
         else f"where you trust it, save its state_dict as {WEIGHTS}"
     )

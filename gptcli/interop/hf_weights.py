@@ -176,12 +176,11 @@ def _rotary_block(model: ModelConfig, at: str) -> dict[str, list[Part]]:
     width, inner, head = model.n_embd, model.inner_size, model.head_size
     rows = {"q": model.n_head * head, "k": model.kv_heads * head, "v": model.kv_heads * head}
     qkv = [(f"{at}self_attn.{name}_proj", count) for name, count in rows.items()]
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
     up = [(f"{at}mlp.gate_proj", inner), (f"{at}mlp.up_proj", inner)]
     found = (
         _norm("norm1", f"{at}input_layernorm", width, bias=False)
         | _norm("norm2", f"{at}post_attention_layernorm", width, bias=False)
-        | _linear("attn.qkv", qkv, width, qkv_bias)
+        | _linear("attn.qkv", qkv, width, model.has_qkv_bias)
         | _linear("attn.proj", [(f"{at}self_attn.o_proj", width)], rows["q"], model.bias)
     )
     if model.qk_norm:

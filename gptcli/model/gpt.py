@@ -51,8 +51,7 @@ class Attention(nn.Module):
         self.head_dim, self.dropout = config.head_size, config.dropout
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.widths = [q_width, kv_width, kv_width]
-        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=qkv_bias)
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.has_qkv_bias)
         self.proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)

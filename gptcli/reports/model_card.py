@@ -29,6 +29,10 @@ _TEMPLATE = "model_card.md.jinja"
 # Of the corpora that we ship, where all is in one language.
 _LANGUAGES = {"builtin:web-bible": "en"}
 _NAMES = {"builtin:web-bible": "World English Bible"}
+# Of folders, not of the models in them.
+_COMMON_NAMES = frozenset(
+    ("hf", "model", "final", "best", "last", "latest", "snapshot", "snapshots", "checkpoint")
+)
 _NEW_TOKENS = 50  # of the example, or half a block
 _SHAPE = (
     "n_layer",
@@ -97,7 +101,7 @@ def model_card(loaded: LoadedModel, folder: str, dtype: str) -> str:
     scores, note = _scores(loaded, run)
     card = _Card(
         front=_front_matter(loaded),
-        name=loaded.name,
+        name=_model_name(loaded),
         folder=folder,
         summary=_summary(loaded),
         # transformers 5 gives qwen2 a tokenizer of its own, whatever tokenizer_config.json names.
@@ -140,7 +144,27 @@ def source_name(reference: str) -> str:
     if re.match(r"(hub|builtin):", reference):
         return reference
     path = Path(reference)
-    return path.name if path.is_absolute() or path.parts[:1] in ((".",), ("..",)) else reference
+    local = path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or _says_little(path.name)
+    return _telling_name(path) if local else reference
+
+
+def _says_little(name: str) -> bool:
+    """Whether a folder's name is what many are called: its kind, or a commit."""
+    return name in _COMMON_NAMES or re.fullmatch(r"[0-9a-f]{40}", name) is not None
+
+
+def _telling_name(path: Path) -> str:
+    """The folder's name, or that of the first one above it whose name tells more."""
+    telling = (p.name for p in (path, *path.parents) if p.name and not _says_little(p.name))
+    return next(telling, path.name)
+
+
+def _model_name(loaded: LoadedModel) -> str:
+    """The model's name; of one from a folder that tells nothing, that of the folder's place."""
+    if not _says_little(loaded.name):
+        return loaded.name
+    source = (loaded.state or {}).get("source") or loaded.path
+    return source_name(os.path.abspath(str(source))).rpartition("/")[2].partition("@")[0]
 
 
 def _shown(value: Any) -> Any:
@@ -229,9 +253,11 @@ def _model_rows(loaded: LoadedModel, dtype: str) -> Rows:
 def _value(value: Any) -> str:
     """A value of the model's config; nothing for the default of None."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {found}" for key, found in value.items() if found is not None)
+        return ", ".join(f"{key} {_value(v)}" for key, v in value.items() if v is not None)
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"  # what was stored as fp32 has more digits than anyone gave
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

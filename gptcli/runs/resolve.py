@@ -86,7 +86,8 @@ def _elsewhere(reference: str, allow_pickle: bool) -> ModelPlace:
         raise CheckpointError(f"no run, checkpoint or folder at {reference}", hint=hint)
     named = hub_name(reference)
     if named is None:
-        raise CheckpointError(f"no run, checkpoint or folder at {reference}", hint="see: gpt runs list")
+        message = f"no run, checkpoint or folder at {reference}"
+        raise CheckpointError(message, hint="see: gpt runs list")
     # The library is slow to import, and every other kind of MODEL does without it.
     from gptcli.interop.hub import HubLookupError, fetch
 

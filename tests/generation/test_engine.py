@@ -53,7 +53,7 @@ ROLLING: dict[str, dict[str, Any]] = {
         "window": 24,
         "rope_scaling": {"kind": "linear", "factor": 2.0},
     },
-    "rolling-wide": {**PRESETS["llama"], **SMALL, "block_size": 8, "window": 20},
+    "rolling-wide": {**PRESETS["llama"], **SMALL, "block_size": 8, "window": 8},
 }
 
 

@@ -509,11 +509,67 @@ def sentencepiece_style(folder: Path) -> Tokenizer:
     return load_tokenizer_json(folder / "tokenizer.json")
 
 
+def smollm_style(folder: Path, *, digits: bool = True, **changes: Any) -> Tokenizer:
+    """As SmolLM's tokenizer.json: digits apart, some bytes without a token, no start token."""
+    from tokenizers import pre_tokenizers, trainers
+
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first = (
+        pre_tokenizers.Digits(individual_digits=True) if digits else pre_tokenizers.Punctuation()
+    )
+    library = Library(BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
+    library.decoder = decoders.ByteLevel()
+    rare = {c for c, b in byte_characters().items() if b in (0xC0, 0xFF)}
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>"],
+        initial_alphabet=sorted({*byte_characters()} - rare),
+        show_progress=False,
+    )
+    library.train_from_iterator([*TEXTS, PROMPT] * 3, trainer)
+    raw = {**json.loads(library.to_str()), **changes}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return load_tokenizer_json(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"digits": False},
+            r"byte-level BPE, but its pattern \(pre-tokenizer: Punctuation \+ ByteLevel\) is none"
+            r" that llama.cpp knows by a name of ours \(gpt-2, llama-bpe, smollm\)",
+        ),
+        ({"normalizer": {"type": "Lowercase"}}, "a normalizer that changes texts"),
+    ],
+)
+def test_byte_level_tokenizers_are_refused_for_the_true_reason(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """That it were no byte-level BPE is false, and leads its user astray."""
+    with pytest.raises(CheckpointError, match=reason):
+        vocabulary(smollm_style(tmp_path, **changes), 400)
+
+
+def test_a_bare_tokenizer_stays_bare(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp would begin texts with a token that the model has never seen there."""
+    tokenizer = smollm_style(tmp_path)
+    write_gguf(random_model(400, preset="llama"), tokenizer, "x", tmp_path / "m.gguf", "f32")
+    found = metadata(gguf.GGUFReader(tmp_path / "m.gguf"))
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.ggml.pre"] == "smollm"
+    assert "these bytes have no token" in caplog.text
+    assert "0xC0 0xFF" in caplog.text
+
+
 def every_tokenizer(folder: Path) -> Iterator[tuple[str, Tokenizer]]:
     yield "gpt2", bpe("gpt2")
     yield "gpt4", bpe("gpt4")
     yield "bytes", Tokenizer.of_bytes()
     yield "sentencepiece", sentencepiece_style(folder)
+    (folder / "smollm").mkdir(exist_ok=True)
+    yield "smollm", smollm_style(folder / "smollm")
     ranks = {bytes([b]): b for b in range(256)} | {b" args": 256, b"ar": 257}
     yield "whole words", Tokenizer("file", ranks, PATTERNS["gpt4"], 258)
     special = SpecialTokens({"<eot>": 256, "<think>": 257}, "<eot>", None, ("<think>",))
@@ -522,7 +578,7 @@ def every_tokenizer(folder: Path) -> Iterator[tuple[str, Tokenizer]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "gpt4", "bytes", "sentencepiece", "whole words", "text inside"]
+    "name", ["gpt2", "gpt4", "bytes", "sentencepiece", "smollm", "whole words", "text inside"]
 )
 def test_llama_cpp_cuts_texts_as_we_do(tmp_path: Path, name: str) -> None:
     """One other id, and the model reads another text than it was trained to read."""
@@ -531,7 +587,8 @@ def test_llama_cpp_cuts_texts_as_we_do(tmp_path: Path, name: str) -> None:
     write_gguf(model, tokenizer, "x", tmp_path / "m.gguf", "f32")
     theirs = llama(tmp_path / "m.gguf", vocab_only=True)
     for text in [*TEXTS, "the cat sat  thing\n<s>the</s> <0x0A>", "a<think> b <eot>"]:
-        assert their_ids(theirs, text) == encode_prompt(tokenizer, text), text
+        if text or tokenizer.prompt_start is not None:
+            assert their_ids(theirs, text) == encode_prompt(tokenizer, text), text
         if text:
             ids = tokenizer.encode(text)
             assert theirs.detokenize([*ids], special=True).endswith(tokenizer.decode_bytes(ids))

@@ -264,9 +264,30 @@ def test_a_published_model_comes_back_as_it_was(architecture: str, tmp_path: Pat
     for name in ("config.json", "generation_config.json"):
         raw = json.loads((tmp_path / "out" / name).read_text())
         assert [raw[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [1, 2, 2]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "begins every text" not in card
+    assert "are read as those tokens, as by the source" in card
     again = open_folder(tmp_path / "out").tokenizer
     assert again.prompt_start is None
     assert again.source == open_folder(source).tokenizer.source
+
+
+@pytest.mark.parametrize(
+    "folder", ["hf", "model/final", "0123456789abcdef0123456789abcdef01234567"]
+)
+def test_card_names_the_model_not_its_kind_of_folder(folder: str, tmp_path: Path):
+    """Every second model is in a folder called hf; 1e-05 read from fp32 has 16 digits."""
+    model = small_model(300, norm_eps=9.999999747378752e-06)
+    place = tmp_path / "stories" / folder
+    place.mkdir(parents=True)
+    write_hf(model, Tokenizer.of_ids(300), place, torch.float32)
+    import_model(str(place), tmp_path / "hf")
+    for source, out in ((place, "a"), (tmp_path / "hf", "b")):
+        export(str(source), tmp_path / out, "hf", None)
+        card = (tmp_path / out / "README.md").read_text()
+        assert "\n# stories\n" in card
+        assert "converted by gpt from stories without" in card
+        assert "| norm_eps | 1e-05 |" in card
 
 
 def test_an_end_that_is_none_is_not_passed_on(tmp_path: Path):

@@ -180,10 +180,8 @@ def test_names_that_fail(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Non
     """Guards against a mistyped run that waits for the network, or hides why no model is there."""
     begun = time.monotonic()
     message = refused("smal-run")
-    assert (
-        f"no run, checkpoint or folder at smal-run; as a name on the hub: no model 'smal-run' at {hub.url}"
-        in message
-    )
+    assert message.startswith("no run, checkpoint or folder at smal-run; as a name on the hub: ")
+    assert f"no model 'smal-run' at {hub.url}" in message
     assert "see: gpt runs list\nif it is private, set HF_TOKEN" in message
     hub.commit("me/shut", {"config.json": b"{}", "model.safetensors": b""})
     hub.gated.add("me/shut")
@@ -207,7 +205,7 @@ def test_what_is_no_name(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     paths = ["./x", "../x", "/x", "~/x", "a/b/c", "runs/x", "here/x", "x.pt", "a/x.safetensors"]
     for reference in (*paths, "x y", "x@", ".x", "", "a//b", "x\n", "mine"):
-        assert "hub" not in refused(reference)
+        assert "as a name on the hub" not in refused(reference)
     assert hub.requests == []
     assert hub_name("a/b@refs/pr/1") == ("a/b", "refs/pr/1")
 

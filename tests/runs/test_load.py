@@ -226,7 +226,7 @@ def test_references_that_are_no_model(
     assert "no run, checkpoint or folder at nothing" in refused("nothing")
     assert not (tmp_path / "canary").exists()
     run_dir = run_with(tmp_path / "mine", (1, make_contents()))
-    assert f"did you mean {run_dir}?" in refused("mine")
+    assert f"did you mean {run_dir}? (the hub's model of that name: mine@main)" in refused("mine")
     weights = checkpoint_dir(run_dir, 1) / "model.safetensors"
     assert f"did you mean {weights.parent}?" in refused(weights)
     (weights.parent / "manifest.json").unlink()

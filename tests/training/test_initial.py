@@ -219,7 +219,10 @@ def test_tensors_are_taken_over(tmp_path: Path, publish: Publish) -> None:
 
 def alive(kind: type) -> list[Any]:
     gc.collect()
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    things = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    # What a compiler traced with, in another test, has no memory to ask for.
+    traced = ("FakeTensor", "FunctionalTensor")
+    return [thing for thing in things if type(thing).__name__ not in traced]
 
 
 def test_a_run_holds_its_tensors_once(
