@@ -484,7 +484,7 @@ def test_three_bad_steps_end_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "steps"),
-    [({"max_tokens": 640}, 10), ({"max_epochs": 2.0}, 14), ({"max_time": "0.8s"}, None)],
+    [({"max_tokens": 640}, 10), ({"max_epochs": 2.0}, 14), ({"max_time": "2s"}, None)],
 )
 def test_limits(limit: dict[str, Any], steps: int | None, tmp_path: Path) -> None:
     """Bug: a run that is not limited by steps ends without decay, evaluation or checkpoint."""

@@ -87,11 +87,9 @@ def weight_files(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
 
 
 def _pickled(path: Path, readable: bool = True) -> CheckpointError:
-    hint = (
-        f"where you trust it, as tensors and nothing else: gpt import {path.parent} OUT --allow-pickle"
-        if readable
-        else f"where you trust it, save its state_dict as {WEIGHTS}"
-    )
+    hint = f"where you trust it, save its state_dict as {WEIGHTS}"
+    if readable:  # tensors and nothing else
+        hint = f"where you trust it: gpt import {path.parent} OUT --allow-pickle"
     return CheckpointError(
         f"{path} is a pickle file, which can run any code when it is read, so gpt does not", hint
     )
