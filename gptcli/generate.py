@@ -122,8 +122,9 @@ def _generate(
             prompt=prompt.text,
             on_text=on_text,
         )
-        told = told or _tell_of_restart(model, prompt, samples)
         yield samples
+        # Only now, when the texts are shown to their end: a terminal gets both.
+        told = told or _tell_of_restart(model, prompt, samples)
 
 
 def _tell_of_restart(model: LoadedModel, prompt: Prompt, samples: list[Generated]) -> bool:
