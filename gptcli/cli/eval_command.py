@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gptcli.cli.invocation import invocation
+from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import columns, write_out
 
 log = logging.getLogger("gptcli")
@@ -18,14 +19,7 @@ def evaluate(
     config: Annotated[
         str | None, typer.Argument(metavar="CONFIG", help="A YAML whose eval: section is used.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
-        ),
-    ] = None,
+    model: ModelOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="SOURCE", help="Text to score. [the held-out part]"),

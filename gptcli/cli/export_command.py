@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gptcli.cli.invocation import invocation
+from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import write_out
 
 
@@ -15,14 +16,7 @@ def export_model(
     to: Annotated[
         str, typer.Option("--to", metavar="hf|gguf", help="For transformers, or for llama.cpp.")
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
-        ),
-    ] = None,
+    model: ModelOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(

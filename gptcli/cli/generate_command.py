@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli import stop
+from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
 
@@ -27,14 +28,6 @@ StdinArgument = Annotated[
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", metavar="CONFIG", help="A YAML whose generate: section is used."),
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
-    ),
 ]
 PromptOption = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")

@@ -1,4 +1,4 @@
-"""The flags that pretrain and finetune share, and how both end."""
+"""Flags that several commands share, and how pretrain and finetune end."""
 
 import logging
 from dataclasses import dataclass
@@ -19,6 +19,14 @@ log = logging.getLogger("gptcli")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as 'small'.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A run, checkpoint, Hugging Face folder or hub name; else the newest run.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -97,17 +97,8 @@ def _byte_level(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     in_text = {special.ids[name] for name in special.in_text}
     for name, i in special.ids.items():
         named[i] = (name, USER_DEFINED if i in in_text else CONTROL)
-    tokens, types = _listed(named, vocab_size)
-    return Vocabulary(
-        model="gpt2",
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        start=tokenizer.start,
-        adds_start=tokenizer.prompt_start is not None,
-        ends=_ends(tokenizer),
-        merges=[f"{spelled[a]} {spelled[b]}" for a, b in merges] or [_NO_MERGE],
-    )
+    pairs = [f"{spelled[a]} {spelled[b]}" for a, b in merges]
+    return _merged(tokenizer, pre, named, pairs, vocab_size)
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, whole_words: bool) -> str:
@@ -151,8 +142,20 @@ def _byte_level_of_library(
             " ".join(missing),
         )
     named = {i: (token, NORMAL) for token, i in model["vocab"].items()}
-    tokens, types = _listed(named | {i: (n, CONTROL) for n, i in special.ids.items()}, vocab_size)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    named |= {i: (name, CONTROL) for name, i in special.ids.items()}
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    return _merged(tokenizer, pre, named, pairs, vocab_size)
+
+
+def _merged(
+    tokenizer: Tokenizer,
+    pre: str,
+    named: dict[int, tuple[str, int]],
+    merges: list[str],
+    vocab_size: int,
+) -> Vocabulary:
+    """The vocabulary of a byte-level BPE, tokens and merges in their byte-to-unicode spelling."""
+    tokens, types = _listed(named, vocab_size)
     return Vocabulary(
         model="gpt2",
         pre=pre,
@@ -161,7 +164,7 @@ def _byte_level_of_library(
         start=tokenizer.start,
         adds_start=tokenizer.prompt_start is not None,
         ends=_ends(tokenizer),
-        merges=[f"{left} {right}" for left, right in pairs] or [_NO_MERGE],
+        merges=merges or [_NO_MERGE],
     )
 
 

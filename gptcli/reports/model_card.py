@@ -23,16 +23,13 @@ from gptcli.interop.tokenizer_export import token_name
 from gptcli.reports.markdown import line_text
 from gptcli.reports.text import compact, duration, finite, number, size, visible
 from gptcli.runs.load import LoadedModel
+from gptcli.runs.resolve import says_little, telling_name
 from gptcli.runs.run_dir import read_run_json
 
 _TEMPLATE = "model_card.md.jinja"
 # Of the corpora that we ship, where all is in one language.
 _LANGUAGES = {"builtin:web-bible": "en"}
 _NAMES = {"builtin:web-bible": "World English Bible"}
-# Of folders, not of the models in them.
-_COMMON_NAMES = frozenset(
-    ("hf", "model", "final", "best", "last", "latest", "snapshot", "snapshots", "checkpoint")
-)
 _NEW_TOKENS = 50  # of the example, or half a block
 _SHAPE = (
     "n_layer",
@@ -101,7 +98,7 @@ def model_card(loaded: LoadedModel, folder: str, dtype: str) -> str:
     scores, note = _scores(loaded, run)
     card = _Card(
         front=_front_matter(loaded),
-        name=_model_name(loaded),
+        name=loaded.name,
         folder=folder,
         summary=_summary(loaded),
         # transformers 5 gives qwen2 a tokenizer of its own, whatever tokenizer_config.json names.
@@ -144,27 +141,8 @@ def source_name(reference: str) -> str:
     if re.match(r"(hub|builtin):", reference):
         return reference
     path = Path(reference)
-    local = path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or _says_little(path.name)
-    return _telling_name(path) if local else reference
-
-
-def _says_little(name: str) -> bool:
-    """Whether a folder's name is what many are called: its kind, or a commit."""
-    return name in _COMMON_NAMES or re.fullmatch(r"[0-9a-f]{40}", name) is not None
-
-
-def _telling_name(path: Path) -> str:
-    """The folder's name, or that of the first one above it whose name tells more."""
-    telling = (p.name for p in (path, *path.parents) if p.name and not _says_little(p.name))
-    return next(telling, path.name)
-
-
-def _model_name(loaded: LoadedModel) -> str:
-    """The model's name; of one from a folder that tells nothing, that of the folder's place."""
-    if not _says_little(loaded.name):
-        return loaded.name
-    source = (loaded.state or {}).get("source") or loaded.path
-    return source_name(os.path.abspath(str(source))).rpartition("/")[2].partition("@")[0]
+    local = path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or says_little(path.name)
+    return telling_name(path) if local else reference
 
 
 def _shown(value: Any) -> Any:

@@ -14,6 +14,10 @@ from gptcli.runs.run_dir import is_run_dir, newest_run, runs_root
 
 _FILES = {*PICKLES, ".safetensors", ".gguf", ".json", ".yaml", ".yml"}
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?", re.ASCII)
+# Of folders, not of the models in them.
+_COMMON_NAMES = frozenset(
+    ("hf", "model", "final", "best", "last", "latest", "snapshot", "snapshots", "checkpoint")
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
         raise _not_a_directory(path)
     if not path.is_dir():
         return _elsewhere(reference, allow_pickle)
-    name = Path(os.path.abspath(path)).name
+    name = telling_name(Path(os.path.abspath(path)))
     if os.path.lexists(path / MANIFEST):
         return ModelPlace("checkpoint", path, name)
     if is_run_dir(path):
@@ -60,6 +64,17 @@ def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
         f" (no {HF_CONFIG})",
         hint=_pickle_hint(path) if any(p.suffix in PICKLES for p in path.iterdir()) else None,
     )
+
+
+def says_little(name: str) -> bool:
+    """Whether a folder's name is what many are called: its kind, or a commit."""
+    return name in _COMMON_NAMES or re.fullmatch(r"[0-9a-f]{40}", name) is not None
+
+
+def telling_name(path: Path) -> str:
+    """The folder's name, or that of the first one above it whose name tells more."""
+    telling = (p.name for p in (path, *path.parents) if p.name and not says_little(p.name))
+    return next(telling, path.name)
 
 
 def hub_name(reference: str) -> tuple[str, str | None] | None:

@@ -257,20 +257,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "empty",
-        "cut",
-        "cut in header",
-        "length",
-        "no json",
-        "offsets",
-        "shape",
-        "negative",
-        "dtype",
-    ],
-)
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_file_is_an_error_for_people(folder: Path, how: str) -> None:
     """A download that broke off is common, and a traceback says nothing about it."""
     damage(folder / WEIGHTS, how)
