@@ -79,12 +79,21 @@ class TrainingConfig(Section):
     clip_norm: NonNegative = Field(default=1.0, description="0: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    activation_checkpointing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="compute activations again in the backward pass, to save memory"
+    )
     device: DeviceName = "auto"
     log_every: PositiveInt = 10
     eval_every: PositiveInt = 100
     save_every: PositiveInt = 100
     save_minutes: PositiveFloat | None = Field(default=15.0, description="also save this often")
     keep_last: Annotated[int, Field(ge=2)] = 2
+    spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        default="warn", description="what to do about a step whose loss or gradient jumps"
+    )
+    spike_zscore: PositiveFloat = Field(
+        default=6.0, description="standard deviations above the recent mean that make a spike"
+    )
     max_bad_steps: PositiveInt = Field(
         default=3, description="non-finite steps in a row that end a run"
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptcli.config.model_schema import ModelConfig
 from gptcli.model.band import Reach
@@ -134,6 +135,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer language model over `vocab_size` tokens."""
 
+    recompute = False  # in training, keep only what enters each block (Chen et al. 2016)
     positions: Tensor  # fixed rope or sinusoidal table, of the configs that have one
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -208,8 +210,13 @@ class GPT(nn.Module):
             )
             for window in sorted(set(self.windows))
         }
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer, reaches[self.windows[layer]])
+            reach = reaches[self.windows[layer]]
+            if recompute:
+                x = checkpoint(block, x, rope, None, layer, reach, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, layer, reach)
         if cache is not None:
             cache.length = stop
         return self.norm(x)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gptcli import stop
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
@@ -276,8 +274,3 @@ class Session:
     def write_run_json(self, **changes: Any) -> None:
         """Update run.json with `about()` and `changes`."""
         update_run_json(self.directory, **{**self.about(), **changes})
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators for one step (dropout), so that nothing else can shift them."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63)
