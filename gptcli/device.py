@@ -4,16 +4,23 @@ Choices are pure functions of `Device`, so those for GPUs are tested without one
 """
 
 import ctypes
+import math
 import os
 import platform
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from gptcli.errors import ResourceError
 
-_MUST_WIN_BY = 1.2  # an alternative must be this much faster, so that two fresh runs choose alike
+MUST_WIN_BY = 1.2  # an alternative must be this much faster, so that two fresh runs choose alike
+_OUT_OF_MEMORY = re.compile(
+    "not enough memory|can't allocate memory|out of memory|bad_alloc|could not create a memory"
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,8 +43,8 @@ class Device:
 def resolve_device(name: str) -> Device:
     """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` never fails.
 
-    Every job begins with this, so it also settles the process's memory (`keep_freed_memory`).
-    ResourceError when a named one is not here.
+    Every job begins with this, so it also settles the process's memory (`keep_freed_memory`) and
+    its number of threads. ResourceError when a named one is not here.
     """
     keep_freed_memory()
     kind, _, index = name.partition(":")
@@ -51,7 +58,7 @@ def resolve_device(name: str) -> Device:
         raise ResourceError(f"device {name} is not available here (there are: {', '.join(here)})")
     if kind == "cuda":
         props = torch.cuda.get_device_properties(number)
-        return Device("cuda", number, props.name, torch.get_num_threads(), props.major >= 8)
+        return Device("cuda", number, props.name, _threads(), props.major >= 8)
     return Device(kind, None, platform.processor() or platform.machine(), _threads(), True)
 
 
@@ -68,12 +75,20 @@ def choose_precision(wanted: str, device: Device) -> str:
         return wanted
     if device.kind == "cuda":
         return "bf16" if device.bf16 else "fp32"
-    if device.kind == "cpu":
-        fp32 = _product_seconds(torch.float32, float("inf"))
-        # bf16 is emulated on some processors and hundreds of times slower: stop as soon as it lost
-        if _product_seconds(torch.bfloat16, fp32) * _MUST_WIN_BY < fp32:
-            return "bf16"
-    return "fp32"
+    return faster_precision(race_precision()) if device.kind == "cpu" else "fp32"
+
+
+def race_precision() -> dict[str, float]:
+    """Seconds of one matrix product on the CPU in fp32 and in bf16."""
+    fp32 = _product_seconds(torch.float32, float("inf"))
+    # bf16 is emulated on some processors and hundreds of times slower: stop as soon as it lost
+    found = {"fp32": fp32, "bf16": _product_seconds(torch.bfloat16, fp32)}
+    return {name: float(f"{seconds:.4g}") for name, seconds in found.items()}
+
+
+def faster_precision(seconds: dict[str, float]) -> str:
+    """fp32, unless bf16 won the race by 20 %."""
+    return "bf16" if seconds["bf16"] * MUST_WIN_BY < seconds["fp32"] else "fp32"
 
 
 def _product_seconds(dtype: torch.dtype, give_up: float) -> float:
@@ -121,5 +136,119 @@ def memory_bytes() -> int | None:
         return None
 
 
+def free_memory_bytes(device: Device) -> int | None:
+    """Memory that this process can still get on `device`, None where it cannot be told.
+
+    On a GPU, what nobody holds or torch holds unused. Else the least of what the system has, what
+    the process's control groups leave (a container's limit) and what its address space may still
+    grow by (`ulimit -v`).
+    """
+    if device.kind == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        free, _ = torch.cuda.mem_get_info(device.torch)
+        held, used = torch.cuda.memory_reserved, torch.cuda.memory_allocated
+        return int(free + held(device.torch) - used(device.torch))
+    found = [_available_bytes(), *_cgroup_free_bytes(Path("/")), _address_space_bytes()]
+    return min((n for n in found if n is not None), default=memory_bytes())
+
+
+def allowed_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: its affinity, less where a control group (a container) gives
+    it the time of fewer. `root` is where proc and sys are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    for folder in _cgroups(root, "cpu"):
+        texts = _words(folder / "cpu.max")  # version 2: "200000 100000" or "max 100000"
+        if not texts:
+            texts = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        if len(texts) == 2 and all(text.isdigit() for text in texts) and int(texts[1]):
+            count = min(count, max(1, math.ceil(int(texts[0]) / int(texts[1]))))
+    return count
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the CPU's memory did not suffice; the CPU's allocators name no type."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def release_memory(device: Device) -> None:
+    """Give what torch holds of a GPU's memory without using it back to the GPU."""
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _threads() -> int:
-    return torch.get_num_threads()
+    """torch's own number, at most the CPUs that are allowed; OMP_NUM_THREADS is the user's word."""
+    if threads_are_given():
+        return torch.get_num_threads()
+    threads = min(torch.get_num_threads(), allowed_cpus())
+    torch.set_num_threads(threads)
+    return threads
+
+
+def threads_are_given() -> bool:
+    """Whether the user chose the number of threads."""
+    return "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, each inside the next, of both
+    versions. In a container only the outermost may be seen, as if it were the root."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, own = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / (controllers and controller)
+        folder = base / own.lstrip("/")
+        yield folder
+        while folder != base and base in folder.parents:
+            folder = folder.parent
+            yield folder
+
+
+def _cgroup_free_bytes(root: Path) -> Iterator[int]:
+    names = (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for folder in _cgroups(root, "memory"):
+        for limit, used, cached in names:
+            words = _words(folder / limit) + _words(folder / used)
+            if len(words) == 2 and all(word.isdigit() for word in words):
+                # Pages of files that nobody uses are given back when memory is short.
+                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                yield max(0, int(words[0]) - int(words[1]) + int(stat.get(cached, 0)))
+
+
+def _available_bytes() -> int | None:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _address_space_bytes() -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _words(Path("/proc/self/statm"))
+    if limit == resource.RLIM_INFINITY or not pages:
+        return None
+    return max(0, limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of the system; none where it does not exist or may not be read."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()

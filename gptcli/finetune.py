@@ -1,6 +1,7 @@
 """Supervised finetuning: a pretrained model learns to answer, scored before and after."""
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def finetune(
     overwrite: bool = False,
     allow_data_change: bool = False,
     command: str = "",
+    began: float | None = None,
 ) -> RunResult:
     """Finetune `model` (else `config.init`) on rows of prompt and response.
 
@@ -57,11 +59,18 @@ def finetune(
     config = config if model is None else config.model_copy(update={"init": model})
     if config.init is None:
         raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
+    began = time.monotonic() if began is None else began
     check_limits(config)
     _check_data(config)
     device = resolve_device(config.training.device)
     with starting(
-        "finetune", config, run_dir=run_dir, resume=resume, overwrite=overwrite, command=command
+        "finetune",
+        config,
+        run_dir=run_dir,
+        resume=resume,
+        overwrite=overwrite,
+        command=command,
+        began=began,
     ) as start:
         if start.done:
             return nothing_to_do(start)
@@ -69,7 +78,9 @@ def finetune(
         session, held_out = run.session, run.held_out
         tasks = read_run_json(start.directory).get("tasks", {})
         if start.contents is None:
+            scoring = time.monotonic()
             tasks = _tasks({}, "before", session, held_out)
+            session.state.finish_seconds = time.monotonic() - scoring  # as long as "after", about
             update_run_json(start.directory, tasks=tasks)
         result = run_session(
             session, run.rows, lambda: {"tasks": _tasks(tasks, "after", session, held_out)}

@@ -1,6 +1,7 @@
 """Pretraining: a corpus becomes a measured GPT in a run directory."""
 
 import logging
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,24 @@ def pretrain(
     overwrite: bool = False,
     allow_data_change: bool = False,
     command: str = "",
+    began: float | None = None,
 ) -> RunResult:
     """Train a model as `config` says and write its run directory.
 
-    A stop request saves and returns status "stopped". Raises GptError for what a user can cause.
+    A stop request saves and returns status "stopped". training.max_time counts from `began` (of
+    time.monotonic()), or from this call. Raises GptError for what a user can cause.
     """
+    began = time.monotonic() if began is None else began
     check_limits(config)
     device = resolve_device(config.training.device)
     with starting(
-        "pretrain", config, run_dir=run_dir, resume=resume, overwrite=overwrite, command=command
+        "pretrain",
+        config,
+        run_dir=run_dir,
+        resume=resume,
+        overwrite=overwrite,
+        command=command,
+        began=began,
     ) as start:
         if start.done:
             return nothing_to_do(start)

@@ -27,6 +27,7 @@ FLOORS = [
         "compare_tokenizers",
         "chat",
         "serve",
+        "text_recipe",
     },
     {"training"},
     {"reports"},

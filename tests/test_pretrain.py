@@ -421,12 +421,12 @@ def test_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @contextmanager
 def poisoned(forwards: set[int], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """`change` the logits of the training forward passes whose numbers are given (from 1)."""
+    """`change` what enters the blocks in the training passes whose numbers are given (from 1)."""
     seen = 0
 
     def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor | None:
         nonlocal seen
-        if not isinstance(module, GPT) or not module.training:
+        if not isinstance(module, torch.nn.Embedding) or not module.training:
             return None
         seen += 1
         return change(output) if seen in forwards else None
@@ -438,14 +438,14 @@ def poisoned(forwards: set[int], change: Callable[[torch.Tensor], torch.Tensor])
         handle.remove()
 
 
-def nan_loss(logits: torch.Tensor) -> torch.Tensor:
-    return logits * float("nan")
+def nan_loss(x: torch.Tensor) -> torch.Tensor:
+    return x * float("nan")
 
 
-def infinite_gradient(logits: torch.Tensor) -> torch.Tensor:
+def infinite_gradient(x: torch.Tensor) -> torch.Tensor:
     """The loss stays finite; one gradient does not."""
-    logits.register_hook(lambda grad: grad * float("inf"))
-    return logits
+    x.register_hook(lambda grad: grad * float("inf"))
+    return x
 
 
 @pytest.mark.parametrize("poison", [nan_loss, infinite_gradient])

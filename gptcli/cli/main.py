@@ -22,6 +22,7 @@ from gptcli.cli import (
     finetune_command,
     generate_command,
     import_command,
+    plan_command,
     pretrain_command,
     runs_command,
     signals,
@@ -101,6 +102,7 @@ app.command("pretrain")(pretrain_command.pretrain)
 app.command("finetune")(finetune_command.finetune)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)
+app.command("plan")(plan_command.plan)
 app.command("export")(export_command.export_model)
 app.command("import")(import_command.import_model)
 app.command("doctor")(doctor_command.doctor)

@@ -1,11 +1,18 @@
 """`gpt pretrain`: train a model from scratch on text."""
 
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import (
     AutoResumeOption,
-    ConfigArgument,
+    ConfigOrTextArgument,
     DataChangeOption,
     DryRunOption,
     MaxTimeOption,
@@ -14,15 +21,24 @@ from gptcli.cli.run_flags import (
     RunDirOption,
     RunFlags,
     SetOption,
+    all_overrides,
     end_run,
+    is_text,
     load_run_config,
+    text_overrides,
 )
 from gptcli.cli.terminal import write_out
+from gptcli.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from gptcli.config.schema import Config
+
+log = logging.getLogger("gptcli")
 
 
 def pretrain(
     context: typer.Context,
-    config: ConfigArgument,
+    config: ConfigOrTextArgument,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
     resume: ResumeOption = False,
@@ -35,24 +51,67 @@ def pretrain(
     """Train a model from scratch.
 
     Prints the run directory and its report. Stopped by Ctrl-C or a signal it saves first, and
-    prints the command that continues.
+    prints the command that continues. For a text instead of a config, tokenizer, model and batch
+    are chosen by its length and this machine's speed, for 5 minutes or --max-time.
     """
+    began = time.monotonic()
     flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
-    loaded = load_run_config("pretrain", config, overrides, max_time)
+    if is_text(config):
+        settings, flags, plan = _for_text(config, all_overrides(overrides, max_time), flags, began)
+    else:
+        settings, plan = load_run_config("pretrain", config, overrides, max_time).config, []
     from gptcli.pretrain import describe
     from gptcli.pretrain import pretrain as run
 
     if dry_run:
-        write_out(describe(loaded.config).rstrip("\n") + "\n")
+        write_out("\n".join(plan or [describe(settings).rstrip("\n")]) + "\n")
         return 0
+    for line in plan:
+        log.info(line)
     call = invocation(context)
     with call.display.live():
         result = run(
-            loaded.config,
+            settings,
             run_dir=flags.run_dir,
             resume=flags.mode,
             overwrite=flags.overwrite,
             allow_data_change=flags.allow_data_change,
             command=call.command,
+            began=began,
         )
     return end_run(result)
+
+
+def _for_text(
+    text: str, overrides: list[str], flags: RunFlags, began: float
+) -> tuple["Config", RunFlags, list[str]]:
+    """The config for a text: that of the run to resume, else one planned now; and its plan."""
+    from gptcli.config.load import load_config
+
+    given = [*text_overrides(text), *overrides]
+    # Without a warmup until it is chosen: the usual one may be longer than a limit that is given.
+    asked = load_config(None, ["schedule.warmup_steps=0", *given], base=text)
+    if [source.path for source in asked.config.data.train] != [text]:
+        raise ConfigError(f"--set data.train: the text to train on is {text}; leave it out")
+    if flags.mode != "no":
+        from gptcli.training.start import run_to_resume
+
+        found = run_to_resume(asked.config.name, flags.run_dir, flags.mode)
+        if found is not None:
+            config = load_config(str(found / "config.yaml"), overrides).config
+            _check_same_text(config, text, found)
+            return config, replace(flags, run_dir=found), []
+    from gptcli.text_recipe import plan_text
+
+    plan = plan_text(asked, given, began)
+    return plan.config, flags, plan.lines
+
+
+def _check_same_text(config: "Config", text: str, run: Path) -> None:
+    """CheckpointError unless the run of that config trains on the text."""
+    trained = [source.path for source in config.data.train]
+    if [os.path.realpath(path) for path in trained] != [os.path.realpath(text)]:
+        raise CheckpointError(
+            f"{run} is a run on {', '.join(trained)}, not on {text}",
+            hint="name the run to go on with by --run-dir, or start one without --resume",
+        )

@@ -1,6 +1,9 @@
 """Flags that several commands share, and how pretrain and finetune end."""
 
+import json
 import logging
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +22,14 @@ log = logging.getLogger("gptcli")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as 'small'.")
+]
+ConfigOrTextArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, a shipped config such as 'small', or a text (book.txt, a directory of"
+        " texts), for which all settings are chosen.",
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -89,15 +100,50 @@ def load_run_config(
     command: str, reference: str, overrides: list[str] | None, max_time: str | None
 ) -> "LoadedConfig":
     """The checked config of a training command; `max_time` wins over the file and --set."""
-    if reference.endswith(".txt"):
-        raise ConfigError(
-            f"{reference}: gpt {command} takes a YAML config, not a text",
-            f"for a text file: gpt pretrain small --set data.train={reference}",
-        )
     from gptcli.config.load import load_config
 
+    if is_text(reference):
+        raise ConfigError(
+            f"{reference}: gpt {command} takes a YAML config, not a text",
+            f"to train a new model on a text: gpt pretrain {reference}",
+        )
+    try:
+        return load_config(reference, all_overrides(overrides, max_time))
+    except ConfigError as error:
+        ending = Path(reference).suffix.lower()
+        if error.hint is None and ending not in ("", ".yaml", ".yml", ".json"):
+            error.hint = "a config ends in .yaml; a text to train on in .txt, .md, .jsonl or .csv"
+        raise
+
+
+def all_overrides(overrides: list[str] | None, max_time: str | None) -> list[str]:
+    """--set and --max-time, which wins."""
     limits = [f"training.max_time={max_time}"] if max_time is not None else []
-    return load_config(reference, [*(overrides or []), *limits])
+    return [*(overrides or []), *limits]
+
+
+def is_text(reference: str) -> bool:
+    """Whether CONFIG names a text, or a directory of texts, and not a config."""
+    from gptcli.config.shipped import shipped_config
+
+    if os.path.isdir(reference):
+        has_config = os.path.isfile(os.path.join(reference, "config.yaml"))
+        return not has_config and shipped_config(reference) is None
+    if Path(reference).suffix.lower() in ("", ".yaml", ".yml"):
+        return False
+    from gptcli.data.files import is_text_name  # imports what takes seconds
+
+    return is_text_name(reference)
+
+
+def text_overrides(reference: str) -> list[str]:
+    """The keys that a text as CONFIG stands for: the run's name and what it is trained on."""
+    stem = Path(os.path.abspath(reference)).name
+    if not os.path.isdir(reference):
+        stem = re.sub(r"\.(gz|zst|xz)$", "", stem, flags=re.IGNORECASE)
+        stem = stem.rpartition(".")[0]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:60]
+    return [f"name={name or 'text'}", f"data.train={json.dumps(reference)}"]
 
 
 def end_run(result: "RunResult") -> int:

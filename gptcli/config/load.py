@@ -86,9 +86,12 @@ def dump_config(config: Config, *, loadable: bool = False) -> str:
     """The whole config as YAML, which `load_resolved` reads back to an equal one.
 
     A config with `init` holds the tokenizer and shape that came from there, which `load_config`
-    refuses beside it: `loadable` leaves them out, but for what was given beside `init`.
+    refuses beside it: `loadable` leaves them out, but for what was given beside `init`. Numbers
+    that wait for that model's shape are `auto`.
     """
     values = config.model_dump(by_alias=True)
+    for section, key in config.open_keys:
+        values[section][key] = "auto"
     for key in unused_keys(config):
         *sections, name = key.split(".")
         inside = values

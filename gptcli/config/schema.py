@@ -5,10 +5,11 @@ problems with line numbers. Field descriptions feed the JSON schema for editors.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from gptcli.config import recipe
 from gptcli.config.data_schema import (
     DataConfig,
     SourceConfig,
@@ -39,18 +40,42 @@ def _device_name(name: str) -> str:
     return name
 
 
+# A number, or `auto`: what the recipe says for the model's size. Every Config has it settled to the
+# number, so whoever reads one finds numbers only.
+if TYPE_CHECKING:
+    AutoRate = float
+    AutoDecay = float
+    AutoTokens = int
+else:
+    AutoRate = PositiveFloat | Literal["auto"]
+    AutoDecay = NonNegative | Literal["auto"]
+    AutoTokens = PositiveInt | Literal["auto"]
+AUTO_KEYS = {
+    "optimizer": ("lr", "adamw_lr", "embedding_lr", "weight_decay"),
+    "training": ("tokens_per_step",),
+}
+
+
+def _auto(description: str) -> Any:
+    return Field(default="auto", description=description)
+
+
 RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": _NAME})]
 DeviceName = Annotated[str, AfterValidator(_device_name)]
 
 
 class OptimizerConfig(Section):
-    """muon: `lr` for hidden matrices, AdamW for the rest. adamw: `lr` for all."""
+    """muon: `lr` for hidden matrices, AdamW for the rest. adamw: `lr` for all.
+
+    `auto` follows the model's size (`config/recipe.py`). A model that is trained further (`init`,
+    and with it every finetuning) gets a tenth of the rates for a new one, by its own size.
+    """
 
     kind: Literal["muon", "adamw"] = "muon"
-    lr: PositiveFloat = 0.02
-    adamw_lr: PositiveFloat = 0.003
-    embedding_lr: PositiveFloat = 0.03
-    weight_decay: NonNegative = 0.0
+    lr: AutoRate = _auto("auto: by n_embd; a tenth with init")
+    adamw_lr: AutoRate = _auto("muon: of norms and head")
+    embedding_lr: AutoRate = _auto("muon: of the embeddings")
+    weight_decay: AutoDecay = _auto("auto: by kind")
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         default=[0.9, 0.95], min_length=2, max_length=2
     )
@@ -74,7 +99,7 @@ class TrainingConfig(Section):
     max_tokens: PositiveInt | None = None
     max_epochs: PositiveFloat | None = None
     max_time: str | None = Field(default=None, description="such as 8h or 10m")
-    tokens_per_step: PositiveInt = 4096
+    tokens_per_step: AutoTokens = _auto("auto: by the model's size; a multiple of block_size")
     micro_batch_size: PositiveInt | Literal["auto"] = "auto"
     clip_norm: NonNegative = Field(default=1.0, description="0: no clipping")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -196,6 +221,12 @@ class Config(Section):
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
+    def _settle_auto(self) -> "Config":
+        for name, section in self._settled(self.model).items():
+            object.__setattr__(self, name, section)  # the config is frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
     def _fit_together(self) -> "Config":
         # Each problem names its keys with their sections: check.py leaves out those of bad ones.
         t, m = self.training, self.model
@@ -220,6 +251,35 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def settled_for(self, shape: ModelConfig) -> "Config":
+        """This config, its automatic numbers those for a model of `shape`, the one that `init`
+        names. They are then as if written."""
+        return self.model_copy(update=self._settled(shape))
+
+    @property
+    def open_keys(self) -> list[tuple[str, str]]:
+        """Automatic keys (section, key) whose numbers wait for the shape that `init` will bring."""
+        if self.init is None:
+            return []
+        keys = [(section, key) for section, names in AUTO_KEYS.items() for key in names]
+        return [(s, key) for s, key in keys if key not in getattr(self, s).model_fields_set]
+
+    def _settled(self, shape: ModelConfig) -> dict[str, Section]:
+        """The sections that have `AUTO_KEYS`, with numbers for a model of `shape`.
+
+        What was automatic counts as not set, so that it is settled again when the model changes;
+        with `init`, only until its shape is known.
+        """
+        micro, from_init = self.training.micro_batch_size, self.init is not None
+        unit = shape.block_size * (micro if isinstance(micro, int) else 1)
+        tokens = recipe.usual_tokens_per_step(shape, unit, from_init=from_init)
+        rates = recipe.rates(self.optimizer.kind, shape, from_init=from_init)
+        final = from_init and "n_embd" in shape.model_fields_set
+        return {
+            "optimizer": _with_numbers(self.optimizer, rates, final),
+            "training": _with_numbers(self.training, {"tokens_per_step": tokens}, final),
+        }
 
     def _shape_problems(self) -> list[str]:
         """What does not fit the model's shape.
@@ -256,3 +316,14 @@ class Config(Section):
     def _knows(self, key: str) -> bool:
         """Whether a size of the model is settled: not one that `init` will bring."""
         return self.init is None or key in self.model.model_fields_set
+
+
+_AnySection = TypeVar("_AnySection", bound=Section)
+
+
+def _with_numbers(section: _AnySection, numbers: dict[str, Any], final: bool) -> _AnySection:
+    """`section` with `numbers` for the keys that are automatic; `final` marks these as set."""
+    written = {k for k in section.model_fields_set if getattr(section, k) != "auto"}
+    mine = {key: value for key, value in numbers.items() if key not in written}
+    fields_set = section.model_fields_set - mine.keys() | (mine.keys() if final else set())
+    return section.model_construct(_fields_set=fields_set, **{**dict(section), **mine})

@@ -86,6 +86,13 @@ class SourceFile:
         return delimited or self.kind in ("lines", "rows")
 
 
+def is_text_name(name: str) -> bool:
+    """Whether a file of that name holds text of its own or rows of text. A .json may be a config:
+    it does not count."""
+    kinds = ("text", "rows", "table")
+    return _known_kind(name) in kinds and _format(name) != ".json"
+
+
 def resolve(sources: list[SourceConfig], known: dict[str, Any] | None = None) -> list[SourceFile]:
     """The files of all sources, each source's in sorted order.
 

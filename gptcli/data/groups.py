@@ -8,7 +8,7 @@ import numpy as np
 from gptcli.data.best_fit import Chunks, Ints, Placement, best_fit, cut_documents
 from gptcli.data.rows import Array
 from gptcli.errors import DataError
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 
 class Pieces:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 # uint32 when fresh from a tokenizer; a cache holds uint16 where the vocabulary allows it.
 Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
@@ -73,16 +73,25 @@ class StepBatch:
     epochs: float
 
 
-def step_batches(source: RowSource, rows: int) -> Iterator[StepBatch]:
-    """Steps of `rows` rows for ever."""
+def step_batches(source: RowSource, rows: int, *, pin: bool = False) -> Iterator[StepBatch]:
+    """Steps of `rows` rows for ever.
+
+    With `pin` (which needs a GPU) the tensors are in page-locked memory: only from there a copy
+    to the GPU with `non_blocking` returns at once.
+    """
+
+    def tensor(array: Array) -> Tensor:
+        made = torch.from_numpy(array)
+        return made.pin_memory() if pin else made
+
     while True:
         batch = source.take(rows)
         segments = None
         if batch.starts is not None:
-            segments = torch.from_numpy(np.cumsum(batch.starts, axis=1, dtype=np.int64) - 1)
+            segments = tensor(np.cumsum(batch.starts, axis=1, dtype=np.int64) - 1)
         yield StepBatch(
-            torch.from_numpy(batch.inputs),
-            torch.from_numpy(batch.targets),
+            tensor(batch.inputs),
+            tensor(batch.targets),
             segments,
             batch.count,
             source.state(),

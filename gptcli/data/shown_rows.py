@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from gptcli.errors import DataError
 from gptcli.evaluation.statistics import bootstrap_ratio_ci
 from gptcli.model.gpt import GPT
 
-_LOGITS = 1 << 24  # logits held at once: 64 MiB in fp32
+MOST_LOGITS = 1 << 24  # logits held at once: 64 MiB in fp32
 _Array = NDArray[np.float64]
 
 
@@ -158,7 +158,7 @@ def score_tokens(
     first = torch.zeros(flat.shape, dtype=torch.bool, device=device.torch)
     with autocast(device, precision):
         hidden = model.hidden(tokens).flatten(0, 1)  # (B T, C)
-        for part in torch.split(scored, max(1, _LOGITS // model.vocab_size)):
+        for part in torch.split(scored, max(1, MOST_LOGITS // model.vocab_size)):
             logits = model.head(hidden[part]).float()
             target = flat[part]
             # Not cross_entropy, whose sum over a large vocabulary is 1e-5 off, always to one side.
@@ -257,7 +257,7 @@ def _batches(windows: list[_Window], vocab_size: int, padded: bool) -> Iterator[
     begin = 0
     while begin < len(ordered):
         width = ordered[begin].stop - ordered[begin].start
-        rows = max(1, _LOGITS // (width * vocab_size))
+        rows = max(1, MOST_LOGITS // (width * vocab_size))
         batch = ordered[begin : begin + rows]
         if not padded:
             batch = [w for w in batch if w.stop - w.start == width]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptcli.config.model_schema import ModelConfig
+from gptcli.model import kernels
 from gptcli.model.band import Reach
 from gptcli.model.cache import KVCache
+from gptcli.model.loss import linear_cross_entropy
 from gptcli.model.rope import (
     attention_factor,
     fixed_length,
@@ -25,7 +27,6 @@ from gptcli.model.rope import (
 )
 from gptcli.model.segments import Segments
 
-IGNORED = -100  # target of a position that carries no loss
 _CAUSAL = Reach()
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,9 +38,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        if kernels.fits(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+
+
 def _norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps)
 
 
@@ -55,8 +71,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.has_qkv_bias)
         self.proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
 
     def forward(
@@ -69,14 +85,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x is the continuation of what it holds."""
         B, T, _ = x.shape  # noqa: N806
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)  # (B, T, H*D), (B, T, K*D) x 2
-        q = q.view(B, T, self.n_head, self.head_dim)
-        k = k.view(B, T, self.n_kv_head, self.head_dim)
-        v = v.view(B, T, self.n_kv_head, self.head_dim)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = self._heads(self.qkv(x), rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, P + T, D), P of them past
@@ -85,6 +94,25 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = reach.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def _heads(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H*D + 2*K*D) -> queries (B, T, H, D), keys and values (B, T, K, D), with norms and
+        rotations."""
+        if self.qk_norm and rope is not None and kernels.fits(qkv):
+            q_weights = self.q_norm.weight.expand(self.n_head, -1)  # (H, D)
+            k_weights = self.k_norm.weight.expand(self.n_kv_head, -1)  # (K, D)
+            qk, v = kernels.norm_and_rotate(
+                qkv, torch.cat([q_weights, k_weights]), rope, self.q_norm.eps
+            )
+            q, k = torch.split(qk, [self.n_head, self.n_kv_head], dim=2)
+            return q, k, v
+        parts = torch.split(qkv, self.widths, dim=-1)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -100,6 +128,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         h = self.up(x)
+        if self.gated and self.act is F.silu and kernels.fits(h):
+            return self.proj(kernels.silu_gate(h))
         if self.gated:
             gate, value = h.chunk(2, dim=-1)  # (B, T, F) x 2
             return self.proj(self.act(gate) * value)
@@ -237,8 +267,8 @@ class GPT(nn.Module):
 
         All are (B, T) int64; targets[b, t] follows tokens[b, t]. For `segments` see `hidden`.
         """
-        logits = self(tokens, segments=segments).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        hidden = self.hidden(tokens, segments=segments).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.head.weight, targets.flatten())
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty key-value cache for `batch` rows of up to `capacity` tokens.
@@ -327,4 +357,4 @@ def initialise(model: GPT, generator: torch.Generator) -> None:
         elif name.startswith("blocks") and config.zero_init_output:
             std = parameter.size(1) ** -0.5
         draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
-        parameter.copy_(draw * std)
+        parameter.copy_(draw.mul_(std))

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
@@ -20,12 +22,13 @@ from gptcli.reports.report import write_report
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel
 from gptcli.runs.run_dir import read_run_json
-from gptcli.training.choices import choose, choose_again
+from gptcli.training.choices import apply, choose, choose_again
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
 from gptcli.training.start import LIMITS, Start, machine, resume_command
+from gptcli.training.tuning import tune
 
 log = logging.getLogger("gptcli")
 
@@ -75,13 +78,19 @@ def build_session(
     """
     model, facts = starting_model(config, start, tokenizer, initial)
     model.to(device.torch)
+    if device.kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
+    if start.contents is not None:
+        saved = start.contents.state["choices"]
+        choices = choose_again(saved, config, device, model.vocab_size)
+        apply(choices, model)
+    else:
+        held = 4 * model.parameter_count()
+        choices = choose(config, device, model.vocab_size, held_bytes=held)
+        choices = tune(choices, config, device, model, corpus.train_bytes)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
         optimizer.load_state_dict(start.contents.optimizer)
-        saved = start.contents.state["choices"]
-        choices = choose_again(saved, config, device, model.vocab_size)
-    else:
-        choices = choose(config, device, model.vocab_size)
     session = Session(
         config=config,
         directory=start.directory,
@@ -96,6 +105,7 @@ def build_session(
         job=start.job,
         scores=saved_scores(start.contents),
         saved_step=start.state.step if start.contents is not None else -1,
+        clock=start.began,
     )
     session.write_run_json(
         machine=machine(device),
@@ -129,11 +139,12 @@ def run_session(
         f"{session.model.parameter_count():,} parameters,"
         f" vocabulary {session.tokenizer.vocab_size:,},"
         f" {session.choices.precision} on {session.device.kind}"
-        f" ({session.choices.threads} threads), writing to {session.directory}"
+        f" ({session.choices.threads} threads), micro batches of"
+        f" {session.choices.micro_batch_size} rows, writing to {session.directory}"
     )
     status, facts = "failed", dict[str, Any]()
     try:
-        with Prefetch(step_batches(rows, per_step)) as batches:
+        with Prefetch(step_batches(rows, per_step, pin=session.device.kind == "cuda")) as batches:
             train(session, batches)
         status = "stopped"
         if session.finished:
@@ -144,6 +155,7 @@ def run_session(
     finally:
         session.write_run_json(status=status, **facts)
         session.close()
+        torch.set_num_threads(session.device.threads)  # the race's winner is this run's alone
     return RunResult(
         status=status,
         run_dir=session.directory,

@@ -1,22 +1,42 @@
 """Automatic choices: made once at step 0, written to run.json and the checkpoint, reused."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
-from gptcli.device import Device, choose_precision
+from gptcli.device import (
+    Device,
+    choose_precision,
+    faster_precision,
+    free_memory_bytes,
+    race_precision,
+)
+from gptcli.errors import ResourceError
+from gptcli.model.gpt import GPT
+from gptcli.training.compiling import compile_blocks, compile_no_more, has_compiler
+from gptcli.training.footprint import footprint
 
 log = logging.getLogger("gptcli")
 
-_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 29, "mps": 1 << 26}  # logits of one micro batch
+# Tokens of a micro batch, at most. A CPU takes the least time for a token at 2048, and at most 10 %
+# more between 512 and 8192 (2 layers of 64, 4 of 192, 6 of 384 columns; one AVX2 core, fp32). A GPU
+# needs many to be busy.
+_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+_USABLE = 0.9  # of the free memory: others on the machine need some too
+_PLENTY = 4  # so many times what a step roughly needs is enough for sure
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How this run computes. `micro_batch_size` is in rows of block_size tokens."""
+    """How this run computes.
+
+    `micro_batch_size` is in rows of block_size tokens; `available_threads` is what the machine
+    offered when `threads` was chosen (None: the same). `races` has the seconds that decided.
+    """
 
     device: str
     threads: int
@@ -24,64 +44,174 @@ class Choices:
     compile: bool
     micro_batch_size: int
     torch: str
+    activation_checkpointing: bool = False
+    available_threads: int | None = None
+    races: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
         return asdict(self)
 
 
-def choose(config: Config, device: Device, vocab_size: int) -> Choices:
-    """The choices for a fresh run on `device`."""
-    training = config.training
-    rows = training.tokens_per_step // config.model.block_size
-    if training.micro_batch_size == "auto":
-        most = max(1, _LOGITS[device.kind] // (vocab_size * config.model.block_size))
-        micro = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int = 0) -> Choices:
+    """The choices for a fresh run on `device`, from the config and the free memory alone.
+
+    `held_bytes` of what a step needs this process holds already. Nothing is computed but, on a CPU
+    with precision auto, a few matrix products. `tuning.tune` goes on from here.
+    """
+    training, races = config.training, dict[str, Any]()
+    if training.precision == "auto" and device.kind == "cpu":
+        races["precision"] = race_precision()
+        precision = faster_precision(races["precision"])
     else:
-        micro = training.micro_batch_size
-    # Compiling takes about half a minute, which short runs on a CPU do not earn back.
-    compiles = training.compile == "on" or (training.compile == "auto" and device.kind == "cuda")
+        precision = choose_precision(training.precision, device)
+
+    def suits(size: int, recompute: bool) -> bool:
+        return fits(
+            config,
+            device,
+            vocab_size,
+            size,
+            precision,
+            recompute=recompute,
+            held_bytes=held_bytes,
+        )
+
+    rows = training.tokens_per_step // config.model.block_size
+    given = training.micro_batch_size
+    most = _TOKENS[device.kind] // config.model.block_size
+    sizes = [n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0]
+    if given != "auto":
+        sizes = [given]
+    recompute = training.activation_checkpointing == "on"
+    if training.activation_checkpointing == "auto":
+        recompute = not suits(sizes[-1], False)
+    compiles = training.compile == "on"
+    if compiles and not has_compiler(device):
+        log.warning("training.compile is on, but there is no compiler here: not compiled")
+        compiles = False
     return Choices(
-        device=f"{device.kind}:{device.index}" if device.index is not None else device.kind,
+        device=_name(device),
         threads=device.threads,
-        precision=choose_precision(training.precision, device),
+        precision=precision,
         compile=compiles,
-        micro_batch_size=micro,
+        micro_batch_size=next((n for n in sizes if suits(n, recompute)), sizes[-1]),
         torch=torch.__version__,
+        activation_checkpointing=recompute,
+        available_threads=device.threads,
+        races=races,
     )
 
 
 def choose_again(saved: dict[str, Any], config: Config, device: Device, vocab: int) -> Choices:
     """The saved choices for a resumed run; where the machine or config differs, one warning says
     why the result may differ in its last bits."""
-    old = Choices(**saved)
-    reasons = []
-    here = f"{device.kind}:{device.index}" if device.index is not None else device.kind
-    if here != old.device:
-        reasons.append(f"device {old.device} -> {here}")
-    if device.threads != old.threads:
+    old, training = Choices(**saved), config.training
+    if _name(device) != old.device:
+        _not_exact([f"device {old.device} -> {_name(device)}"])
+        return choose(config, device, vocab)
+    reasons, new = [], old
+    if device.threads != (old.available_threads or old.threads):
+        new = replace(new, threads=device.threads, available_threads=device.threads)
         reasons.append(f"threads {old.threads} -> {device.threads}")
     if torch.__version__ != old.torch:
+        new = replace(new, torch=torch.__version__)
         reasons.append(f"torch {old.torch} -> {torch.__version__}")
-    training = config.training
-    rows = training.tokens_per_step // config.model.block_size
-    new = old
-    if here != old.device:
-        new = choose(config, device, vocab)
-    else:
-        changes: dict[str, Any] = {"threads": device.threads, "torch": torch.__version__}
-        if training.precision not in ("auto", old.precision):
-            changes["precision"] = choose_precision(training.precision, device)
-            reasons.append(f"precision {old.precision} -> {changes['precision']}")
-        micro = training.micro_batch_size
-        if micro != "auto" and micro != old.micro_batch_size:
-            changes["micro_batch_size"] = micro
-            reasons.append(f"micro_batch_size {old.micro_batch_size} -> {micro}")
-        elif rows % old.micro_batch_size:
-            changes["micro_batch_size"] = choose(config, device, vocab).micro_batch_size
-        if training.compile != "auto":
-            changes["compile"] = training.compile == "on"
-        new = Choices(**{**old.to_json(), **changes})
+    if training.precision not in ("auto", old.precision):
+        new = replace(new, precision=choose_precision(training.precision, device))
+        reasons.append(f"precision {old.precision} -> {new.precision}")
+    rows, micro = training.tokens_per_step // config.model.block_size, training.micro_batch_size
+    if micro != "auto" and micro != old.micro_batch_size:
+        new = replace(new, micro_batch_size=micro)
+        reasons.append(f"micro_batch_size {old.micro_batch_size} -> {micro}")
+    elif rows % old.micro_batch_size:
+        new = replace(new, micro_batch_size=largest_divisor(rows, old.micro_batch_size))
+    if training.compile != "auto":
+        new = replace(new, compile=training.compile == "on" and has_compiler(device))
+    if training.activation_checkpointing != "auto":
+        new = replace(new, activation_checkpointing=training.activation_checkpointing == "on")
     if reasons:
-        log.warning(f"not bit-exact with the run so far: {', '.join(reasons)}")
+        _not_exact(reasons)
     return new
+
+
+def apply(choices: Choices, model: GPT) -> None:
+    """Make the process and `model` compute as `choices` say."""
+    torch.set_num_threads(choices.threads)
+    model.recompute = choices.activation_checkpointing
+    if choices.compile:
+        compile_blocks(model)
+    else:
+        compile_no_more(model)
+
+
+def with_less_memory(choices: Choices, config: Config, rows: int) -> Choices:
+    """Choices under which a step of `rows` rows computes the same in less memory, told in a line.
+
+    ResourceError when there are none.
+    """
+    size = choices.micro_batch_size
+    if size > 1:
+        half = largest_divisor(rows, size // 2)
+        log.warning(f"out of memory: micro_batch_size {size} -> {half}, more of them a step")
+        return replace(choices, micro_batch_size=half)
+    if config.training.activation_checkpointing == "auto" and not choices.activation_checkpointing:
+        log.warning("out of memory with one row: activation_checkpointing off -> on")
+        return replace(choices, activation_checkpointing=True)
+    hints = ["set model.block_size, n_layer or n_embd lower", "free memory on this machine"]
+    if not choices.activation_checkpointing:
+        hints.insert(0, "set training.activation_checkpointing to auto")
+    raise ResourceError(
+        f"out of memory on {choices.device} with micro batches of one row of"
+        f" {config.model.block_size} tokens",
+        hint="; or ".join(hints),
+    )
+
+
+def fits(
+    config: Config,
+    device: Device,
+    vocab_size: int,
+    rows: int,
+    precision: str,
+    *,
+    recompute: bool,
+    held_bytes: int = 0,
+) -> bool:
+    """Whether a step with micro batches of `rows` rows fits into the memory that is free now.
+
+    `held_bytes` of what it needs this process holds already.
+    """
+    free = free_memory_bytes(device)
+    if free is None:
+        return True
+    usable = _USABLE * free + held_bytes
+    # The exact figure takes a second or more to compute.
+    if _PLENTY * _roughly_bytes(config.model, vocab_size, rows) < usable:
+        return True
+    need = footprint(
+        config, vocab_size, rows, precision, recompute=recompute, device_kind=device.kind
+    )
+    return need.total_bytes <= usable
+
+
+def largest_divisor(rows: int, most: int) -> int:
+    """The largest divisor of `rows` that is at most `most` (1 or more)."""
+    return next(n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0)
+
+
+def _roughly_bytes(model: ModelConfig, vocab_size: int, rows: int) -> int:
+    """Of a step: weights, gradient and two moments; what a layer keeps for the backward pass, about
+    8 times its width and 4 times that of its feed-forward layer; half a GiB for the rest."""
+    weights = model.n_layer * (4 * model.n_embd**2 + 3 * model.n_embd * model.inner_size)
+    weights += 2 * vocab_size * model.n_embd
+    layer = 8 * model.n_embd + 4 * model.inner_size
+    return 16 * weights + 4 * rows * model.block_size * model.n_layer * layer + 2**29
+
+
+def _name(device: Device) -> str:
+    return f"{device.kind}:{device.index}" if device.index is not None else device.kind
+
+
+def _not_exact(reasons: list[str]) -> None:
+    log.warning(f"not bit-exact with the run so far: {', '.join(reasons)}")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepEvent:
-    """Figures since the last one. Losses in nats per token."""
+    """Figures since the last one. Loss in nats per token; `update_ratio` is the norm of the last
+    change over the norm of the weights."""
 
     step: int
     max_steps: int | None
@@ -17,6 +18,8 @@ class StepEvent:
     tokens_per_second: float
     seconds: float
     left_seconds: float | None
+    update_ratio: float | None = None
+    mfu: float | None = None  # model FLOPs utilisation, in [0, 1]
 
 
 @dataclass(frozen=True)

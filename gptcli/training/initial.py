@@ -17,7 +17,7 @@ from gptcli.interop.word_vectors import check_word_vectors, start_from_word_vect
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs.load import LoadedModel, load_model, load_weights
-from gptcli.training.start import Start
+from gptcli.training.start import Start, write_config
 
 log = logging.getLogger("gptcli")
 
@@ -25,19 +25,22 @@ log = logging.getLogger("gptcli")
 def starting_point(config: Config, start: Start) -> tuple[Config, LoadedModel | None]:
     """The config with the shape that the run's checkpoint or its `init` has, and that model.
 
-    A file of word vectors that a fresh run needs is looked at, before any text is read.
+    With `init`, the run's config.yaml gets the automatic rates, which are those for that shape. A
+    file of word vectors that a fresh run needs is looked at, before any text is read.
     """
-    if start.contents is not None:
-        if config.init is None:
-            return config, None
-        saved = Config.model_validate(start.saved_config)
-        return with_shape(config, saved.model), None
     if config.init is None:
-        check_embedding_file(config)
+        if start.contents is None:
+            check_embedding_file(config)
         return config, None
-    initial = load_model(config.init, torch.device("cpu"))
-    shaped = with_shape(config, initial.config.model)
-    _tell_changes(initial.config.model, shaped.model, given_beside_init(config))
+    if start.contents is not None:
+        initial, shape = None, Config.model_validate(start.saved_config).model
+    else:
+        initial = load_model(config.init, torch.device("cpu"))
+        shape = initial.config.model
+    shaped = with_shape(config, shape)
+    if initial is not None:
+        _tell_changes(shape, shaped.model, given_beside_init(config))
+    write_config(start.directory, config.settled_for(shaped.model))
     return shaped, initial
 
 

@@ -3,138 +3,173 @@
 import logging
 import math
 import time
-
-import torch
+from typing import Any
 
 from gptcli import stop
-from gptcli.config.units import parse_seconds
 from gptcli.data.rows import Prefetch
 from gptcli.errors import DataError
 from gptcli.training.events import StepEvent
+from gptcli.training.flops import flops_per_token, peak_flops
+from gptcli.training.readings import Reading, Readings, reading_lag
+from gptcli.training.recovery import settle
 from gptcli.training.schedule import learning_rate_ratio
 from gptcli.training.session import Session
+from gptcli.training.stability import Limits, applicable
 from gptcli.training.state import expected_steps
 from gptcli.training.step import forward_backward
+from gptcli.training.update_ratio import update_ratio, watched_weights
 
 log = logging.getLogger("gptcli")
 
 _TIMES = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds", "other_seconds")
+_REFUSED = ("skip", "rollback")  # training.spike where a spike's update is not applied
 
 
 def train(session: Session, batches: Prefetch) -> None:
     """Update the model until the run's limit, or until a stop is asked for; both end saved.
 
-    Raises NonFiniteError after too many non-finite steps, and what `batches` raises.
+    Raises NonFiniteError after too many steps in a row that went wrong, and what `batches` raises.
     """
-    state, optimizer = session.state, session.optimizer
-    loss_of = torch.compile(session.model.loss) if session.choices.compile else session.model.loss
+    training = session.config.training
+    precision = session.choices.precision
+    readings = Readings(reading_lag(session.device.kind, precision, training.spike))
     session.model.train()
-    while session.between_steps():
-        start = time.perf_counter()
+    while _goes_on(session, readings):
+        state, start = session.state, time.perf_counter()
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
         try:
             batch = batches.next()
-        except stop.Stopped:  # the reader saw the request first; between_steps saves
+        except stop.Stopped:  # the reader saw the request first; _goes_on saves
             continue
         except DataError:  # a file went away under the run: keep what is trained
+            _settle(session, readings.arrived(lag=0))
             session.save(must=False)
             raise
         got = time.perf_counter()
-        loss, grad_norm = forward_backward(session, batch, loss_of)
+        loss, grad_norm = forward_backward(session, batch, session.model.loss)
         computed = time.perf_counter()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            optimizer.step(ratio)
-        optimizer.zero_grad()
+        limits = _limits(session, readings)
+        applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
+        logs = (state.step + 1) % training.log_every == 0
+        old = watched_weights(session.model) if logs else None
+        if applies.is_cuda and readings.lag:  # decided there, so that nothing waits for it
+            session.optimizer.step(ratio, applies)
+        elif bool(applies):
+            session.optimizer.step(ratio)
+        session.optimizer.zero_grad()
+        change = update_ratio(old, session.model) if old is not None else None
+        readings.add(state.step + 1, ratio, limits, loss, grad_norm, applies, change)
         updated = time.perf_counter()
 
         state.step += 1
         state.tokens += batch.count
         state.epochs, state.position = batch.epochs, batch.position
-        if finite:
-            state.bad_steps = 0
-            _grow_loss_scale(session)
-            _add(state.interval, {"loss": loss, "steps": 1})
-        else:
-            _not_applied(session, loss, grad_norm)
-        state.interval["tokens"] = state.interval.get("tokens", 0) + batch.count
-        parts = (got - start, computed - got, updated - computed)
-        _add(state.interval, dict(zip(_TIMES, parts, strict=False)))
-        state.seconds += updated - start
+        _settle(session, readings.arrived())
+        if session.state is not state:  # a spike, and the run went back
+            continue
+        arrived = time.perf_counter()
+        # On a GPU the wait for the last step's figures is the time that its work takes.
+        parts = (got - start, computed - got + arrived - updated, updated - computed)
+        _add(state.interval, {"tokens": batch.count, **dict(zip(_TIMES, parts, strict=False))})
+        state.seconds += arrived - start
         session.tick()
-        if state.step % session.config.training.log_every == 0 or session.progress >= 1.0:
-            _log_interval(session, ratio, grad_norm)
+        if logs:
+            _settle(session, readings.arrived(lag=0))
+            _log_interval(session, readings.last)
         # All that is left of the step, logging included, which the next line reports.
-        other = time.perf_counter() - updated
+        other = time.perf_counter() - arrived
         _add(state.interval, {"other_seconds": other})
         state.seconds += other
 
 
-def _not_applied(session: Session, loss: float, grad_norm: float) -> None:
-    """A non-finite step: in fp16 the scale may have been too large; else it counts as bad."""
-    state = session.state
-    if session.choices.precision == "fp16" and math.isfinite(loss) and state.loss_scale > 1.0:
-        state.loss_scale, state.good_steps = state.loss_scale / 2, 0
-        return
-    session.bad_step(loss, grad_norm)
+def _goes_on(session: Session, readings: Readings) -> bool:
+    """Do what is due between two steps, with all figures read. Returns whether a step follows."""
+    while (due := session.due()) is not None:
+        _settle(session, readings.arrived(lag=0))
+        state = session.state
+        if session.progress >= 1.0 and state.interval.get("tokens"):
+            _log_interval(session, readings.last)  # the rest, up to the end
+        if session.progress >= 1.0 and state.step == 0:
+            log.warning(
+                f"no time left for a step: {state.elapsed_seconds:.1f} s have gone by, and what"
+                f" ends a run needs its part of max_time {session.config.training.max_time}"
+            )
+        if not session.attend(due):
+            return False
+        if session.progress < 1.0:  # else max_time went by meanwhile
+            return True
+    return True
 
 
-def _grow_loss_scale(session: Session) -> None:
-    """fp16: try a larger scale after 2000 finite steps (Micikevicius et al. 2018)."""
-    state = session.state
-    state.good_steps += 1
-    if state.good_steps >= 2000:
-        state.loss_scale, state.good_steps = state.loss_scale * 2, 0
+def _settle(session: Session, readings: list[Reading]) -> None:
+    for reading in readings:
+        settle(session, reading)
 
 
-def _log_interval(session: Session, ratio: float, grad_norm: float) -> None:
-    """Write the metrics line for the steps since the last one, and tell the display."""
+def _limits(session: Session, readings: Readings) -> Limits:
+    """What the step that begins is judged by; the same whether figures are read late or not."""
+    watch, zscore = session.state.watch, session.config.training.spike_zscore
+    return watch.limits(zscore) if readings.waiting else watch.before
+
+
+def _log_interval(session: Session, reading: Reading | None) -> None:
+    """Write the metrics line for the steps since the last one, and tell the display. `reading` is
+    of the last step, None where that was in another process."""
     state, config = session.state, session.config
     sums, state.interval = state.interval, {}
     loss = sums.get("loss", math.nan) / max(sums.get("steps", 0), 1)
-    rate = config.optimizer.lr * ratio
+    rate = config.optimizer.lr * reading.lr_ratio if reading is not None else math.nan
+    grad_norm = reading.grad_norm if reading is not None else math.nan
+    update_ratio = reading.update_ratio if reading is not None else None
     times = {name: sums.get(name, 0.0) for name in _TIMES}
     per_second = sums["tokens"] / sum(times.values())
-    session.metrics.write(
-        {
-            "event": "train",
-            "step": state.step,
-            "tokens": state.tokens,
-            "epoch": state.epochs,
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": per_second,
-            "seconds": state.seconds,
-            **times,
-        }
+    mfu = _mfu(session, per_second)
+    record: dict[str, Any] = {
+        "event": "train",
+        "step": state.step,
+        "tokens": state.tokens,
+        "epoch": state.epochs,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": grad_norm,
+        "update_ratio": update_ratio,
+        "tokens_per_second": per_second,
+        "seconds": state.seconds,
+        **times,
+    }
+    session.metrics.write(record | ({"mfu": mfu} if mfu is not None else {}))
+    steps, left = expected_steps(state, config.training), session.left_seconds
+    event = StepEvent(
+        state.step,
+        steps,
+        session.progress,
+        loss,
+        rate,
+        grad_norm,
+        state.tokens,
+        per_second,
+        state.seconds,
+        left,
+        update_ratio,
+        mfu,
     )
-    steps, done = expected_steps(state, config.training), session.progress
-    left = None
-    if config.training.max_time and done >= state.elapsed_seconds / parse_seconds(
-        config.training.max_time
-    ):
-        left = parse_seconds(config.training.max_time) - state.elapsed_seconds
-    elif done:
-        left = state.elapsed_seconds * (1 - done) / done
-    shown = f"step {state.step}" + (f"/{steps}" if steps else "")
     log.info(
-        f"{shown}  loss {loss:.4f}  lr {rate:.3g}  {per_second:,.0f} tok/s"
+        f"step {state.step}"
+        + (f"/{steps}" if steps else "")
+        + f"  loss {loss:.4f}  lr {rate:.3g}  {per_second:,.0f} tok/s"
+        + (f"  mfu {mfu:.0%}" if mfu is not None else "")
         + (f"  left {left:.0f} s" if left is not None else ""),
-        extra={
-            "event": StepEvent(
-                state.step,
-                steps,
-                done,
-                loss,
-                rate,
-                grad_norm,
-                state.tokens,
-                per_second,
-                state.seconds,
-                left,
-            )
-        },
+        extra={"event": event},
+    )
+
+
+def _mfu(session: Session, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation, None on devices without a published peak."""
+    peak = peak_flops(session.device, session.choices.precision)
+    if peak is None:
+        return None
+    return (
+        tokens_per_second * flops_per_token(session.config.model, session.model.vocab_size) / peak
     )
 
 

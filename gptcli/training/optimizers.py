@@ -48,13 +48,19 @@ class Optimizer:
             fused=device in ("cpu", "cuda"),
         )
 
-    def step(self, ratio: float) -> None:
-        """One update with every learning rate at `ratio` of its peak."""
+    def step(self, ratio: float, apply: Tensor | None = None) -> None:
+        """One update with every learning rate at `ratio` of its peak.
+
+        Where `apply`, a bool scalar on the device, is false, weights and state stay as they are,
+        whatever the gradients; the host does not wait to learn which it is.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * ratio
+        # The fused kernels leave out an update as they do for a gradient scaler.
+        self._adamw.found_inf = None if apply is None else (~apply).float()  # type: ignore[attr-defined]
         self._adamw.step()
         if self._muon is not None:
-            self._muon.step(ratio)
+            self._muon.step(ratio, apply)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -136,16 +142,17 @@ class Muon:
                 start += height
 
     @torch.no_grad()
-    def step(self, ratio: float) -> None:
-        """One update with the learning rate at `ratio` of its peak."""
+    def step(self, ratio: float, apply: Tensor | None = None) -> None:
+        """One update with the learning rate at `ratio` of its peak; for `apply` see Optimizer."""
         rate = self._peak * ratio
         directions = {}
         for name, parameter in self._named.items():
-            if parameter.grad is not None:
-                buffer = self._buffers[name].lerp_(parameter.grad, 1 - self._momentum)
-                directions[name] = parameter.grad.lerp_(buffer, self._momentum)
-                if self._decay:
-                    parameter.mul_(1 - rate * self._decay)
+            if parameter.grad is None:
+                continue
+            directions[name] = self._direction(self._buffers[name], parameter.grad, apply)
+            if self._decay:
+                share = rate * self._decay
+                parameter.mul_(1 - share if apply is None else 1 - share * apply)
         for (rows, columns), places in self._shapes.items():
             places = [place for place in places if place[0] in directions]
             if not places:
@@ -154,6 +161,16 @@ class Muon:
             scale = -rate * max(1.0, rows / columns) ** 0.5
             for (name, i, j), update in zip(places, updates, strict=True):
                 self._named[name][i:j].add_(update, alpha=scale)
+
+    def _direction(self, buffer: Tensor, grad: Tensor, apply: Tensor | None) -> Tensor:
+        """Nesterov's momentum, which `buffer` takes in; in the place of `grad`."""
+        if apply is None:
+            buffer.lerp_(grad, 1 - self._momentum)
+            return grad.lerp_(buffer, self._momentum)
+        moved = torch.lerp(buffer, grad, 1 - self._momentum)
+        direction = torch.lerp(grad, moved, self._momentum)
+        torch.where(apply, moved, buffer, out=buffer)
+        return torch.where(apply, direction, torch.zeros_like(direction), out=grad)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter name>.momentum` -> tensor."""

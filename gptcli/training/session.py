@@ -14,7 +14,7 @@ from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
-from gptcli.errors import NonFiniteError, ResourceError
+from gptcli.errors import ResourceError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.generation.engine import Sampling, generate_samples
 from gptcli.generation.prompt import encode_prompt, fit_prompt
@@ -26,14 +26,33 @@ from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.schedule import is_decaying
-from gptcli.training.state import TrainState, progress
+from gptcli.training.state import (
+    TrainState,
+    evaluation_fits,
+    progress,
+    report_seconds,
+    reserve_seconds,
+)
 
 log = logging.getLogger("gptcli")
 
 
+@dataclass(frozen=True)
+class Due:
+    """What is to be done before the next step. `end`: the run's limit or a stop request."""
+
+    evaluate: bool
+    save: bool
+    end: bool
+
+
 @dataclass
 class Session:
-    """A run in memory. `validation` is what every evaluation scores; `score_validation` does."""
+    """A run in memory. `score_validation` scores the validation part, at every evaluation.
+
+    `clock` is the moment (time.monotonic()) up to which elapsed_seconds counts, at first the one
+    where this process's work began.
+    """
 
     config: Config
     directory: Path
@@ -50,10 +69,17 @@ class Session:
     metrics: MetricsLog = field(init=False)
     samples: MetricsLog = field(init=False)
     saved_step: int = -1
+    clock: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
-    _clock: float = field(default_factory=time.monotonic)
+    _progress_before: float | None = None  # when the last step began
+    _first: tuple[float, float] | None = None  # elapsed seconds and progress behind the first step
+    _told_thinning: bool = False
 
     def __post_init__(self) -> None:
+        self.open_logs()
+
+    def open_logs(self) -> None:
+        """Open metrics.jsonl and samples.jsonl to append."""
         self.metrics = MetricsLog(self.directory, METRICS)
         self.samples = MetricsLog(self.directory, SAMPLES)
 
@@ -63,52 +89,78 @@ class Session:
         return progress(self.state, self.config.training)
 
     @property
+    def _ends(self) -> bool:
+        """Whether this process trains no further."""
+        return self.progress >= 1.0 or stop.requested() is not None
+
+    @property
     def finished(self) -> bool:
         """Whether the limit is reached and the model that the run ends with is evaluated."""
         return self.progress >= 1.0 and self.state.evaluated_step == self.state.step
 
-    def tick(self) -> None:
-        """Bring the elapsed time up to now."""
-        now = time.monotonic()
-        self.state.elapsed_seconds += now - self._clock
-        self._clock = now
+    @property
+    def left_seconds(self) -> float | None:
+        """Expected seconds to the end of the run, judged by this process's steps so far."""
+        elapsed, done = self._first or (0.0, 1.0)
+        if self.progress <= done:
+            return None
+        rate = (self.state.elapsed_seconds - elapsed) / (self.progress - done)
+        return rate * (1.0 - self.progress) + reserve_seconds(self.state, self.config.training)
 
-    def between_steps(self) -> bool:
-        """Evaluate and save where due. Returns whether the run goes on to another step.
+    def tick(self) -> None:
+        """Bring the elapsed time, and with it the progress, up to now."""
+        now = time.monotonic()
+        self.state.elapsed_seconds += now - self.clock
+        self.clock = now
+        self.state.reached = self.progress
+
+    def due(self) -> Due | None:
+        """What comes before the next step, None for nothing; to be asked once a step."""
+        step, training = self.state.step, self.config.training
+        end = self._ends
+        save = step % training.save_every == 0 or stop.take_save_request() or self._minutes_due()
+        save = self._decay_begins() or save
+        if self._first is None and self._progress_before is not None:
+            self._first = (self.state.elapsed_seconds, self.progress)
+        self._progress_before = self.progress
+        evaluate = self._evaluation_due()
+        return Due(evaluate, save, end) if evaluate or save or end else None
+
+    def attend(self, due: Due) -> bool:
+        """Evaluate and save as `due`. Returns whether the run goes on to another step.
 
         A stop request or the end of the run saves. Evaluation that a stop interrupts leaves no
         trace and is done again after the resume.
         """
-        self.tick()
-        training, step = self.config.training, self.state.step
-        done = self.progress >= 1.0
-        improved = False
-        if (done or step % training.eval_every == 0) and self.state.evaluated_step != step:
+        improved, step = False, self.state.step
+        if due.evaluate:
             try:
                 improved = self._evaluate()
                 self.saved_step = -1  # a checkpoint of this step, if there, lacks these scores
             except stop.Stopped:
                 log.info("evaluation interrupted")
-        stopping = done or stop.requested() is not None
-        due = step % training.save_every == 0 or stop.take_save_request() or self._minutes_due()
-        due = due or improved or self._decay_begins()
-        if self.state.bad_steps:
-            due = False  # the checkpoint before them is the one to keep
-        if (due or stopping) and self.saved_step != step:
-            self.save(must=stopping or step == 0)
+        ends = due.end or stop.requested() is not None
+        # After steps that were not applied, the checkpoint before them is the one to keep.
+        save = (due.save or improved) and not self.state.bad_steps
+        if (save or ends) and self.saved_step != step:
+            self.save(must=ends or step == 0)
         if improved:
             self._point_at_best()
         self.tick()
-        return not stopping
+        return not ends
 
     def save(self, *, must: bool) -> None:
         """Publish a checkpoint. Lack of space is a warning unless the checkpoint `must` be."""
-        began = time.perf_counter()
+        self.tick()
+        began, state = time.monotonic(), self.state
+        # What this save will take, and the report of a process that ends here, count too.
+        rest = state.save_seconds + (report_seconds(self.config.training) if self._ends else 0.0)
+        train = {**state.to_json(), "elapsed_seconds": state.elapsed_seconds + rest}
         contents = checkpoint.Contents(
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             state={
-                "train": self.state.to_json(),
+                "train": train,
                 "choices": self.choices.to_json(),
                 "data_fingerprint": self.data_fingerprint,
                 "job": self.job,
@@ -128,7 +180,7 @@ class Session:
             log.warning(f"not saved at step {self.state.step}, trying again later: {error}")
             return
         self.saved_step, self._saved_at = self.state.step, time.monotonic()
-        seconds = time.perf_counter() - began
+        seconds = state.save_seconds = time.monotonic() - began
         log.info(
             f"saved {path} in {seconds:.1f} s",
             extra={"event": SaveEvent(self.state.step, str(path), seconds)},
@@ -137,10 +189,13 @@ class Session:
 
     def _evaluate(self) -> bool:
         """Score the validation part and write samples; returns whether it is the best so far."""
+        state, began = self.state, time.monotonic()
         scores = self.score_validation()
         texts = self._sample()
-        state = self.state
         state.evaluated_step = state.step
+        state.evaluation_seconds = time.monotonic() - began
+        if state.step and self.progress < 1.0:
+            state.evaluated_seconds += state.evaluation_seconds
         record = {
             "event": "eval",
             "step": state.step,
@@ -200,12 +255,31 @@ class Session:
             checkpoint.write_best(self.directory, self.state.step, self.state.best_loss)
             checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
 
+    def _evaluation_due(self) -> bool:
+        """Whether this step is to be evaluated: the first, the last and those between them that
+        are due and leave max_time to the training."""
+        state, training = self.state, self.config.training
+        if state.evaluated_step == state.step:
+            return False
+        if state.step == 0 or self.progress >= 1.0:
+            return True
+        if state.step % training.eval_every:
+            return False
+        fits = evaluation_fits(state, training)
+        if not fits and not self._told_thinning:
+            self._told_thinning = True
+            log.info(
+                f"not every evaluation fits: one takes {state.evaluation_seconds:.1f} s, all may"
+                f" take a tenth of max_time {training.max_time} (eval.max_tokens makes them short)"
+            )
+        return fits
+
     def _decay_begins(self) -> bool:
         """Whether the next step is the first of the decay (judged by the length of this one)."""
-        state, schedule = self.state, self.config.schedule
-        if schedule.kind != "wsd" or not state.step or is_decaying(self.progress, schedule):
+        schedule, before = self.config.schedule, self._progress_before
+        if schedule.kind != "wsd" or before is None or is_decaying(self.progress, schedule):
             return False
-        return is_decaying(self.progress * (1 + 1 / state.step), schedule)
+        return is_decaying(2 * self.progress - before, schedule)
 
     def _protected(self) -> list[int]:
         """The last checkpoint before the decay, from which a longer run could go on."""
@@ -223,25 +297,6 @@ class Session:
         minutes = self.config.training.save_minutes
         return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
-    def bad_step(self, loss: float, grad_norm: float) -> None:
-        """Note a step whose loss or gradient is not finite and was not applied.
-
-        Raises NonFiniteError after max_bad_steps in a row; the last checkpoint stays as it is.
-        """
-        state, most = self.state, self.config.training.max_bad_steps
-        state.bad_steps += 1
-        state.skipped_steps += 1
-        about = f"loss {loss}, gradient norm {grad_norm}"
-        line = {"event": "bad_step", "step": state.step, "loss": loss, "grad_norm": grad_norm}
-        self.metrics.write(line)
-        log.warning(f"step {state.step}: {about}; update not applied")
-        if state.bad_steps >= most:
-            raise NonFiniteError(
-                f"{most} non-finite steps in a row, the last at step {state.step}: {about}",
-                hint="lower optimizer.lr, raise schedule.warmup_steps or set"
-                " training.precision=fp32, then resume from the last checkpoint",
-            )
-
     def close(self) -> None:
         """Close the logs."""
         self.metrics.close()
@@ -249,6 +304,7 @@ class Session:
 
     def about(self) -> dict[str, Any]:
         """Facts for run.json that change as the run goes."""
+        self.tick()
         state = self.state
         per_second = state.tokens / state.seconds if state.seconds else None
         facts: dict[str, Any] = {

@@ -55,6 +55,7 @@ class Start:
     contents: Contents | None
     state: TrainState
     done: bool  # the run has finished and its limit is as it was
+    began: float  # when this process's work began, of time.monotonic()
 
     @property
     def saved_config(self) -> dict[str, Any]:
@@ -78,12 +79,16 @@ def starting(
     resume: Resume,
     overwrite: bool,
     command: str,
+    began: float | None = None,
 ) -> Iterator[Start]:
     """Choose and lock the run directory, and find the place to go on from.
+
+    `began` (of time.monotonic(), default: now) is when the work that max_time limits began.
 
     The lock is held inside the block; an error there is noted in run.json. log.txt gets every
     record of the library's logger meanwhile.
     """
+    began = time.monotonic() if began is None else began
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
@@ -91,10 +96,10 @@ def starting(
             contents, state, done = resumable(directory, config)
             if not done:
                 prepare_resume(directory, config, state, command)
-            start = Start(job, directory, contents, state, done)
+            start = Start(job, directory, contents, state, done, began)
         else:
             write_new_run(directory, config, command, job)
-            start = Start(job, directory, None, TrainState(), False)
+            start = Start(job, directory, None, TrainState(), False, began)
         try:
             yield start
         except (GptError, stop.Stopped) as error:
@@ -127,20 +132,28 @@ def choose_run_dir(
     that the flags do not mention.
     """
     if resume != "no":
-        found = run_dir if run_dir is not None else newest_unfinished(runs_root(), config.name)
-        if found is not None and has_checkpoint(found):
+        found = run_to_resume(config.name, run_dir, resume)
+        if found is not None:
             return found, True
-        where = str(run_dir) if run_dir else f"an unfinished run of {config.name!r}"
-        if resume == "resume":
-            raise CheckpointError(
-                f"nothing to resume: {where} has no checkpoint"
-                if run_dir
-                else f"nothing to resume: no {where[3:]} under {runs_root()}/",
-                hint="start one without --resume, or use --auto-resume",
-            )
         log.info("nothing to resume: starting afresh")
         overwrite = overwrite or (run_dir is not None and run_dir.exists())
     return new_run_dir(config.name, run_dir, overwrite=overwrite), False
+
+
+def run_to_resume(name: str, run_dir: Path | None, resume: Resume) -> Path | None:
+    """The run with a checkpoint to go on with: `run_dir`, else the newest unfinished one of config
+    `name`. Where there is none: None for `auto`, CheckpointError for `resume`."""
+    found = run_dir if run_dir is not None else newest_unfinished(runs_root(), name)
+    if found is not None and has_checkpoint(found):
+        return found
+    if resume == "auto":
+        return None
+    raise CheckpointError(
+        f"nothing to resume: {run_dir} has no checkpoint"
+        if run_dir
+        else f"nothing to resume: no unfinished run of {name!r} under {runs_root()}/",
+        hint="start one without --resume, or use --auto-resume",
+    )
 
 
 def write_new_run(directory: Path, config: Config, command: str, job: str) -> None:
@@ -176,17 +189,21 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     if newest is None:
         raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
     contents = checkpoint.read(newest, with_optimizer=True)
-    _check_config(contents, config, directory)
-    state = TrainState(**contents.state["train"])
-    finished = read_run_json(directory).get("status") == "finished"
-    if finished and progress(state, config.training) >= 1.0:
-        return contents, state, True
     saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
-    had_ended = progress(state, saved.training) >= 1.0
-    is_stable = not is_decaying(progress(state, config.training), config.schedule)
-    longer = progress(state, config.training) < progress(state, saved.training)
-    if contents.state["decaying"] and longer and (had_ended or is_stable):
+    if config.init is not None:  # automatic rates are those for the run's shape
+        config = config.settled_for(saved.model)
+    _check_config(contents, config, directory)
+    state = TrainState.from_json(contents.state["train"])
+    before = progress(state, saved.training)
+    if any(getattr(saved.training, n) != getattr(config.training, n) for n in LIMITS):
+        state.reached = 0.0  # it was a share of other limits
+    now = progress(state, config.training)
+    if now >= 1.0 and read_run_json(directory).get("status") == "finished":
+        return contents, state, True
+    is_stable = not is_decaying(now, config.schedule)
+    if contents.state["decaying"] and now < before and (before >= 1.0 or is_stable):
         contents, state = _before_decay(directory, contents, state)
+        state.reached = 0.0
     _show_rate(contents, config, state)
     return contents, state, False
 
@@ -289,7 +306,7 @@ def _before_decay(
     for path in reversed(checkpoint.list_checkpoints(directory)):
         older = _read_or_none(path)
         if older is not None and not older.state["decaying"]:
-            before = TrainState(**older.state["train"])
+            before = TrainState.from_json(older.state["train"])
             log.warning(
                 f"the limit has changed and the decay had begun: going on from step"
                 f" {before.step}, before the decay, instead of step {state.step}"

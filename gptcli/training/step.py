@@ -1,37 +1,71 @@
 """One step's gradients: micro batches through the model, clipped."""
 
-import math
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptcli.data.rows import StepBatch
-from gptcli.device import autocast
-from gptcli.model.gpt import IGNORED
+from gptcli.device import autocast, is_out_of_memory, release_memory
+from gptcli.model.loss import IGNORED
+from gptcli.training.choices import apply, with_less_memory
+from gptcli.training.clipping import clip_gradients
+from gptcli.training.compiling import failure
 from gptcli.training.session import Session
+
+log = logging.getLogger("gptcli")
 
 
 def forward_backward(
     session: Session,
     batch: StepBatch,
     loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[float, float]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over the step's unmasked targets, clipped.
 
     Micro batches add up to exactly that mean, whatever their number. Returns the loss (nats per
-    token) and the gradient norm before clipping.
+    token) and the gradient norm before clipping, fp32 scalars on the device, for which nothing
+    waits. Where memory or the compiler fail, `session.choices` change and the step is computed
+    again; ResourceError when one row does not fit in memory.
     """
-    config, state = session.config.training, session.state
-    seed_step(session.config.seed, state.step)
+    while True:
+        try:
+            return _gradients(session, batch, loss_of)
+        except Exception as error:  # allocators and compilers share no type of error
+            if is_out_of_memory(error):
+                rows = len(batch.tokens)
+                session.choices = with_less_memory(session.choices, session.config, rows)
+            elif session.choices.compile:
+                log.warning(failure(error))
+                session.choices = replace(session.choices, compile=False)
+            else:
+                raise
+        # Out of the handler nothing refers to the failed attempt, so its memory is free.
+        session.optimizer.zero_grad()
+        release_memory(session.device)
+        apply(session.choices, session.model)
+
+
+def _gradients(
+    session: Session,
+    batch: StepBatch,
+    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The attempt with the choices of now."""
+    seed_step(session.config.seed, session.state.step)
     device, size = session.device.torch, session.choices.micro_batch_size
-    count = max(int((batch.targets != IGNORED).sum()), 1)
-    scale = state.loss_scale if session.choices.precision == "fp16" else 1.0
+    count = max(int((batch.targets != IGNORED).sum()), 1)  # on the CPU
+    scale = session.state.loss_scale if session.choices.precision == "fp16" else 1.0
     total = torch.zeros((), device=device)
     for first in range(0, len(batch.tokens), size):
         rows = slice(first, first + size)
-        tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
-        segments = None if batch.segments is None else batch.segments[rows].to(device)
+        tokens = batch.tokens[rows].to(device, non_blocking=True)
+        targets = batch.targets[rows].to(device, non_blocking=True)
+        segments = None
+        if batch.segments is not None:
+            segments = batch.segments[rows].to(device, non_blocking=True)
         with autocast(session.device, session.choices.precision):
             loss = loss_of(tokens, targets, segments) / count
         torch.autograd.backward(loss * scale)
@@ -41,8 +75,7 @@ def forward_backward(
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= scale
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-    return float(total), float(norm)
+    return total, clip_gradients(parameters, session.config.training.clip_norm)
 
 
 def seed_step(seed: int, step: int) -> None:

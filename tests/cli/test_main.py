@@ -94,10 +94,10 @@ def test_ways_to_treat_an_old_run_exclude_each_other(gpt, flags):
 
 def test_a_text_file_is_no_config(gpt, tmp_path):
     """Read as YAML a book gives a nonsense error, or is accepted as one long scalar."""
-    code, out, err = gpt("pretrain", "book.txt")
+    code, out, err = gpt("finetune", "book.txt")
     assert (code, out) == (2, "")
     assert "book.txt" in err
-    assert "hint: for a text file: gpt pretrain small --set data.train=book.txt\n" in err
+    assert "hint: to train a new model on a text: gpt pretrain book.txt\n" in err
 
 
 def test_all_config_problems_are_shown_without_loading_torch(shell, tmp_path):

@@ -168,4 +168,6 @@ def test_schema_for_editors() -> None:
     assert {"type": "integer"} in window
     assert {"type": "array", "items": {"type": "integer"}} in window
     assert set(definitions["RopeScaling"]["required"]) == {"kind", "factor"}
-    assert definitions["OptimizerConfig"]["properties"]["lr"]["default"] == 0.02
+    lr = definitions["OptimizerConfig"]["properties"]["lr"]
+    assert lr["default"] == "auto"
+    assert {"const": "auto", "type": "string"} in lr["anyOf"]

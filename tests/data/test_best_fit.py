@@ -18,7 +18,7 @@ from gptcli.data.packing import PackedRows
 from gptcli.data.shards import Shard, Split
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 T = 12
 TOKENIZER = Tokenizer.of_bytes()

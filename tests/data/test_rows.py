@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gptcli.data.rows import Prefetch, Row, Rows, StepBatch, collate, step_batches
 from gptcli.errors import DataError
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 
 def row(tokens: list[int], mask: list[int] | None = None) -> Row:

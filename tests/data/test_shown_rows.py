@@ -2,7 +2,7 @@ import numpy as np
 
 from gptcli.data.shown_rows import show_rows
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 
 def test_masked_targets():

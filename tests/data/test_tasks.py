@@ -15,7 +15,7 @@ from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows, example_row
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 
 EOT = 256  # of the byte tokenizer
 ROW = {"prompt": "ab", "response": "xyz"}

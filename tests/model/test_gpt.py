@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.presets import PRESETS
-from gptcli.model.gpt import GPT, IGNORED, Attention, initialise
+from gptcli.model.gpt import GPT, Attention, initialise
+from gptcli.model.loss import IGNORED
 
 V, T = 50, 12
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": T}

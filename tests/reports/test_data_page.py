@@ -5,7 +5,7 @@ import numpy as np
 
 from gptcli.data.shown_rows import show_rows
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.model.gpt import IGNORED
+from gptcli.model.loss import IGNORED
 from gptcli.reports.data_page import check_html, rows_html
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e"

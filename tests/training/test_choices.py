@@ -5,12 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from gptcli.config.schema import Config
 from gptcli.device import Device
 from gptcli.errors import ResourceError
-from gptcli.training.choices import Choices, choose, choose_again
+from gptcli.training.choices import (
+    choose,
+    choose_again,
+    largest_divisor,
+    with_less_memory,
+)
+from gptcli.training.footprint import footprint
 
 CPU = Device("cpu", None, "a processor", 4, True)
 GPU = Device("cuda", 1, "a graphics card", 8, True)
@@ -23,21 +28,46 @@ def config(**training: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("device", "vocab_size", "rows"),
-    [(CPU, 257, 32), (CPU, 2048, 32), (CPU, 5000, 8), (CPU, 50_257, 1), (GPU, 50_257, 32)],
+    ("device", "rows"), [(CPU, 16), (GPU, 32), (replace(GPU, kind="mps", index=None), 32)]
 )
-def test_micro_batch(device: Device, vocab_size: int, rows: int) -> None:
-    """Bug: the logits of one micro batch do not fit, or it does not divide the step."""
-    assert choose(config(), device, vocab_size).micro_batch_size == rows
-    assert choose(config(micro_batch_size=2), device, vocab_size).micro_batch_size == 2
+def test_micro_batch(device: Device, rows: int) -> None:
+    """Bug: a micro batch that does not divide the step, or is none of the size asked for."""
+    assert choose(config(), device, 257).micro_batch_size == rows
+    assert choose(config(tokens_per_step=128 * 21), CPU, 257).micro_batch_size == 7
+    assert choose(config(micro_batch_size=2), device, 257).micro_batch_size == 2
+    long = config(micro_batch_size="auto")
+    long = long.model_copy(update={"model": long.model.model_copy(update={"block_size": 4096})})
+    assert choose(long, CPU, 257).micro_batch_size == 1
 
 
-def test_compile() -> None:
-    """Bug: a short run on a CPU spends its time compiling."""
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: what the footprint says is not asked, or checkpointing is on though one row fits."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 512}
+    training = {"tokens_per_step": 2048, "precision": "fp32"}
+    settings = Config.model_validate({"training": training, "model": shape})
+    two = footprint(settings, 4096, 2, "fp32", recompute=False, device_kind="cpu").total_bytes
+    free = int(two / 0.9) + 2**20
+    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: free)
+    found = choose(settings, CPU, 4096)
+    assert (found.micro_batch_size, found.activation_checkpointing) == (2, False)
+    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: 2**20)
+    one = settings.training.model_copy(update={"micro_batch_size": 1})
+    found = choose(settings.model_copy(update={"training": one}), CPU, 4096)
+    assert (found.micro_batch_size, found.activation_checkpointing) == (1, True)
+    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: None)
+    found = choose(settings, CPU, 4096)
+    assert (found.micro_batch_size, found.activation_checkpointing) == (4, False)
+
+
+def test_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: compiling where nothing can compile, without a word."""
     assert not choose(config(), CPU, 257).compile
-    assert choose(config(), GPU, 257).compile
     assert choose(config(compile="on"), CPU, 257).compile
     assert not choose(config(compile="off"), GPU, 257).compile
+    monkeypatch.setenv("PATH", "")
+    assert not caplog.records
+    assert not choose(config(compile="on"), CPU, 257).compile
+    assert "no compiler" in caplog.text
 
 
 def test_precision() -> None:
@@ -57,6 +87,10 @@ def test_resume_keeps_them(caplog: pytest.LogCaptureFixture) -> None:
     slow = {**saved, "precision": "bf16", "micro_batch_size": 4}
     again = choose_again(slow, config(precision="auto"), CPU, 257)
     assert (again.precision, again.micro_batch_size) == ("bf16", 4)
+    fewer = choose_again({**saved, "threads": 1}, config(), CPU, 257)  # they won the race
+    assert fewer.threads == 1
+    before_races = {k: saved[k] for k in list(saved)[:6]}  # of a checkpoint of an older version
+    assert choose_again(before_races, config(), CPU, 257).threads == 4
     assert not caplog.records
 
 
@@ -68,14 +102,14 @@ def test_changed_machine_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["not bit-exact with the run so far: threads 4 -> 2"]
     caplog.clear()
     moved = choose_again(saved, config(), GPU, 257)
-    assert (moved.device, moved.compile) == ("cuda:1", True)
+    assert moved.device == "cuda:1"
     assert "device cpu -> cuda:1" in caplog.messages[0]
     caplog.clear()
     changed = config(precision="bf16", micro_batch_size=8)
     again = choose_again({**saved, "torch": "1.0"}, changed, CPU, 257)
-    assert again == Choices("cpu", 4, "bf16", False, 8, torch.__version__)
+    assert again == replace(choose(config(), CPU, 257), precision="bf16", micro_batch_size=8)
     (message,) = caplog.messages
-    for reason in ("torch 1.0 ->", "precision fp32 -> bf16", "micro_batch_size 32 -> 8"):
+    for reason in ("torch 1.0 ->", "precision fp32 -> bf16", "micro_batch_size 16 -> 8"):
         assert reason in message
 
 
@@ -83,4 +117,24 @@ def test_smaller_step_on_resume(caplog: pytest.LogCaptureFixture) -> None:
     """Bug: the saved micro batch does not divide the new step."""
     saved = choose(config(), CPU, 257).to_json()
     again = choose_again(saved, config(tokens_per_step=2560), CPU, 257)
-    assert again.micro_batch_size == 20
+    assert again.micro_batch_size == 10
+
+
+def test_less_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a micro batch that does not divide the rows, or one that never ends to shrink."""
+    settings = config(tokens_per_step=128 * 30)
+    choices, seen = choose(settings, CPU, 257), []
+    for _ in range(4):
+        seen.append((choices.micro_batch_size, choices.activation_checkpointing))
+        choices = with_less_memory(choices, settings, 30)
+    seen.append((choices.micro_batch_size, choices.activation_checkpointing))
+    assert seen == [(15, False), (6, False), (3, False), (1, False), (1, True)]
+    with pytest.raises(ResourceError, match="one row of 128 tokens") as caught:
+        with_less_memory(choices, settings, 30)
+    assert caught.value.exit_code == 6
+    assert caught.value.hint
+    assert len(caplog.records) == len(seen) - 1
+    off = config(activation_checkpointing="off", micro_batch_size=1)
+    with pytest.raises(ResourceError):
+        with_less_memory(choose(off, CPU, 257), off, 32)
+    assert [largest_divisor(30, n) for n in (0, 1, 4, 7, 30, 99)] == [1, 1, 3, 6, 30, 30]

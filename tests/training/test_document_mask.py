@@ -11,7 +11,8 @@ from gptcli.data.rows import StepBatch
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.evaluation.perplexity import Scores
-from gptcli.model.gpt import GPT, IGNORED, initialise
+from gptcli.model.gpt import GPT, initialise
+from gptcli.model.loss import IGNORED
 from gptcli.training.choices import Choices
 from gptcli.training.loop import forward_backward
 from gptcli.training.optimizers import Optimizer

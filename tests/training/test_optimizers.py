@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptcli.config.model_schema import ModelConfig
-from gptcli.config.schema import OptimizerConfig
+from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, initialise
 from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights
@@ -30,7 +30,7 @@ def weights(of: GPT) -> dict[str, torch.Tensor]:
 
 
 def optimizer(of: GPT, **keys: Any) -> Optimizer:
-    return Optimizer(of, OptimizerConfig.model_validate(keys))
+    return Optimizer(of, Config.model_validate({"model": of.config, "optimizer": keys}).optimizer)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 16), (2, 16, 64), (1, 48, 48)])
@@ -114,7 +114,7 @@ def test_rates_of_the_groups() -> None:
     assert change["blocks.0.norm1.weight"] == pytest.approx(0.0015, rel=1e-3)
     set_gradients(made, 2)
     before = weights(made)
-    optimizer(made, kind="adamw", lr=0.01).step(0.3)
+    optimizer(made, kind="adamw", lr=0.01, weight_decay=0.0).step(0.3)
     for name, parameter in made.named_parameters():
         change[name] = (before[name] - parameter.detach()).abs().max().item()
         assert change[name] == pytest.approx(0.003, rel=1e-3), name
@@ -183,3 +183,28 @@ def test_state_that_does_not_fit() -> None:
     for state, problem in bad:
         with pytest.raises(CheckpointError, match=problem):
             optimizer(made).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_apply(kind: str) -> None:
+    """Guards: a device that decides for itself whether to update, and updates otherwise than told:
+    NaN gradients that leak into weights or state, or a second way to compute the same update."""
+    straight, told = model(), model()
+    one = optimizer(straight, kind=kind, weight_decay=0.1)
+    other = optimizer(told, kind=kind, weight_decay=0.1)
+    for seed in (1, 2):
+        set_gradients(straight, seed)
+        one.step(1.0)
+        set_gradients(told, seed)
+        other.step(1.0, torch.tensor(True))
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        before = {name: value.clone() for name, value in weights(told).items()}
+        for parameter in told.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        other.step(1.0, torch.tensor(False))
+        for name, value in weights(told).items():
+            assert torch.equal(value, before[name]), name
+        for name, value in other.state_dict().items():
+            assert torch.equal(value, state[name]), name
+    for name, value in weights(straight).items():
+        torch.testing.assert_close(weights(told)[name], value, rtol=1e-6, atol=1e-7)

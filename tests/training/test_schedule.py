@@ -62,7 +62,7 @@ def test_progress() -> None:
     assert progress(state, TrainingConfig(max_steps=100)) == 0.3
     assert progress(state, TrainingConfig(max_tokens=4000)) == 0.75
     assert progress(state, TrainingConfig(max_epochs=2.0)) == 0.25
-    assert progress(state, TrainingConfig(max_time="5m")) == 0.2
+    assert progress(state, TrainingConfig(max_time="5m")) == 60 / 299  # one second for the report
     every = TrainingConfig(max_steps=100, max_tokens=4000, max_epochs=2.0, max_time="5m")
     assert progress(state, every) == 0.75
     assert progress(state, TrainingConfig(max_tokens=10)) == 1.0

@@ -1,0 +1,137 @@
+"""`gpt plan`: what a run will take, and whether it fits on this machine."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptcli.cli.run_flags import ConfigArgument, MaxTimeOption, SetOption, load_run_config
+from gptcli.cli.terminal import columns, write_out
+from gptcli.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from gptcli.plan import Plan
+
+_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Start from this model, as init: does."),
+    ] = None,
+    vocab: Annotated[
+        int | None,
+        typer.Option("--vocab", metavar="N", min=1, help="Tokens, where the tokenizer is missing."),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", metavar="F", min=0.0, help="Of the machine: adds a cost."),
+    ] = None,
+    max_time: MaxTimeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Say what a run will take, before it: parameters, memory, disk, time, cost.
+
+    Exit code 6 when it does not fit on this machine, with what to change.
+    """
+    loaded = load_run_config("plan", config, _with_model(overrides, model), max_time).config
+    if vocab is not None and loaded.init is not None:
+        raise ConfigError("--vocab: the vocabulary comes with the model that init names")
+    from gptcli.plan import plan as run
+
+    found = run(loaded, vocab_size=vocab, price_per_hour=price_per_hour)
+    if as_json:
+        write_out(json.dumps(_as_object(found)) + "\n")
+    else:
+        write_out(columns(_rows(found), right=frozenset({1})))
+    if found.problems:
+        raise ResourceError("; ".join(found.problems), "\n".join(found.advice))
+    return 0
+
+
+def _with_model(overrides: list[str] | None, model: str | None) -> list[str]:
+    return [*(overrides or []), *([] if model is None else [f"init={json.dumps(model)}"])]
+
+
+def _as_object(plan: "Plan") -> dict[str, Any]:
+    memory = {**asdict(plan.memory), "total_bytes": plan.memory.total_bytes}
+    return {
+        **asdict(plan),
+        "memory": memory,
+        "tokens": plan.tokens,
+        "tokens_per_parameter": plan.tokens_per_parameter,
+        "seconds": None if plan.duration is None else plan.duration.total_seconds,
+        "fits": not plan.problems,
+    }
+
+
+def _rows(plan: "Plan") -> list[list[str]]:
+    total = plan.parameters["total"]
+    rows = [["parameters", f"{total:,}", f"vocabulary {plan.vocab_size:,}"]]
+    for part, count in plan.parameters.items():
+        if part != "total":
+            share = "shared with the embeddings" if not count else f"{count / total:.1%}"
+            rows.append([f"  {part.replace('_', '-')}", f"{count:,}", share])
+    return [*rows, *_memory_rows(plan), *_run_rows(plan), *(["note", "", n] for n in plan.notes)]
+
+
+def _memory_rows(plan: "Plan") -> list[list[str]]:
+    memory = plan.memory
+    how = f"micro batch of {plan.micro_batch_size}, {plan.precision} on {plan.device}"
+    again = ", computed again in the backward pass" if plan.activation_checkpointing else ""
+    free = "" if plan.free_memory_bytes is None else f"free: {_size(plan.free_memory_bytes)}"
+    disk = "" if plan.free_disk_bytes is None else f"; free: {_size(plan.free_disk_bytes)}"
+    return [
+        ["memory at the peak", _size(memory.total_bytes), free],
+        ["  weights", _size(memory.weights_bytes), ""],
+        ["  gradients", _size(memory.gradients_bytes), ""],
+        ["  optimizer", _size(memory.optimizer_bytes), ""],
+        ["  activations", _size(memory.activations_bytes), how + again],
+        ["  logits and loss", _size(memory.logits_bytes), ""],
+        ["  runtime", _size(memory.other_bytes), "the parts are not all there at once"],
+        ["KV cache", _size(plan.kv_cache_bytes), "to generate one text of block_size tokens"],
+        ["checkpoint", _size(plan.checkpoint_bytes), f"kept: {_size(plan.kept_bytes)}{disk}"],
+    ]
+
+
+def _run_rows(plan: "Plan") -> list[list[str]]:
+    text = "unknown" if plan.text_tokens is None else f"{plan.text_tokens:,}"
+    step, length = plan.paces.step_seconds, plan.duration
+    how = "probed" if plan.paces.source == "probe" else "computed"
+    rows = [
+        ["text", text, "tokens, about"],
+        ["FLOPs per token", f"{plan.flops_per_token:.3g}", ""],
+        ["step", _duration(step), f"{how}; {plan.tokens_per_step / step:,.0f} tokens/s"],
+    ]
+    if length is None or plan.tokens is None:
+        return rows
+    epochs = f", {plan.tokens / plan.text_tokens:.2f} epochs" if plan.text_tokens else ""
+    rows += [
+        ["run", f"{plan.tokens:,}", f"tokens in {length.steps:,} steps{epochs}"],
+        ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}", ""],
+        ["time", _duration(length.total_seconds), "after reading the text"],
+        ["  training", _duration(length.training_seconds), ""],
+        ["  evaluation", _duration(length.evaluation_seconds), ""],
+        ["  samples", _duration(length.sampling_seconds), ""],
+        ["  checkpoints", _duration(length.saving_seconds), ""],
+    ]
+    return rows if plan.cost is None else [*rows, ["cost", f"{plan.cost:,.2f}", ""]]
+
+
+def _size(count: int) -> str:
+    for unit, name in _UNITS:
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} B"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:,.1f} days"

@@ -1,0 +1,367 @@
+"""What a run will take, before it: parameters, memory, disk, time and cost. Trains nothing."""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gptcli.config.load import load_resolved
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config
+from gptcli.config.units import parse_bytes
+from gptcli.data.corpus import open_corpus
+from gptcli.data.files import resolve
+from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.device import Device, free_memory_bytes, resolve_device
+from gptcli.errors import CheckpointError, ConfigError, DataError
+from gptcli.evaluation.perplexity import encode_documents
+from gptcli.interop.hf_folder import open_folder
+from gptcli.model.cache import KVCache
+from gptcli.model.empty import empty_model
+from gptcli.model.gpt import GPT, initialise
+from gptcli.runs import checkpoint
+from gptcli.runs.manifest import CONFIG, MODEL
+from gptcli.runs.resolve import locate
+from gptcli.runs.run_dir import runs_root
+from gptcli.runs.tensors import stored_shapes
+from gptcli.training.choices import Choices, choose, largest_divisor
+from gptcli.training.duration import Duration, Paces, computed_paces, duration, probed_paces
+from gptcli.training.flops import flops_per_token
+from gptcli.training.footprint import Footprint, footprint
+from gptcli.training.initial import with_shape
+from gptcli.training.tuning import tune
+
+log = logging.getLogger("gptcli")
+
+_MOST_READ_BYTES = 2**30  # of text, to count its tokens
+_SAMPLE_BYTES = 256  # of text for each token of a vocabulary: enough to learn their usual length
+_MOST_PROBED_FLOPS = 4e12  # of a micro batch, of which the probe runs at least two: half a minute
+_PARTS = {"wte": "embeddings", "wpe": "embeddings", "attn": "attention", "mlp": "feed_forward"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it begins. None stands for what is not known; `notes` say why.
+
+    `problems` are reasons why it does not fit on this machine, `advice` what would change that.
+    """
+
+    name: str
+    device: str
+    precision: str
+    threads: int
+    micro_batch_size: int
+    activation_checkpointing: bool
+    vocab_size: int
+    parameters: dict[str, int]
+    memory: Footprint
+    kv_cache_bytes: int
+    checkpoint_bytes: int
+    kept_bytes: int  # of all checkpoints that the run keeps at a time
+    free_memory_bytes: int | None
+    free_disk_bytes: int | None
+    tokens_per_step: int
+    flops_per_token: int
+    text_tokens: int | None
+    paces: Paces
+    duration: Duration | None
+    cost: float | None
+    notes: list[str]
+    problems: list[str]
+    advice: list[str]
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the run trains on."""
+        return None if self.duration is None else self.duration.steps * self.tokens_per_step
+
+    @property
+    def tokens_per_parameter(self) -> float | None:
+        """Of all parameters; about 20 is best for the computation spent (Hoffmann et al. 2022)."""
+        return None if self.tokens is None else self.tokens / self.parameters["total"]
+
+
+def plan(
+    config: Config,
+    *,
+    vocab_size: int | None = None,
+    price_per_hour: float | None = None,
+    probe_seconds: float = 5.0,
+) -> Plan:
+    """What `config` will take on this machine, which runs a few of its steps for about
+    `probe_seconds`. Nothing but the caches of a run is written.
+
+    `vocab_size` stands for a tokenizer that is not here. Raises GptError for what a user can cause;
+    that the run does not fit is no error here.
+    """
+    device = resolve_device(config.training.device)
+    config, vocabulary, tokenizer = _start(config, vocab_size)
+    empty = _empty(config.model, vocabulary)
+    memory, free = free_memory_bytes(device), _free_bytes(runs_root())
+    text = _text(config, tokenizer)
+    case = _Case(config, vocabulary, device, choose(config, device, vocabulary))
+    needed = case.need()
+    problems, advice = _misfits(case, needed, memory)
+    if not problems and _is_quick(case):
+        model = _drawn(case)
+        case = replace(case, choices=_tuned(case, model, text))
+        needed = case.need()
+        paces = _probed(case, model, text, needed, probe_seconds)
+    else:
+        paces = _computed(case, text, needed)
+    saved = _saved_bytes(needed)
+    kept = (config.training.keep_last + 2) * saved  # the best and the last before the decay too
+    if free is not None and free < kept + saved:  # a new one is written before an old one goes
+        problems.append(f"its checkpoints take {_gib(kept + saved)} of disk, free are {_gib(free)}")
+        advice.append("free some disk, or write elsewhere: GPT_RUNS=DIR or --run-dir DIR")
+    length = duration(config, paces, text.train_tokens)
+    notes = [] if text.note is None else [text.note]
+    if paces.source == "products":
+        notes.append("seconds are operations over the speed of matrix products, not probed")
+    if length is None:
+        notes.append("no limit tells how long the run is: no seconds, no cost")
+    hours = None if length is None else length.total_seconds / 3600
+    return Plan(
+        name=config.name,
+        device=device.name if device.kind == "cuda" else device.kind,
+        precision=case.choices.precision,
+        threads=case.choices.threads,
+        micro_batch_size=case.choices.micro_batch_size,
+        activation_checkpointing=case.choices.activation_checkpointing,
+        vocab_size=vocabulary,
+        parameters=_parameters(empty),
+        memory=needed,
+        kv_cache_bytes=_cache_bytes(config.model),
+        checkpoint_bytes=saved,
+        kept_bytes=kept,
+        free_memory_bytes=memory,
+        free_disk_bytes=free,
+        tokens_per_step=config.training.tokens_per_step,
+        flops_per_token=flops_per_token(config.model, vocabulary),
+        text_tokens=text.train_tokens,
+        paces=paces,
+        duration=length,
+        cost=None if price_per_hour is None or hours is None else price_per_hour * hours,
+        notes=notes,
+        problems=problems,
+        advice=advice,
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What decides the memory and the speed of a step."""
+
+    config: Config
+    vocab_size: int
+    device: Device
+    choices: Choices
+
+    def need(self) -> Footprint:
+        return footprint(
+            self.config,
+            self.vocab_size,
+            self.choices.micro_batch_size,
+            self.choices.precision,
+            recompute=self.choices.activation_checkpointing,
+            device_kind=self.device.kind,
+        )
+
+    def smaller(self, rows: int, *, recompute: bool = False, n_layer: int | None = None) -> "_Case":
+        """With other micro batches, checkpoints of activations, and fewer layers."""
+        config, choices = self.config, replace(self.choices, micro_batch_size=rows)
+        if recompute:
+            choices = replace(choices, activation_checkpointing=True)
+        if n_layer is not None:
+            shape = config.model.model_copy(update={"n_layer": n_layer})
+            config = config.model_copy(update={"model": shape})
+        return replace(self, config=config, choices=choices)
+
+
+def _start(config: Config, vocab_size: int | None) -> tuple[Config, int, Tokenizer | None]:
+    """The config with its model's shape, the vocabulary, and the tokenizer if it is there."""
+    if config.init is not None:
+        shape, size, own = _initial(config.init)
+        return with_shape(config, shape).settled_for(shape), size, own
+    settings = config.tokenizer
+    if vocab_size is not None:
+        return config, vocab_size, None
+    tokenizer = ready_tokenizer(settings)
+    return config, settings.vocab_size if tokenizer is None else tokenizer.vocab_size, tokenizer
+
+
+def _initial(reference: str) -> tuple[ModelConfig, int, Tokenizer]:
+    """Shape, rows of the embedding and tokenizer of MODEL, without reading its weights."""
+    place = locate(reference)
+    if place.kind == "folder":
+        folder = open_folder(place.path)
+        return folder.config.model, folder.config.vocab_size, folder.tokenizer
+    path: Path | None = place.path
+    if place.kind == "run":
+        best = checkpoint.read_best(place.path)
+        if best is not None:
+            path = checkpoint.checkpoint_dir(place.path, best[0])
+        else:
+            found = checkpoint.newest_first(place.path, log, optimizer=False, weights=False)
+            path = next(found, None)
+    if path is None:
+        raise CheckpointError(f"{place.path} has no valid checkpoint", hint="see: gpt runs list")
+    manifest = checkpoint.verify(path, optimizer=False, weights=False)
+    shape = load_resolved(path / CONFIG).model
+    rows = stored_shapes(path / MODEL)["wte.weight"][0]
+    return shape, rows, checkpoint.read_tokenizer(path, manifest)
+
+
+def _empty(config: ModelConfig, vocab_size: int) -> GPT:
+    try:
+        return empty_model(config, vocab_size)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
+        raise ConfigError(f"no model has these sizes: {error}") from error
+
+
+def _parameters(model: GPT) -> dict[str, int]:
+    """Parameters by part, tied ones with the embeddings, and their total."""
+    counts = dict.fromkeys(["embeddings", "attention", "feed_forward", "norms", "head"], 0)
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        part = next((_PARTS[p] for p in parts if p in _PARTS), "head")
+        counts["norms" if any("norm" in p for p in parts) else part] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def _cache_bytes(model: ModelConfig) -> int:
+    """Of the keys and values of one text that fills the block, fp32."""
+    size = max(model.windows) if model.rolls else model.block_size
+    meta = torch.device("meta")
+    cache = KVCache(model.windows, size, 1, model.kv_heads, model.head_size, meta, torch.float32)
+    return cache.row_bytes
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens of the text, None where they are not known; `note` says why."""
+
+    train_tokens: int | None = None
+    val_tokens: int | None = None
+    train_bytes: int | None = None
+    note: str | None = None
+
+
+def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
+    """Counts the text as a dry run does, if it is here and not too long for that.
+
+    A BPE tokenizer is learned from a sample: it tells how many bytes a token has.
+    """
+    sources = [*config.data.train, *(config.data.val or [])]
+    if any(source.path.startswith("hub:") for source in sources):
+        return _Text(note="the text is on the hub: its length is not known")
+    try:
+        files = [file for file in resolve(sources) if file.kind != "builtin"]
+        size = sum(os.path.getsize(file.path) for file in files)
+        if size > _MOST_READ_BYTES:
+            return _Text(note=f"the text has {_gib(size)} of files: it is not counted")
+        corpus = open_corpus(config.data, val_tokens=config.eval.max_tokens)
+        if tokenizer is None:
+            settings = config.tokenizer
+            most = min(parse_bytes(settings.train_bytes), _SAMPLE_BYTES * settings.vocab_size)
+            sample = settings.model_copy(update={"train_bytes": str(most)})
+            tokenizer = corpus_tokenizer(config.model_copy(update={"tokenizer": sample}), corpus)
+        held_out = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
+    except (DataError, OSError) as error:
+        return _Text(note=f"the text is not counted: {str(error).splitlines()[0]}")
+    tokens = sum(len(d.tokens) - d.first for d in held_out)
+    per_byte = tokens / max(sum(d.bytes for d in held_out), 1)
+    train_tokens = int(corpus.train_bytes * per_byte) + (corpus.documents or 0)
+    return _Text(train_tokens, tokens, corpus.train_bytes)
+
+
+def _misfits(case: _Case, needed: Footprint, memory: int | None) -> tuple[list[str], list[str]]:
+    """Why a step does not fit in `memory` bytes, and the first change that makes it fit."""
+    if memory is None or needed.total_bytes <= memory:
+        return [], []
+    problem = f"a step takes {_gib(needed.total_bytes)} of memory, free are {_gib(memory)}"
+    rows = case.config.training.tokens_per_step // case.config.model.block_size
+    changes, size = [], case.choices.micro_batch_size
+    while size > 1:
+        size = largest_divisor(rows, size // 2)
+        changes.append((case.smaller(size), f"--set training.micro_batch_size={size}"))
+    how = "--set training.micro_batch_size=1 --set training.activation_checkpointing=on"
+    changes.append((case.smaller(1, recompute=True), how))
+    layers = case.config.model.n_layer
+    while layers > 1:
+        layers //= 2
+        fewer = case.smaller(1, recompute=True, n_layer=layers)
+        changes.append((fewer, f"{how} --set model.n_layer={layers}"))
+    if changes[-1][0].need().total_bytes > memory:
+        return [problem], ["one layer is too much too: choose a smaller model (gpt config presets)"]
+    for changed, words in changes:
+        total = changed.need().total_bytes
+        if total <= memory:
+            return [problem], [f"{words} takes {_gib(total)}"]
+    return [problem], []
+
+
+def _is_quick(case: _Case) -> bool:
+    """Whether a micro batch is short enough to be run a few times."""
+    tokens = case.choices.micro_batch_size * case.config.model.block_size
+    return tokens * flops_per_token(case.config.model, case.vocab_size) <= _MOST_PROBED_FLOPS
+
+
+def _drawn(case: _Case) -> GPT:
+    model = GPT(case.config.model, case.vocab_size)
+    initialise(model, torch.Generator().manual_seed(case.config.seed))
+    return model.to(case.device.torch)
+
+
+def _tuned(case: _Case, model: GPT, text: _Text) -> Choices:
+    """The choices that the run will make, but for compiling, which takes longer than a plan may."""
+    training = case.config.training.model_copy(update={"compile": "off"})
+    config = case.config.model_copy(update={"training": training})
+    return tune(case.choices, config, case.device, model, text.train_bytes or 0)
+
+
+def _probed(case: _Case, model: GPT, text: _Text, needed: Footprint, seconds: float) -> Paces:
+    try:
+        return probed_paces(
+            model,
+            case.config,
+            case.device,
+            case.choices.precision,
+            case.choices.micro_batch_size,
+            val_tokens=text.val_tokens or 0,
+            checkpoint_bytes=_saved_bytes(needed),
+            seconds=seconds,
+        )
+    finally:
+        torch.set_num_threads(case.device.threads)  # tuning may have chosen fewer
+
+
+def _computed(case: _Case, text: _Text, needed: Footprint) -> Paces:
+    return computed_paces(
+        case.config,
+        case.vocab_size,
+        case.device,
+        case.choices.precision,
+        recompute=case.choices.activation_checkpointing,
+        val_tokens=text.val_tokens or 0,
+        checkpoint_bytes=_saved_bytes(needed),
+    )
+
+
+def _saved_bytes(needed: Footprint) -> int:
+    return needed.weights_bytes + needed.optimizer_bytes
+
+
+def _free_bytes(path: Path) -> int | None:
+    """Free disk where `path` is or will be; None for file systems that do not tell."""
+    path = path.absolute()
+    existing = next((p for p in (path, *path.parents) if p.exists()), None)
+    return None if existing is None else shutil.disk_usage(existing).free
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,226 @@
+"""Memory at the peak of one training step: the step's own code, run on tensors without memory."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from gptcli.config.schema import Config
+from gptcli.device import Device, autocast
+from gptcli.evaluation.perplexity import MOST_LOGITS, score_tokens
+from gptcli.model.empty import empty_model
+from gptcli.model.gpt import GPT
+from gptcli.training.clipping import clip_gradients
+from gptcli.training.optimizers import Optimizer
+
+# Of a process that has imported all that a run does, before its first tensor (VmRSS, torch 2.13 for
+# the CPU); on a GPU the CUDA context and cuBLAS's workspace, by PyTorch's documentation.
+_RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
+# Freed blocks of the wrong size: peak memory over what lives then.
+_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one training step. Each part at its largest; they are not all there at once.
+
+    `other_bytes` is what the runtime takes and the allocator cannot use again. `peak_bytes` is the
+    largest sum at one time, `other_bytes` included.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    other_bytes: int
+    peak_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the step needs: `peak_bytes`."""
+        return self.peak_bytes
+
+
+def footprint(
+    config: Config,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: str,
+    *,
+    recompute: bool,
+    device_kind: str,
+) -> Footprint:
+    """The peak of one training step with micro batches of `micro_batch_size` rows.
+
+    The layers repeat, so a model of two repetitions tells how much each adds. Takes no memory for
+    any size of model. RuntimeError, OverflowError or TypeError for sizes beyond 64 bits.
+    """
+    model = config.model
+    period = len(model.window or [0])
+    if 2 * period >= model.n_layer:
+        at = _simulate(config, vocab_size, micro_batch_size, precision, recompute)
+    else:
+        one, two = (
+            _simulate(_with_layers(config, n), vocab_size, micro_batch_size, precision, recompute)
+            for n in (period, 2 * period)
+        )
+        at = one.extended(two, (model.n_layer - period) / period)
+    peak = max(at.loss, at.backward, at.update, at.evaluation)
+    other = _RUNTIME_BYTES[device_kind] + int(peak * (_SLACK - 1))
+    return Footprint(
+        weights_bytes=at.weights,
+        gradients_bytes=at.gradients,
+        optimizer_bytes=at.optimizer,
+        activations_bytes=at.activations,
+        logits_bytes=at.logits,
+        other_bytes=other,
+        peak_bytes=peak + other,
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes: of what a step keeps, and the peaks of its phases."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    loss: int
+    backward: int
+    update: int
+    evaluation: int
+
+    def extended(self, two: "_Sizes", times: float) -> "_Sizes":
+        """What it would be with `times` more of the layers that `two` has more."""
+        pairs = ((getattr(self, name), getattr(two, name)) for name in self.__dataclass_fields__)
+        return _Sizes(*(int(a + times * (b - a)) for a, b in pairs))
+
+
+def _with_layers(config: Config, n_layer: int) -> Config:
+    model = config.model.model_copy(update={"n_layer": n_layer})
+    return config.model_copy(update={"model": model})
+
+
+def _simulate(
+    config: Config, vocab_size: int, rows: int, precision: str, recompute: bool
+) -> _Sizes:
+    """A second step of the run, as the loop makes it, with every allocation counted."""
+    model = empty_model(config.model, vocab_size)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    device = Device("cpu", None, "", 1, True)
+    counted = _Counted()
+    with FakeTensorMode(), counted:
+        _fill(model, shapes)
+        model.train()
+        model.recompute = recompute
+        weights = counted.live
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        gradients = counted.live - weights
+        optimizer = Optimizer(model, config.optimizer)
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+        kept = counted.live
+        length = config.model.block_size
+        tokens = torch.empty(rows, length, dtype=torch.int64)
+        segments = torch.empty_like(tokens) if config.data.document_mask else None
+        activations = 0
+
+        def after_hidden(*_: object) -> None:
+            nonlocal activations
+            activations = counted.live - before
+            counted.peak = counted.live
+
+        model.norm.register_forward_hook(after_hidden)
+        loss_peak = backward_peak = logits = 0
+        several = config.training.tokens_per_step > rows * length
+        for _ in range(2 if several else 1):
+            before = counted.live
+            with autocast(device, precision):
+                loss = model.loss(tokens, tokens, segments)
+            loss_peak, logits = counted.peak, counted.peak - before - activations
+            counted.peak = counted.live
+            torch.autograd.backward(loss)
+            backward_peak = counted.peak
+            del loss
+        counted.peak = counted.live
+        clip_gradients(model.parameters(), config.training.clip_norm)
+        optimizer.step(1.0)
+        update = counted.peak
+        optimizer.zero_grad()
+        counted.peak = counted.live
+        model.eval()
+        tokens = torch.empty(_evaluated_rows(config, vocab_size), length, dtype=torch.int64)
+        score_tokens(model, tokens, tokens, device, precision)
+        return _Sizes(
+            weights=weights,
+            gradients=gradients,
+            optimizer=kept - weights,
+            activations=activations,
+            logits=logits,
+            loss=loss_peak,
+            backward=backward_peak,
+            update=update,
+            evaluation=counted.peak,
+        )
+
+
+def _evaluated_rows(config: Config, vocab_size: int) -> int:
+    """Of the largest batch of an evaluation."""
+    length, wanted = config.model.block_size, config.eval.max_tokens or MOST_LOGITS
+    return max(1, min(MOST_LOGITS // (length * vocab_size), wanted // length))
+
+
+def _fill(model: GPT, shapes: dict[str, torch.Size]) -> None:
+    """Give the empty `model` weights, which the mode around the call makes fake."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    model.load_state_dict(tensors, assign=True)
+    if model.config.tie_embeddings:
+        model.head.weight = model.wte.weight
+    model.reset_positions()
+
+
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made and freed under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # "is every target scored", "what is the norm": there are no values
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)  # all are
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.logsumexp.default:  # which works on a copy of its own
+            self.peak = max(self.peak, self.live + args[0].numel() * args[0].element_size())
+        for item in tree_iter(result):
+            if isinstance(item, Tensor):
+                self._count(item.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

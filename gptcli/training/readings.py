@@ -1,0 +1,103 @@
+"""What a step tells about itself, read when it has arrived from the device.
+
+On a GPU the figures of a step are copied while the next one is computed, and read one step late:
+the processor hands out work without waiting for results.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptcli.training.stability import Limits
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Figures of the update `step` (its number after it). Loss in nats per token, `grad_norm`
+    before clipping, `lr_ratio` of the peak rates; `limits` are those that it was judged by."""
+
+    step: int
+    lr_ratio: float
+    limits: Limits
+    loss: float
+    grad_norm: float
+    applied: bool
+    update_ratio: float | None  # norm of the change over norm of the weights, where measured
+
+
+@dataclass(frozen=True)
+class _OnItsWay:
+    step: int
+    lr_ratio: float
+    limits: Limits
+    values: Tensor  # (4,) fp32 on the CPU: loss, gradient norm, applied, update ratio
+    measured: bool
+    copied: torch.cuda.Event | None
+
+
+class Readings:
+    """Figures of the last steps in order; each can be read when `lag` more steps were begun."""
+
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self.last: Reading | None = None
+        self._waiting: deque[_OnItsWay] = deque()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last step's figures are still to be read."""
+        return bool(self._waiting)
+
+    def add(
+        self,
+        step: int,
+        lr_ratio: float,
+        limits: Limits,
+        loss: Tensor,
+        grad_norm: Tensor,
+        applied: Tensor,
+        update_ratio: Tensor | None,
+    ) -> None:
+        """Send off a step's figures: scalars on one device. Waits for nothing."""
+        ratio = update_ratio if update_ratio is not None else torch.zeros_like(loss)
+        values = torch.stack([loss.float(), grad_norm.float(), applied.float(), ratio.float()])
+        copied = None
+        if values.is_cuda:
+            pinned = torch.empty(values.shape, pin_memory=True)
+            values = pinned.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        measured = update_ratio is not None
+        self._waiting.append(_OnItsWay(step, lr_ratio, limits, values, measured, copied))
+
+    def arrived(self, lag: int | None = None) -> list[Reading]:
+        """Take out the readings that are `lag` (default: this one's own) steps old; 0: all."""
+        keep = self.lag if lag is None else lag
+        found = [_read(self._waiting.popleft()) for _ in range(len(self._waiting) - keep)]
+        self.last = found[-1] if found else self.last
+        return found
+
+
+def reading_lag(device_kind: str, precision: str, spike: str) -> int:
+    """Steps by which readings are late: 1 on a GPU, so that the step never waits for it.
+
+    0 where the next step needs them: fp16 sets its loss scale by them, a rollback its weights.
+    """
+    return 1 if device_kind == "cuda" and precision != "fp16" and spike != "rollback" else 0
+
+
+def _read(sent: _OnItsWay) -> Reading:
+    if sent.copied is not None:
+        sent.copied.synchronize()
+    loss, grad_norm, applied, ratio = sent.values.tolist()
+    return Reading(
+        sent.step,
+        sent.lr_ratio,
+        sent.limits,
+        loss,
+        grad_norm,
+        bool(applied),
+        ratio if sent.measured else None,
+    )

@@ -1,0 +1,160 @@
+"""`plan`: what a run will take, before it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from gptcli.config.schema import Config
+from gptcli.model.gpt import GPT
+from gptcli.plan import Plan
+from gptcli.plan import plan as whole_plan
+from gptcli.pretrain import pretrain
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def _own_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
+
+
+def plan(config: Config, **more: Any) -> Plan:
+    return whole_plan(config, probe_seconds=0.1, **more)
+
+
+def config(**sections: Any) -> Config:
+    model = {**TINY, **sections.pop("model", {})}
+    training = {"max_steps": 4, "tokens_per_step": 128, **sections.pop("training", {})}
+    return Config.model_validate(
+        {
+            "model": model,
+            "training": training,
+            "tokenizer": {"kind": "bytes"},
+            "data": {"train": "builtin:python"},
+            "schedule": {"warmup_steps": 0},
+            "eval": {"max_tokens": 512},
+            "samples": {"max_new_tokens": 4},
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern"])
+def test_parameters(preset: str) -> None:
+    """Bug: the parts do not add up to the model, or a tied head is counted."""
+    case = config(model={"preset": preset}, data={"train": "nothing.txt"})
+    found = plan(case)
+    parts, model = dict(found.parameters), GPT(case.model, found.vocab_size)
+    total = parts.pop("total")
+    assert total == sum(parts.values()) == model.parameter_count()
+    assert parts["head"] == (0 if preset == "gpt2" else 32 * found.vocab_size)
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    assert parts["norms"] == norms
+
+
+def test_whole(tmp_path) -> None:
+    """Bug: a plan of a run that fits finds problems, trains, or leaves a run directory behind."""
+    found = plan(config(), price_per_hour=3600.0)
+    assert (found.problems, found.notes) == ([], [])
+    assert found.tokens == 4 * 128
+    assert found.duration is not None
+    assert found.cost == pytest.approx(found.duration.total_seconds)
+    assert found.paces.source == "probe"
+    assert found.text_tokens is not None
+    assert found.text_tokens > 10_000
+    assert not (tmp_path / "runs").exists()
+    weights = found.memory.weights_bytes + found.memory.optimizer_bytes
+    assert found.checkpoint_bytes == weights
+    assert found.kv_cache_bytes == 2 * 2 * 32 * 32 * 4  # K and V, layers, tokens, width, fp32
+
+
+def test_text_elsewhere() -> None:
+    """Bug: a text that is not on this machine stops a plan, which needs it only for epochs."""
+    missing = config(data={"train": "nothing.txt"})
+    found = plan(missing)
+    assert found.text_tokens is None
+    assert any("nothing.txt" in note for note in found.notes)
+    assert found.tokens == 4 * 128
+    training = {"max_epochs": 2.0, "max_steps": None}
+    endless = plan(config(data={"train": "hub:owner/name"}, training=training), price_per_hour=1.0)
+    assert (endless.tokens, endless.duration, endless.cost) == (None, None, None)
+    assert len(endless.notes) == 2
+
+
+def test_vocabulary() -> None:
+    """Bug: a tokenizer is trained on all of a text, or needed, only to know its size."""
+    bpe = config(tokenizer={"kind": "bpe", "vocab_size": 5000}, data={"train": "nothing.txt"})
+    assert plan(bpe).vocab_size == 5000
+    absent = config(tokenizer={"kind": "file", "path": "no/tokenizer"})
+    assert plan(absent, vocab_size=700).vocab_size == 700
+
+
+def test_init(tmp_path) -> None:
+    """Bug: a run from a model is planned with the defaults' shape, not with that model's."""
+    tiny = config(data={"train": "builtin:python"}, samples={"prompts": []})
+    made = pretrain(tiny, run_dir=tmp_path / "made")
+    training = {"max_steps": 2, "tokens_per_step": 64}
+    again = Config.model_validate({"init": str(made.run_dir), "training": training,
+                                   "schedule": {"warmup_steps": 0}})  # fmt: skip
+    for where in (made.run_dir, made.run_dir / "checkpoints" / "step-00000004"):
+        found = plan(again.model_copy(update={"init": str(where)}))
+        assert found.parameters == plan(tiny).parameters
+        assert found.vocab_size == 257
+
+
+def test_advice_works(monkeypatch) -> None:
+    """Bug: what is said to make a run fit does not."""
+    case = config(
+        model={"n_layer": 8, "n_embd": 64, "block_size": 256},
+        training={"tokens_per_step": 8192, "micro_batch_size": 32, "max_steps": 1},
+    )
+    needed = plan(case).memory
+    for share in (0.7, 0.2, 0.01):
+        changeable = needed.total_bytes - needed.other_bytes
+        limit = int(needed.total_bytes - (1 - share) * changeable)
+        monkeypatch.setattr("gptcli.plan.free_memory_bytes", lambda device, n=limit: n)
+        found = plan(case)
+        assert found.problems
+        assert found.paces.source == "products"
+        changes = [word for word in found.advice[0].split() if "=" in word]
+        values = {key.split(".")[1]: value for key, _, value in (c.partition("=") for c in changes)}
+        assert "micro_batch_size" in values
+        layers = int(values.pop("n_layer", case.model.n_layer))
+        values = {k: int(v) if v.isdigit() else v for k, v in values.items()}
+        changed = case.model_copy(
+            update={
+                "training": case.training.model_copy(update=values),
+                "model": case.model.model_copy(update={"n_layer": layers}),
+            }
+        )
+        assert plan(changed).problems == []
+
+
+def test_command(gpt, tmp_path) -> None:
+    """Bug: `--json` prints more than one object, or the table lacks what the plan is for."""
+    text = "--set=training.max_steps=10"
+    code, out, _ = gpt("plan", "tiny", text, "--json", "--price-per-hour", "2")
+    assert code == 0
+    said = json.loads(out)
+    assert said["fits"] is True
+    assert said["seconds"] > 0
+    assert said["cost"] == pytest.approx(said["seconds"] / 3600 * 2)
+    assert said["memory"]["total_bytes"] > said["memory"]["weights_bytes"]
+    code, out, _ = gpt("plan", "tiny", text)
+    assert code == 0
+    for word in ("parameters", "activations", "KV cache", "checkpoint", "tokens per parameter"):
+        assert word in out
+
+
+def test_command_misfit(gpt, tmp_path) -> None:
+    """Bug: a run that is far too large ends as if it fitted, or says nothing of what to change."""
+    path = tmp_path / "large.yaml"
+    path.write_text(
+        "model: {preset: gpt3-175b}\ndata: {train: nothing.txt}\ntraining: {max_steps: 100}\n"
+    )
+    code, out, err = gpt("plan", str(path))
+    assert code == 6
+    assert "175" in out.splitlines()[0] or "174" in out.splitlines()[0]
+    assert "error: a step takes" in err
+    assert "hint: " in err

@@ -1,0 +1,62 @@
+"""The seconds of a whole run, from those of its parts."""
+
+from typing import Any
+
+import pytest
+
+from gptcli.config.schema import Config
+from gptcli.training.duration import Paces, duration
+
+PACES = Paces(
+    source="probe",
+    step_seconds=1.0,
+    evaluation_seconds=10.0,
+    sampling_seconds=3.0,
+    saving_seconds=100.0,
+)
+
+
+def config(**training: Any) -> Config:
+    sizes = {"tokens_per_step": 1024, "eval_every": 30, "save_every": 45, **training}
+    return Config.model_validate(
+        {"training": sizes, "schedule": {"kind": "constant", "warmup_steps": 0}}
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 29, 30, 90, 100, 180])
+def test_counts(steps: int) -> None:
+    """Bug: the first or last evaluation or checkpoint is not counted, or one counts twice."""
+    found = duration(config(max_steps=steps), PACES, None)
+    assert found is not None
+    evaluated = [n for n in range(steps + 1) if n % 30 == 0 or n == steps]
+    saved = [n for n in range(steps + 1) if n in evaluated or n % 45 == 0]
+    assert found.training_seconds == steps
+    assert found.evaluation_seconds == 10 * len(evaluated)
+    assert found.sampling_seconds == 3 * len(evaluated)
+    assert found.saving_seconds == 100 * len(saved)
+    assert found.total_seconds == steps + 13 * len(evaluated) + 100 * len(saved)
+
+
+def test_limits() -> None:
+    """Bug: not the first of the limits ends the planned run, or one that is unknown does."""
+
+    def steps(epoch_tokens: int | None = None, **limits: Any) -> int | None:
+        found = duration(config(**limits), PACES, epoch_tokens)
+        return None if found is None else found.steps
+
+    assert steps(max_tokens=10 * 1024 + 1) == 11
+    assert steps(max_tokens=2**20, max_steps=7) == 7
+    assert steps(max_epochs=2.0, epoch_tokens=512 * 1024) == 1024
+    assert steps(max_epochs=2.0) is None
+    assert steps(max_epochs=2.0, max_steps=9) == 9
+    assert steps() is None
+
+
+def test_max_time() -> None:
+    """Bug: a run limited by time is planned to go on after it, or to end long before it."""
+    found = duration(config(max_time="10h"), PACES, None)
+    assert found is not None
+    assert found.total_seconds == pytest.approx(36000, rel=0.01)
+    short = duration(config(max_time="10h", max_steps=5), PACES, None)
+    assert short is not None
+    assert short.steps == 5
