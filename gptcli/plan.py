@@ -103,7 +103,8 @@ def plan(
     empty = _empty(config.model, vocabulary)
     memory, free = free_memory_bytes(device), _free_bytes(runs_root())
     text = _text(config, tokenizer)
-    case = _Case(config, vocabulary, device, choose(config, device, vocabulary))
+    chosen = choose(config, device, vocabulary)
+    case = _Case(config, vocabulary, device, chosen, text.memory_bytes)
     needed = case.need()
     problems, advice = _misfits(case, needed, memory)
     if not problems and _is_quick(case):
@@ -115,15 +116,8 @@ def plan(
         paces = _computed(case, text, needed)
     saved = _saved_bytes(needed)
     kept = (config.training.keep_last + 2) * saved  # the best and the last before the decay too
-    if free is not None and free < kept + saved:  # a new one is written before an old one goes
-        problems.append(f"its checkpoints take {_gib(kept + saved)} of disk, free are {_gib(free)}")
-        advice.append("free some disk, or write elsewhere: GPT_RUNS=DIR or --run-dir DIR")
+    _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
     length = duration(config, paces, text.train_tokens)
-    notes = [] if text.note is None else [text.note]
-    if paces.source == "products":
-        notes.append("seconds are operations over the speed of matrix products, not probed")
-    if length is None:
-        notes.append("no limit tells how long the run is: no seconds, no cost")
     hours = None if length is None else length.total_seconds / 3600
     return Plan(
         name=config.name,
@@ -146,7 +140,7 @@ def plan(
         paces=paces,
         duration=length,
         cost=None if price_per_hour is None or hours is None else price_per_hour * hours,
-        notes=notes,
+        notes=_notes(text, paces, length),
         problems=problems,
         advice=advice,
     )
@@ -160,15 +154,23 @@ class _Case:
     vocab_size: int
     device: Device
     choices: Choices
+    text_bytes: int  # of memory, to read it
 
     def need(self) -> Footprint:
-        return footprint(
+        found = footprint(
             self.config,
             self.vocab_size,
             self.choices.micro_batch_size,
             self.choices.precision,
             recompute=self.choices.activation_checkpointing,
             device_kind=self.device.kind,
+        )
+        if self.device.kind == "cuda":
+            return found
+        return replace(
+            found,
+            other_bytes=found.other_bytes + self.text_bytes,
+            peak_bytes=found.peak_bytes + self.text_bytes,
         )
 
     def smaller(self, rows: int, *, recompute: bool = False, n_layer: int | None = None) -> "_Case":
@@ -248,6 +250,7 @@ class _Text:
     train_tokens: int | None = None
     val_tokens: int | None = None
     train_bytes: int | None = None
+    memory_bytes: int = 0  # that reading it takes
     note: str | None = None
 
 
@@ -259,12 +262,15 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
     sources = [*config.data.train, *(config.data.val or [])]
     if any(source.path.startswith("hub:") for source in sources):
         return _Text(note="the text is on the hub: its length is not known")
+    resident = _resident_bytes()
     try:
         files = [file for file in resolve(sources) if file.kind != "builtin"]
         size = sum(os.path.getsize(file.path) for file in files)
         if size > _MOST_READ_BYTES:
             return _Text(note=f"the text has {_gib(size)} of files: it is not counted")
         corpus = open_corpus(config.data, val_tokens=config.eval.max_tokens)
+        next(corpus.train_records())
+        memory = _resident_bytes() - resident
         if tokenizer is None:
             settings = config.tokenizer
             most = min(parse_bytes(settings.train_bytes), _SAMPLE_BYTES * settings.vocab_size)
@@ -276,7 +282,7 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
     tokens = sum(len(d.tokens) - d.first for d in held_out)
     per_byte = tokens / max(sum(d.bytes for d in held_out), 1)
     train_tokens = int(corpus.train_bytes * per_byte) + (corpus.documents or 0)
-    return _Text(train_tokens, tokens, corpus.train_bytes)
+    return _Text(train_tokens, tokens, corpus.train_bytes, memory)
 
 
 def _misfits(case: _Case, needed: Footprint, memory: int | None) -> tuple[list[str], list[str]]:
@@ -303,6 +309,22 @@ def _misfits(case: _Case, needed: Footprint, memory: int | None) -> tuple[list[s
         if total <= memory:
             return [problem], [f"{words} takes {_gib(total)}"]
     return [problem], []
+
+
+def _check_disk(size: int, free: int | None, problems: list[str], advice: list[str]) -> None:
+    if free is not None and free < size:
+        problems.append(f"its checkpoints take {_gib(size)} of disk, free are {_gib(free)}")
+        advice.append("free some disk, or write elsewhere: GPT_RUNS=DIR or --run-dir DIR")
+
+
+def _notes(text: _Text, paces: Paces, length: Duration | None) -> list[str]:
+    """What the plan does not know, and why."""
+    notes = [] if text.note is None else [text.note]
+    if paces.source == "products":
+        notes.append("seconds are operations over the speed of matrix products, not probed")
+    if length is None:
+        notes.append("no limit tells how long the run is: no seconds, no cost")
+    return notes
 
 
 def _is_quick(case: _Case) -> bool:
@@ -354,6 +376,15 @@ def _computed(case: _Case, text: _Text, needed: Footprint) -> Paces:
 
 def _saved_bytes(needed: Footprint) -> int:
     return needed.weights_bytes + needed.optimizer_bytes
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_bytes(path: Path) -> int | None:

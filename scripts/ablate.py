@@ -14,9 +14,8 @@ training steps; a value that got over 5 % more or less of them than the base has
 Tokenizers are learned once for each text, outside the runs. Values take turns within each seed, so
 that a change of the machine's speed meets all of them.
 
-A value replaces the default only if on every text its mean difference to the base, paired by seed,
-is below zero by more than the range of these differences over the seeds. --ladder trains sizes
-(layers x width) on equally many tokens instead.
+A value replaces the default only if it is better than the base with every seed on every text.
+--ladder trains sizes (layers x width) on equally many tokens instead.
 
 Finished runs are appended to --results: after an interruption the same command goes on from there,
 on the same machine; --report-only prints the tables again.

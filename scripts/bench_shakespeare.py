@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_train_tables import spread, table
@@ -37,7 +38,7 @@ ASKED_SHARE, ASKED_LOSS = "1/5", 1.60
 @dataclass(frozen=True)
 class Outcome:
     """One run of both. `reached_seconds` is ours to nanoGPT's loss, None if it never got there;
-    `end_*` is the end of that run, `equal_*` that of one that was given nanoGPT's seconds."""
+    `end_*` is the end of that run, `equal_*` that of one of as many steps as fit its seconds."""
 
     peer_seconds: float
     peer_loss: float
@@ -61,7 +62,8 @@ def shakespeare_table(clone: Path, path: Path, runs: int, folder: Path) -> str:
         setting = ["training.save_every=10", "training.keep_last=1000"]
         states = run_ours(path, work / "to-loss", SEED + number, setting)
         reached, end = first_at_most(states, loss, text)
-        setting = ["training.max_steps=null", f"training.max_time={seconds:.1f}s"]
+        steps = steps_within(seconds, _train_state(states[-1]))
+        setting = ["training.max_time=null", f"training.max_steps={steps}"]
         setting.append("training.save_every=1000000")
         last = run_ours(path, work / "equal", SEED + number, setting)[-1]
         equal = (_seconds(last), _loss(last, text))
@@ -157,6 +159,12 @@ def first_at_most(
     return reached, (_seconds(checkpoints[-1]), _loss(checkpoints[-1], text))
 
 
+def steps_within(seconds: float, state: dict[str, Any]) -> int:
+    """How many steps fit into so many training seconds at the speed of the run that ended with
+    `state`, a little spared because no two runs are equally fast."""
+    return int(0.97 * seconds * state["step"] / state["seconds"])
+
+
 def held_out(text: str) -> str:
     """The last 10 %, cut where nanoGPT's prepare.py cuts."""
     return text[int(0.9 * len(text)) :]
@@ -183,7 +191,12 @@ def mean_nats(logits_of: Logits, ids: Tensor, block_size: int) -> float:
 
 def _seconds(checkpoint: Path) -> float:
     """Seconds in training steps up to a checkpoint."""
-    return float(json.loads((checkpoint / "state.json").read_text())["train"]["seconds"])
+    return float(_train_state(checkpoint)["seconds"])
+
+
+def _train_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())["train"]
+    return state
 
 
 def _loss(checkpoint: Path, text: str) -> float:

@@ -302,6 +302,8 @@ def main() -> None:
         parser.error(f"the case {SHAKESPEARE} needs --nanogpt and --text")
     if given.nanogpt and not (given.nanogpt / "model.py").is_file():
         parser.error(f"{given.nanogpt}: no model.py, so no clone of nanoGPT")
+    if min(given.rounds, given.runs) < 1:
+        parser.error("--rounds and --runs are at least 1")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["GPT_CACHE"] = str(Path(directory) / "cache")
         try:

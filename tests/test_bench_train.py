@@ -135,6 +135,13 @@ def test_seconds_of_nanogpt(shakespeare):
     assert shakespeare.iteration_seconds(log) == pytest.approx(0.11)
 
 
+def test_equal_time_is_not_more_time(shakespeare):
+    """Steps that take longer than the peer's run would compare our loss at a later time."""
+    steps = shakespeare.steps_within(100.0, {"step": 300, "seconds": 60.0})
+    assert 480 <= steps <= 500
+    assert steps * 60.0 / 300 < 100.0
+
+
 def test_outcomes_table(shakespeare):
     """A run that never gets there has no share, and must not be dropped from the median."""
     reached = shakespeare.Outcome(100.0, 1.9, 20.0, 50.0, 1.7, 99.0, 1.6)

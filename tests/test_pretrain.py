@@ -484,9 +484,9 @@ def test_three_bad_steps_end_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "steps"),
-    [({"max_tokens": 640}, 10), ({"max_epochs": 2.0}, 14), ({"max_time": "2s"}, None)],
+    [({"max_tokens": 640}, 10), ({"max_epochs": 2.0}, 14)],  # max_time: training/test_wall_clock
 )
-def test_limits(limit: dict[str, Any], steps: int | None, tmp_path: Path) -> None:
+def test_limits(limit: dict[str, Any], steps: int, tmp_path: Path) -> None:
     """Bug: a run that is not limited by steps ends without decay, evaluation or checkpoint."""
     config = tiny(one_file(tmp_path), training={"tokens_per_step": 64, "log_every": 1, **limit})
     result = pretrain(config, run_dir=tmp_path / "run")
@@ -496,10 +496,8 @@ def test_limits(limit: dict[str, Any], steps: int | None, tmp_path: Path) -> Non
     assert (train["event"], evaluation["event"]) == ("train", "eval")
     assert train["step"] == evaluation["step"] == result.step
     assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == f"step-{result.step:08d}"
-    if steps is not None:
-        assert result.step == steps
-        assert train["lr"] < 0.25 * config.optimizer.lr
-    assert train["lr"] < 0.6 * config.optimizer.lr  # the last one: time may jump by a slow save
+    assert result.step == steps
+    assert train["lr"] < 0.25 * config.optimizer.lr
     assert max(r["lr"] for r in records if r["event"] == "train") == config.optimizer.lr
 
 

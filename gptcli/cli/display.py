@@ -119,6 +119,8 @@ def status_line(event: StepEvent) -> str:
         f"loss {event.loss:.3f}",
         f"{event.tokens_per_second:,.0f} tok/s",
     ]
+    if event.mfu is not None:
+        parts.append(f"mfu {event.mfu:.0%}")
     if event.left_seconds is not None:
         parts.append(f"left {duration(event.left_seconds)}")
     return "  ".join(parts)

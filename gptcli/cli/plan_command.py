@@ -92,7 +92,7 @@ def _memory_rows(plan: "Plan") -> list[list[str]]:
         ["  optimizer", _size(memory.optimizer_bytes), ""],
         ["  activations", _size(memory.activations_bytes), how + again],
         ["  logits and loss", _size(memory.logits_bytes), ""],
-        ["  runtime", _size(memory.other_bytes), "the parts are not all there at once"],
+        ["  runtime and text", _size(memory.other_bytes), "the parts are not all there at once"],
         ["KV cache", _size(plan.kv_cache_bytes), "to generate one text of block_size tokens"],
         ["checkpoint", _size(plan.checkpoint_bytes), f"kept: {_size(plan.kept_bytes)}{disk}"],
     ]

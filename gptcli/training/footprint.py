@@ -112,11 +112,13 @@ def _with_layers(config: Config, n_layer: int) -> Config:
 def _simulate(
     config: Config, vocab_size: int, rows: int, precision: str, recompute: bool
 ) -> _Sizes:
-    """A second step of the run, as the loop makes it, with every allocation counted."""
+    """A second step of the run, as the loop makes it, with every allocation counted.
+
+    Without segments (data.document_mask): where documents begin is not known.
+    """
     model = empty_model(config.model, vocab_size)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    device = Device("cpu", None, "", 1, True)
-    counted = _Counted()
+    device, counted = Device("cpu", None, "", 1, True), _Counted()
     with FakeTensorMode(), counted:
         _fill(model, shapes)
         model.train()
@@ -131,7 +133,6 @@ def _simulate(
         kept = counted.live
         length = config.model.block_size
         tokens = torch.empty(rows, length, dtype=torch.int64)
-        segments = torch.empty_like(tokens) if config.data.document_mask else None
         activations = 0
 
         def after_hidden(*_: object) -> None:
@@ -139,27 +140,26 @@ def _simulate(
             activations = counted.live - before
             counted.peak = counted.live
 
-        model.norm.register_forward_hook(after_hidden)
+        hook = model.norm.register_forward_hook(after_hidden)
         loss_peak = backward_peak = logits = 0
         several = config.training.tokens_per_step > rows * length
         for _ in range(2 if several else 1):
             before = counted.live
             with autocast(device, precision):
-                loss = model.loss(tokens, tokens, segments)
+                loss = model.loss(tokens, tokens)
             loss_peak, logits = counted.peak, counted.peak - before - activations
             counted.peak = counted.live
             torch.autograd.backward(loss)
             backward_peak = counted.peak
             del loss
+        hook.remove()
         counted.peak = counted.live
         clip_gradients(model.parameters(), config.training.clip_norm)
         optimizer.step(1.0)
         update = counted.peak
         optimizer.zero_grad()
         counted.peak = counted.live
-        model.eval()
-        tokens = torch.empty(_evaluated_rows(config, vocab_size), length, dtype=torch.int64)
-        score_tokens(model, tokens, tokens, device, precision)
+        _evaluate(model, config, device, precision)
         return _Sizes(
             weights=weights,
             gradients=gradients,
@@ -173,10 +173,12 @@ def _simulate(
         )
 
 
-def _evaluated_rows(config: Config, vocab_size: int) -> int:
-    """Of the largest batch of an evaluation."""
+def _evaluate(model: GPT, config: Config, device: Device, precision: str) -> None:
+    """Score the largest batch of an evaluation."""
     length, wanted = config.model.block_size, config.eval.max_tokens or MOST_LOGITS
-    return max(1, min(MOST_LOGITS // (length * vocab_size), wanted // length))
+    rows = max(1, min(MOST_LOGITS // (length * model.vocab_size), wanted // length))
+    tokens = torch.empty(rows, length, dtype=torch.int64)
+    score_tokens(model.eval(), tokens, tokens, device, precision)
 
 
 def _fill(model: GPT, shapes: dict[str, torch.Size]) -> None:

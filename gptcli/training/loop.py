@@ -52,7 +52,7 @@ def train(session: Session, batches: Prefetch) -> None:
         applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
         logs = (state.step + 1) % training.log_every == 0
         old = watched_weights(session.model) if logs else None
-        if applies.is_cuda and readings.lag:  # decided there, so that nothing waits for it
+        if readings.lag:  # decided on the device, so that nothing waits for it
             session.optimizer.step(ratio, applies)
         elif bool(applies):
             session.optimizer.step(ratio)

@@ -93,15 +93,16 @@ def report_seconds(limits: TrainingConfig) -> float:
 def evaluation_fits(state: TrainState, limits: TrainingConfig) -> bool:
     """Whether one more evaluation along the way leaves max_time to the training.
 
-    They may take a tenth of the time so far, and none is begun that the run's last one, soon to
+    They may take a tenth of the time so far, the first a tenth of all: how long it takes tells more
+    than the one of step 0, which also warms up. None is begun that the run's last one, soon to
     come, makes needless. Always true without max_time.
     """
     if not limits.max_time:
         return True
-    share = _EVALUATION_SHARE * state.elapsed_seconds
-    ends = parse_seconds(limits.max_time) - reserve_seconds(state, limits)
-    if state.elapsed_seconds + state.evaluation_seconds >= ends:
+    whole, so_far = parse_seconds(limits.max_time), state.elapsed_seconds
+    if so_far + state.evaluation_seconds >= whole - reserve_seconds(state, limits):
         return False
+    share = _EVALUATION_SHARE * (so_far if state.evaluated_seconds else whole)
     return state.evaluated_seconds + state.evaluation_seconds <= share
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import logging
 import os
@@ -36,6 +37,8 @@ def test_duration(seconds, text):
 
 def test_status_line():
     assert status_line(STEP) == "step 100/400  loss 3.412  12,346 tok/s  left 2m10s"
+    on_known_gpu = dataclasses.replace(STEP, mfu=0.412)
+    assert status_line(on_known_gpu).endswith("12,346 tok/s  mfu 41%  left 2m10s")
 
 
 def test_log_file_gets_plain_lines(capsys):

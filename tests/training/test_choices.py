@@ -42,21 +42,22 @@ def test_micro_batch(device: Device, rows: int) -> None:
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: what the footprint says is not asked, or checkpointing is on though one row fits."""
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 512}
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 256}
     training = {"tokens_per_step": 2048, "precision": "fp32"}
-    settings = Config.model_validate({"training": training, "model": shape})
-    two = footprint(settings, 4096, 2, "fp32", recompute=False, device_kind="cpu").total_bytes
-    free = int(two / 0.9) + 2**20
+    few = {"max_tokens": 256}  # the evaluation's memory is not what decides here
+    settings = Config.model_validate({"training": training, "model": shape, "eval": few})
+    two = footprint(settings, 64, 2, "fp32", recompute=False, device_kind="cpu").total_bytes
+    free = int(two / 0.9) + 2**16
     monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: free)
-    found = choose(settings, CPU, 4096)
+    found = choose(settings, CPU, 64)
     assert (found.micro_batch_size, found.activation_checkpointing) == (2, False)
     monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: 2**20)
     one = settings.training.model_copy(update={"micro_batch_size": 1})
-    found = choose(settings.model_copy(update={"training": one}), CPU, 4096)
+    found = choose(settings.model_copy(update={"training": one}), CPU, 64)
     assert (found.micro_batch_size, found.activation_checkpointing) == (1, True)
     monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: None)
-    found = choose(settings, CPU, 4096)
-    assert (found.micro_batch_size, found.activation_checkpointing) == (4, False)
+    found = choose(settings, CPU, 64)
+    assert (found.micro_batch_size, found.activation_checkpointing) == (8, False)
 
 
 def test_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

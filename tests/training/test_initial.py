@@ -88,7 +88,7 @@ def run_config(source: Path | str, init: str | None, **changes: Any) -> Config:
 
 
 def fresh(tmp_path: Path) -> Start:
-    return Start("pretrain", tmp_path, None, TrainState(), False)
+    return Start("pretrain", tmp_path, None, TrainState(), False, 0.0)
 
 
 def started(tmp_path: Path, config: Config) -> GPT:
@@ -277,6 +277,25 @@ def test_a_run_in_short_rows_and_its_resume(
     loaded = load_model(str(run), torch.device("cpu")).model
     assert (loaded.config.block_size, loaded.config.windows) == (16, [8, 8])
     assert loaded.wpe.weight.shape == (16, 8)
+
+
+def test_automatic_rates_are_those_of_the_model(
+    tmp_path: Path, publish: Publish, book: Path, log: Log
+) -> None:
+    """The config is checked before the model is read: rates for the default width must not stay,
+    not in config.yaml either, and a resume by the same config must find them unchanged."""
+    source, run = publish(n_embd=64), tmp_path / "run"
+    config = run_config(book, source, optimizer__adamw_lr=0.5)
+    pretrain(config, run_dir=run)
+    written = yaml.safe_load((run / "config.yaml").read_text())["optimizer"]
+    assert (written["lr"], written["adamw_lr"]) == (0.002, 0.5)  # a tenth for a model with init
+    assert written["embedding_lr"] == 0.006  # twice the anchor's: a quarter of its width
+    longer = run_config(book, source, optimizer__adamw_lr=0.5, training__max_steps=3)
+    assert pretrain(longer, run_dir=run, resume="resume").step == 3
+    assert "changed since the run began: training.max_steps: 2 -> 3" in log()
+    assert "optimizer." not in log()
+    assert "the learning rate" not in log()
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"] == written
 
 
 @pytest.mark.parametrize(

@@ -242,12 +242,15 @@ def without_times(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("spike", ["off", "warn", "skip"])
 def test_late_figures_change_nothing(
-    tmp_path: Path, spike: str, judged_soon: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spike: str, kind: str, judged_soon: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: what is trained or logged depends on whether figures are read a step late."""
     given = config(tmp_path, spike=spike, save_every=5)
+    optimizer = given.optimizer.model_copy(update={"kind": kind})
+    given = given.model_copy(update={"optimizer": optimizer})
     with changed({8: 5.0, 10: math.nan}):
         pretrain(given, run_dir=tmp_path / "now")
     monkeypatch.setattr(loop, "reading_lag", lambda *_: 1)

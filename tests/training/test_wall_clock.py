@@ -49,14 +49,16 @@ def test_progress_never_falls() -> None:
 
 def test_evaluation_fits() -> None:
     """Bug: evaluations take the time from the training, or none is made at all."""
-    state = TrainState(evaluation_seconds=1.0, elapsed_seconds=9.0)
+    state = TrainState(evaluation_seconds=5.9, elapsed_seconds=9.0)
+    assert evaluation_fits(state, LIMITS)  # the one of step 0 may have been slow
+    state.evaluation_seconds = 6.1
     assert not evaluation_fits(state, LIMITS)
-    state.elapsed_seconds = 11.0
+    state.evaluated_seconds = state.evaluation_seconds = 1.0
+    assert not evaluation_fits(state, LIMITS)
+    state.elapsed_seconds = 20.0
     assert evaluation_fits(state, LIMITS)
-    state.evaluated_seconds = 1.0
-    assert not evaluation_fits(state, LIMITS)
-    assert evaluation_fits(state, TrainingConfig(max_steps=100))
-    state.elapsed_seconds = 57.0  # the last evaluation is soon to come
+    assert evaluation_fits(TrainState(evaluation_seconds=99.0), TrainingConfig(max_steps=100))
+    state.evaluated_seconds, state.elapsed_seconds = 0.0, 57.0  # the last one is soon to come
     assert not evaluation_fits(state, LIMITS)
 
 
