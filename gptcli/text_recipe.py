@@ -367,8 +367,9 @@ def _choices(run: _Run, text: _Text, pace: _Pace, vocab_size: int, limit: float)
 
 
 def _prompt(text: str) -> str:
-    """A few words of the text's beginning."""
-    line = next(line for line in text.splitlines() if line.strip()).strip()
+    """The first words of the first line that is more than a short heading."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = next((line for line in lines if len(line) >= 10), lines[0])
     words = line[:25].rsplit(None, 1)
     return words[0] if len(line) > 25 else line
 

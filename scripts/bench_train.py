@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -98,7 +98,8 @@ class Contender:
         """End the process; {"peak_bytes", "threads"} as they were at its end."""
         self._order(0)
         last = self._answer()
-        self._process.wait(timeout=60)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=60)
         self.kill()
         return last
 

@@ -108,6 +108,7 @@ def test_advice_works(monkeypatch) -> None:
     case = config(
         model={"n_layer": 8, "n_embd": 64, "block_size": 256},
         training={"tokens_per_step": 8192, "micro_batch_size": 32, "max_steps": 1},
+        data={"train": "nothing.txt"},
     )
     needed = plan(case).memory
     for share in (0.7, 0.2, 0.01):

@@ -81,6 +81,8 @@ def test_limits_of_the_user_shorten_the_run() -> None:
     [
         ("\n\n  First Citizen:\nBefore we", "First Citizen:"),
         ("It is a truth universally acknowledged, that", "It is a truth"),
+        ("EMMA\n\nCHAPTER I\n\nEmma Woodhouse, handsome, clever", "Emma Woodhouse,"),
+        ("Abc\nDef", "Abc"),
         ("\u6625" * 40, "\u6625" * 25),
     ],
 )

@@ -101,10 +101,11 @@ def test_what_is_written_wins(tmp_path: Path) -> None:
     text = "optimizer: {lr: 0.5, weight_decay: 0}\ntraining: {tokens_per_step: 256}\n"
     config = loaded(tmp_path, text + "model: {n_embd: 64, n_head: 2}\n")
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.5, 0.0)
-    assert config.optimizer.adamw_lr == 0.006  # sqrt(256 / 64) times the anchor
+    quarter = recipe.rates("muon", config.model, from_init=False)
+    assert config.optimizer.adamw_lr == quarter["adamw_lr"] > recipe.MUON_ADAMW_LR
     assert config.training.tokens_per_step == 256
     again = loaded(tmp_path, text, "optimizer.lr=auto", "training.tokens_per_step=auto")
-    assert (again.optimizer.lr, again.training.tokens_per_step) == (0.02, 4096)
+    assert (again.optimizer.lr, again.training.tokens_per_step) == (recipe.MUON_LR, 4096)
 
 
 def test_the_resolved_config_has_numbers(tmp_path: Path) -> None:
@@ -127,10 +128,15 @@ def test_with_init_numbers_wait_for_the_shape(tmp_path: Path) -> None:
     shape = ModelConfig(n_embd=1024, n_head=16, block_size=8192)
     settled = config.settled_for(shape)
     assert settled.optimizer.lr == pytest.approx(recipe.MUON_LR * recipe.INIT_LR_RATIO)
-    assert settled.optimizer.adamw_lr == pytest.approx(0.00015)  # a tenth, and a half for 4 x 256
+    new = recipe.rates("muon", shape, from_init=False)
+    ratio = settled.optimizer.adamw_lr / new["adamw_lr"]
+    assert ratio == pytest.approx(recipe.INIT_LR_RATIO, rel=0.05)  # rounded to two digits
     assert settled.optimizer.embedding_lr == 0.5
     assert settled.training.tokens_per_step == 8192
-    assert yaml.safe_load(dump_config(settled, loadable=True))["optimizer"]["lr"] == 0.002
+    assert (
+        yaml.safe_load(dump_config(settled, loadable=True))["optimizer"]["lr"]
+        == settled.optimizer.lr
+    )
     assert loaded(tmp_path, dump_config(settled, loadable=True)).optimizer == settled.optimizer
 
 
@@ -138,8 +144,10 @@ def test_a_model_given_later_settles_again(tmp_path: Path) -> None:
     """`gpt finetune --model` names the model only after the config is checked."""
     config = loaded(tmp_path, "training: {max_steps: 300}\n")
     named = config.model_copy(update={"init": "runs/x"})
-    assert named.settled_for(ModelConfig()).optimizer.lr == pytest.approx(0.002)
-    assert config.optimizer.lr == 0.02
+    assert named.settled_for(ModelConfig()).optimizer.lr == pytest.approx(
+        recipe.MUON_LR * recipe.INIT_LR_RATIO
+    )
+    assert config.optimizer.lr == recipe.MUON_LR
 
 
 def test_a_checkpoint_keeps_its_numbers(tmp_path: Path) -> None:

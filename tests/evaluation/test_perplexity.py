@@ -96,7 +96,7 @@ def test_batches(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     backwards = figures(perplexity(model, encoded[::-1], DEVICE, stride=3))
     assert backwards == pytest.approx(expected, abs=1e-6)
     for rows in (1, 7):
-        monkeypatch.setattr(module, "_LOGITS", rows * BLOCK * BYTES.vocab_size)
+        monkeypatch.setattr(module, "MOST_LOGITS", rows * BLOCK * BYTES.vocab_size)
         found = figures(perplexity(model, encoded, DEVICE, stride=3))
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -116,7 +116,7 @@ def test_logits_of_a_part_at_a_time(
     wanted = F.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-100)
     sizes: list[int] = []
     model.head.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
-    monkeypatch.setattr(module, "_LOGITS", at_once)
+    monkeypatch.setattr(module, "MOST_LOGITS", at_once)
     nats, first = module.score_tokens(model, tokens, targets, DEVICE, "fp32")
     torch.testing.assert_close(nats, wanted, atol=1e-6, rtol=0)
     assert torch.equal(first, logits.argmax(-1) == targets)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from gptcli.config import recipe
 from gptcli.config.load import dump_config, load_config
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
@@ -288,8 +289,8 @@ def test_automatic_rates_are_those_of_the_model(
     config = run_config(book, source, optimizer__adamw_lr=0.5)
     pretrain(config, run_dir=run)
     written = yaml.safe_load((run / "config.yaml").read_text())["optimizer"]
-    assert (written["lr"], written["adamw_lr"]) == (0.002, 0.5)  # a tenth for a model with init
-    assert written["embedding_lr"] == 0.006  # twice the anchor's: a quarter of its width
+    rates = recipe.rates("muon", ModelConfig(n_embd=64), from_init=True)
+    assert {key: written[key] for key in rates} == {**rates, "adamw_lr": 0.5}
     longer = run_config(book, source, optimizer__adamw_lr=0.5, training__max_steps=3)
     assert pretrain(longer, run_dir=run, resume="resume").step == 3
     assert "changed since the run began: training.max_steps: 2 -> 3" in log()
