@@ -21,8 +21,8 @@ from gptcli.training.optimizers import Optimizer
 # Of a process that has imported all that a run does, before its first tensor (VmRSS, torch 2.13 for
 # the CPU); on a GPU the CUDA context and cuBLAS's workspace, by PyTorch's documentation.
 _RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
-# Freed blocks of the wrong size: peak memory over what lives then.
-_SLACK = 1.05
+# Of what comes and goes in a step, how much more the allocator holds: freed blocks of other sizes.
+_SLACK = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def footprint(
         )
         at = one.extended(two, (model.n_layer - period) / period)
     peak = max(at.loss, at.backward, at.update, at.evaluation)
-    other = _RUNTIME_BYTES[device_kind] + int(peak * (_SLACK - 1))
+    slack = int(_SLACK * (peak - at.weights - at.optimizer))
+    other = _RUNTIME_BYTES[device_kind] + slack
     return Footprint(
         weights_bytes=at.weights,
         gradients_bytes=at.gradients,
