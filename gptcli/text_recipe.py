@@ -49,9 +49,8 @@ SHAPES = (
     (10, 10, 640, 512),
     (12, 12, 768, 512),
 )
-# A model fits when the run has this many tokens for each weight of its matrices and head. Far below
-# the 20 of Hoffmann et al. 2022, whose runs are long: in 100 s on tinyshakespeare 0.6 million
-# weights with 2 tokens each (3 layers of 128) were better than larger models with 1.1 and less.
+# A model fits when the run has this many tokens for each weight of its matrices and head: in 100 s
+# on tinyshakespeare 3 layers of 128 (2 tokens each) were better than larger models (1.1 and less).
 TOKENS_PER_PARAMETER = 2.0
 # Read again, a text is worth less: R* of Muennighoff et al. 2023, equation 5.
 WORTH_OF_REPEATS = 15.4

@@ -106,8 +106,8 @@ def test_init(tmp_path) -> None:
 def test_advice_works(monkeypatch) -> None:
     """Bug: what is said to make a run fit does not."""
     case = config(
-        model={"n_layer": 8, "n_embd": 64, "block_size": 256},
-        training={"tokens_per_step": 8192, "micro_batch_size": 32, "max_steps": 1},
+        model={"n_layer": 4, "n_embd": 32, "block_size": 256},
+        training={"tokens_per_step": 4096, "micro_batch_size": 16, "max_steps": 1},
         data={"train": "nothing.txt"},
     )
     needed = plan(case).memory
