@@ -99,7 +99,7 @@ def test_init(tmp_path) -> None:
                                    "schedule": {"warmup_steps": 0}})  # fmt: skip
     for where in (made.run_dir, made.run_dir / "checkpoints" / "step-00000004"):
         found = plan(again.model_copy(update={"init": str(where)}))
-        assert found.parameters == plan(tiny).parameters
+        assert found.parameters["total"] == GPT(tiny.model, 257).parameter_count()
         assert found.vocab_size == 257
 
 
@@ -111,7 +111,7 @@ def test_advice_works(monkeypatch) -> None:
         data={"train": "nothing.txt"},
     )
     needed = plan(case).memory
-    for share in (0.7, 0.2, 0.01):
+    for share in (0.5, 0.01):
         changeable = needed.total_bytes - needed.other_bytes
         limit = int(needed.total_bytes - (1 - share) * changeable)
         monkeypatch.setattr("gptcli.plan.free_memory_bytes", lambda device, n=limit: n)
