@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def plan(
     `vocab_size` stands for a tokenizer that is not here. Raises GptError for what a user can cause;
     that the run does not fit is no error here.
     """
+    began = time.monotonic() - time.process_time()  # a run imports as much before its clock shows
     device = resolve_device(config.training.device)
     config, vocabulary, tokenizer = _start(config, vocab_size)
     empty = _empty(config.model, vocabulary)
@@ -107,13 +109,11 @@ def plan(
     case = _Case(config, vocabulary, device, chosen, text.memory_bytes)
     needed = case.need()
     problems, advice = _misfits(case, needed, memory)
-    if not problems and _is_quick(case):
-        model = _drawn(case)
-        case = replace(case, choices=_tuned(case, model, text))
-        needed = case.need()
-        paces = _probed(case, model, text, needed, probe_seconds)
+    if problems or not _is_quick(case):
+        paces = _computed(case, text, began)
     else:
-        paces = _computed(case, text, needed)
+        case, paces = _probed(case, text, began, probe_seconds)
+        needed = case.need()
     saved = _saved_bytes(needed)
     kept = (config.training.keep_last + 2) * saved  # the best and the last before the decay too
     _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
@@ -333,45 +333,46 @@ def _is_quick(case: _Case) -> bool:
     return tokens * flops_per_token(case.config.model, case.vocab_size) <= _MOST_PROBED_FLOPS
 
 
-def _drawn(case: _Case) -> GPT:
+def _probed(case: _Case, text: _Text, began: float, seconds: float) -> tuple[_Case, Paces]:
+    """The case with the choices that the run will make, and its paces.
+
+    What is compiled takes longer to try than a plan may: it is left out.
+    """
     model = GPT(case.config.model, case.vocab_size)
     initialise(model, torch.Generator().manual_seed(case.config.seed))
-    return model.to(case.device.torch)
-
-
-def _tuned(case: _Case, model: GPT, text: _Text) -> Choices:
-    """The choices that the run will make, but for compiling, which takes longer than a plan may."""
+    model.to(case.device.torch)
     training = case.config.training.model_copy(update={"compile": "off"})
     config = case.config.model_copy(update={"training": training})
-    return tune(case.choices, config, case.device, model, text.train_bytes or 0)
-
-
-def _probed(case: _Case, model: GPT, text: _Text, needed: Footprint, seconds: float) -> Paces:
+    tuned = tune(case.choices, config, case.device, model, text.train_bytes or 0)
+    case = replace(case, choices=tuned)
+    starting = time.monotonic() - began
     try:
-        return probed_paces(
+        paces = probed_paces(
             model,
             case.config,
             case.device,
             case.choices.precision,
             case.choices.micro_batch_size,
             val_tokens=text.val_tokens or 0,
-            checkpoint_bytes=_saved_bytes(needed),
+            checkpoint_bytes=_saved_bytes(case.need()),
             seconds=seconds,
         )
     finally:
         torch.set_num_threads(case.device.threads)  # tuning may have chosen fewer
+    return case, replace(paces, starting_seconds=starting)
 
 
-def _computed(case: _Case, text: _Text, needed: Footprint) -> Paces:
-    return computed_paces(
+def _computed(case: _Case, text: _Text, began: float) -> Paces:
+    paces = computed_paces(
         case.config,
         case.vocab_size,
         case.device,
         case.choices.precision,
         recompute=case.choices.activation_checkpointing,
         val_tokens=text.val_tokens or 0,
-        checkpoint_bytes=_saved_bytes(needed),
+        checkpoint_bytes=_saved_bytes(case.need()),
     )
+    return replace(paces, starting_seconds=time.monotonic() - began)
 
 
 def _saved_bytes(needed: Footprint) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 GPT = [sys.executable, "-m", "gptcli"]
-WARM_UP_STEPS = 2
+LOG_EVERY, WARM_UP_LINES = 5, 1
 _COMMON = """
 name: {name}
 data: {{train: builtin:web-bible}}
@@ -28,7 +28,7 @@ eval: {{max_tokens: 4096}}
 samples: {{n: 1, max_new_tokens: 20}}
 """
 _BPE, _GPT2 = "{kind: bpe, vocab_size: 8192}", "{kind: tiktoken, name: gpt2}"
-_CADENCE = "log_every: 1, eval_every: 100, save_every: 100"
+_CADENCE = f"log_every: {LOG_EVERY}, eval_every: 100, save_every: 100"
 CONFIGS = {
     "tiny": f"""
 tokenizer: {{kind: bpe, vocab_size: 512, train_bytes: 1MB}}
@@ -49,12 +49,12 @@ optimizer: {{kind: adamw}}
     "modern-33m": f"""
 tokenizer: {_BPE}
 model: {{preset: modern, n_layer: 8, n_head: 8, n_embd: 512, block_size: 256}}
-training: {{max_steps: 10, tokens_per_step: 4096, {_CADENCE}}}
+training: {{max_steps: 15, tokens_per_step: 4096, {_CADENCE}}}
 """,
     "gpt2-124m": f"""
 tokenizer: {_GPT2}
 model: {{preset: gpt2, block_size: 256}}
-training: {{max_steps: 8, tokens_per_step: 1024, micro_batch_size: 2, {_CADENCE}}}
+training: {{max_steps: 15, tokens_per_step: 1024, micro_batch_size: 2, {_CADENCE}}}
 optimizer: {{kind: adamw}}
 """,
 }
@@ -112,19 +112,19 @@ def run(path: Path, run_dir: Path) -> Seen:
     if status:
         raise SystemExit(f"{path.name}: the run failed")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [_seconds(line) for line in lines if line["event"] == "train"]
+    steps = [_step_seconds(line) for line in lines if line["event"] == "train"]
     about = json.loads((run_dir / "run.json").read_text())
     return Seen(
         memory_bytes=usage.ru_maxrss * 1024,
-        step_seconds=statistics.median(steps[WARM_UP_STEPS:]),
+        step_seconds=statistics.median(steps[WARM_UP_LINES:]),
         run_seconds=about["training"]["elapsed_seconds"],
     )
 
 
-def _seconds(line: dict[str, Any]) -> float:
-    """Of the steps of one line of metrics.jsonl."""
+def _step_seconds(line: dict[str, Any]) -> float:
+    """Of a step, from a line of metrics.jsonl for LOG_EVERY of them."""
     names = ("data_wait", "forward_backward", "optimizer", "other")
-    return float(sum(line[f"{name}_seconds"] for name in names))
+    return float(sum(line[f"{name}_seconds"] for name in names)) / LOG_EVERY
 
 
 if __name__ == "__main__":

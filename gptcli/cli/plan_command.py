@@ -113,7 +113,8 @@ def _run_rows(plan: "Plan") -> list[list[str]]:
     rows += [
         ["run", f"{plan.tokens:,}", f"tokens in {length.steps:,} steps{epochs}"],
         ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}", ""],
-        ["time", _duration(length.total_seconds), "after reading the text"],
+        ["time", _duration(length.total_seconds), ""],
+        ["  starting", _duration(length.starting_seconds), "reading the text with it"],
         ["  training", _duration(length.training_seconds), ""],
         ["  evaluation", _duration(length.evaluation_seconds), ""],
         ["  samples", _duration(length.sampling_seconds), ""],

@@ -21,14 +21,16 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Paces:
-    """Seconds of one step, one evaluation with its samples, and one checkpoint. `source` is how
-    they were found: probe (real steps), or products (operations over the speed of products)."""
+    """Seconds of one step, one evaluation with its samples, one checkpoint, and of all before the
+    first step. `source` is how they were found: probe (real steps), or products (operations over
+    the speed of products)."""
 
     source: Literal["probe", "products"]
     step_seconds: float
     evaluation_seconds: float
     sampling_seconds: float
     saving_seconds: float
+    starting_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Duration:
     evaluation_seconds: float
     sampling_seconds: float
     saving_seconds: float
+    starting_seconds: float
 
     @property
     def total_seconds(self) -> float:
-        """All of them; reading the text and starting come on top."""
+        """All of them."""
         return (
-            self.training_seconds
+            self.starting_seconds
+            + self.training_seconds
             + self.evaluation_seconds
             + self.sampling_seconds
             + self.saving_seconds
@@ -110,7 +114,8 @@ def duration(config: Config, paces: Paces, epoch_tokens: int | None) -> Duration
     if limits.max_time:
         # What a step costs on average, with its share of the evaluations and checkpoints.
         between = _between(config, paces, 10**6)
-        most = max(1, int(parse_seconds(limits.max_time) / (between.total_seconds / 10**6)))
+        seconds = parse_seconds(limits.max_time) - paces.starting_seconds
+        most = max(1, int(seconds / (between.total_seconds / 10**6)))
         steps = most if steps is None else min(steps, most)
     return None if steps is None else _between(config, paces, steps)
 
@@ -140,6 +145,7 @@ def _between(config: Config, paces: Paces, steps: int) -> Duration:
         evaluation_seconds=evaluations * paces.evaluation_seconds,
         sampling_seconds=evaluations * paces.sampling_seconds,
         saving_seconds=saves * paces.saving_seconds,
+        starting_seconds=paces.starting_seconds,
     )
 
 

@@ -22,7 +22,7 @@ from gptcli.training.optimizers import Optimizer
 # the CPU); on a GPU the CUDA context and cuBLAS's workspace, by PyTorch's documentation.
 _RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
 # Of what comes and goes in a step, how much more the allocator holds: freed blocks of other sizes.
-_SLACK = 0.2
+_SLACK = 0.35
 
 
 @dataclass(frozen=True)

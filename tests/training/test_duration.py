@@ -13,6 +13,7 @@ PACES = Paces(
     evaluation_seconds=10.0,
     sampling_seconds=3.0,
     saving_seconds=100.0,
+    starting_seconds=7.0,
 )
 
 
@@ -34,7 +35,7 @@ def test_counts(steps: int) -> None:
     assert found.evaluation_seconds == 10 * len(evaluated)
     assert found.sampling_seconds == 3 * len(evaluated)
     assert found.saving_seconds == 100 * len(saved)
-    assert found.total_seconds == steps + 13 * len(evaluated) + 100 * len(saved)
+    assert found.total_seconds == 7 + steps + 13 * len(evaluated) + 100 * len(saved)
 
 
 def test_limits() -> None:
