@@ -113,6 +113,12 @@ def autocast(device: Device, precision: str) -> torch.autocast:
     return torch.autocast(device.kind, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
+def allow_tf32(device: Device) -> None:
+    """On a GPU, let training compute in TF32 what it computes in fp32."""
+    if device.kind == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of giving them back to the kernel.
 

@@ -13,11 +13,11 @@ from gptcli.config.load import load_resolved
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.config.units import parse_bytes
-from gptcli.data.corpus import open_corpus
+from gptcli.data.corpus import VAL_TOKENS, open_corpus
 from gptcli.data.files import resolve
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import Device, free_memory_bytes, resolve_device
+from gptcli.device import Device, allow_tf32, free_memory_bytes, resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluation.perplexity import encode_documents
 from gptcli.interop.hf_folder import open_folder
@@ -29,18 +29,20 @@ from gptcli.runs.manifest import CONFIG, MODEL
 from gptcli.runs.resolve import locate
 from gptcli.runs.run_dir import runs_root
 from gptcli.runs.tensors import stored_shapes
-from gptcli.training.choices import Choices, choose, largest_divisor
+from gptcli.training.choices import choose
 from gptcli.training.duration import Duration, Paces, computed_paces, duration, probed_paces
+from gptcli.training.fitting import Case, gib, misfits
 from gptcli.training.flops import flops_per_token
-from gptcli.training.footprint import Footprint, footprint
+from gptcli.training.footprint import Footprint
 from gptcli.training.initial import with_shape
-from gptcli.training.tuning import tune
+from gptcli.training.tuning import tune, worth_compiling
 
 log = logging.getLogger("gptcli")
 
 _MOST_READ_BYTES = 2**30  # of text, to count its tokens
 _SAMPLE_BYTES = 256  # of text for each token of a vocabulary: enough to learn their usual length
-_MOST_PROBED_FLOPS = 4e12  # of a micro batch, of which the probe runs at least two: half a minute
+# Of a micro batch, of which the probe runs at least two: half a minute on a CPU, seconds on a GPU.
+_MOST_PROBED_FLOPS = {"cpu": 4e12, "mps": 4e13, "cuda": 4e14}
 _PARTS = {"wte": "embeddings", "wpe": "embeddings", "attn": "attention", "mlp": "feed_forward"}
 
 
@@ -91,31 +93,38 @@ def plan(
     *,
     vocab_size: int | None = None,
     price_per_hour: float | None = None,
+    run_dir: Path | None = None,
     probe_seconds: float = 5.0,
+    began: float | None = None,
 ) -> Plan:
     """What `config` will take on this machine, which runs a few of its steps for about
     `probe_seconds`. Nothing but the caches of a run is written.
 
-    `vocab_size` stands for a tokenizer that is not here. Raises GptError for what a user can cause;
+    `run_dir` is where its checkpoints would go (a folder under `runs_root`); `began` (of
+    time.monotonic(), default: now) when the work began that a run too does first. `vocab_size`
+    stands for a tokenizer that is not here. Raises GptError for what a user can cause;
     that the run does not fit is no error here.
     """
-    began = time.monotonic() - time.process_time()  # a run imports as much before its clock shows
+    began = time.monotonic() if began is None else began
     device = resolve_device(config.training.device)
+    allow_tf32(device)
     config, vocabulary, tokenizer = _start(config, vocab_size)
     empty = _empty(config.model, vocabulary)
-    memory, free = free_memory_bytes(device), _free_bytes(runs_root())
+    memory, free = _memory_bytes(device), _free_bytes(run_dir or runs_root())
     text = _text(config, tokenizer)
     chosen = choose(config, device, vocabulary)
-    case = _Case(config, vocabulary, device, chosen, text.memory_bytes)
+    case = Case(config, vocabulary, device, chosen, text.memory_bytes)
     needed = case.need()
-    problems, advice = _misfits(case, needed, memory)
-    if problems or not _is_quick(case):
+    problems, advice = misfits(case, needed, memory)
+    twin = needed.weights_bytes  # the probe works on a copy of the model
+    if problems or not _is_quick(case) or (memory or twin) < needed.total_bytes + twin:
         paces = _computed(case, text, began)
     else:
         case, paces = _probed(case, text, began, probe_seconds)
         needed = case.need()
     saved = _saved_bytes(needed)
-    kept = (config.training.keep_last + 2) * saved  # the best and the last before the decay too
+    # Besides the last ones, the best, and the one before the decay if there is one.
+    kept = (config.training.keep_last + 1 + (config.schedule.kind == "wsd")) * saved
     _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
     length = duration(config, paces, text.train_tokens)
     hours = None if length is None else length.total_seconds / 3600
@@ -140,55 +149,17 @@ def plan(
         paces=paces,
         duration=length,
         cost=None if price_per_hour is None or hours is None else price_per_hour * hours,
-        notes=_notes(text, paces, length),
+        notes=_notes(case, text, paces, length),
         problems=problems,
         advice=advice,
     )
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What decides the memory and the speed of a step."""
-
-    config: Config
-    vocab_size: int
-    device: Device
-    choices: Choices
-    text_bytes: int  # of memory, to read it
-
-    def need(self) -> Footprint:
-        found = footprint(
-            self.config,
-            self.vocab_size,
-            self.choices.micro_batch_size,
-            self.choices.precision,
-            recompute=self.choices.activation_checkpointing,
-            device_kind=self.device.kind,
-        )
-        if self.device.kind == "cuda":
-            return found
-        return replace(
-            found,
-            other_bytes=found.other_bytes + self.text_bytes,
-            peak_bytes=found.peak_bytes + self.text_bytes,
-        )
-
-    def smaller(self, rows: int, *, recompute: bool = False, n_layer: int | None = None) -> "_Case":
-        """With other micro batches, checkpoints of activations, and fewer layers."""
-        config, choices = self.config, replace(self.choices, micro_batch_size=rows)
-        if recompute:
-            choices = replace(choices, activation_checkpointing=True)
-        if n_layer is not None:
-            shape = config.model.model_copy(update={"n_layer": n_layer})
-            config = config.model_copy(update={"model": shape})
-        return replace(self, config=config, choices=choices)
 
 
 def _start(config: Config, vocab_size: int | None) -> tuple[Config, int, Tokenizer | None]:
     """The config with its model's shape, the vocabulary, and the tokenizer if it is there."""
     if config.init is not None:
         shape, size, own = _initial(config.init)
-        return with_shape(config, shape).settled_for(shape), size, own
+        return with_shape(config, shape), size, own
     settings = config.tokenizer
     if vocab_size is not None:
         return config, vocab_size, None
@@ -267,7 +238,7 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
         files = [file for file in resolve(sources) if file.kind != "builtin"]
         size = sum(os.path.getsize(file.path) for file in files)
         if size > _MOST_READ_BYTES:
-            return _Text(note=f"the text has {_gib(size)} of files: it is not counted")
+            return _Text(note=f"the text has {gib(size)} of files: it is not counted")
         corpus = open_corpus(config.data, val_tokens=config.eval.max_tokens)
         next(corpus.train_records())
         memory = _resident_bytes() - resident
@@ -285,41 +256,20 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
     return _Text(train_tokens, tokens, corpus.train_bytes, memory)
 
 
-def _misfits(case: _Case, needed: Footprint, memory: int | None) -> tuple[list[str], list[str]]:
-    """Why a step does not fit in `memory` bytes, and the first change that makes it fit."""
-    if memory is None or needed.total_bytes <= memory:
-        return [], []
-    problem = f"a step takes {_gib(needed.total_bytes)} of memory, free are {_gib(memory)}"
-    rows = case.config.training.tokens_per_step // case.config.model.block_size
-    changes, size = [], case.choices.micro_batch_size
-    while size > 1:
-        size = largest_divisor(rows, size // 2)
-        changes.append((case.smaller(size), f"--set training.micro_batch_size={size}"))
-    how = "--set training.micro_batch_size=1 --set training.activation_checkpointing=on"
-    changes.append((case.smaller(1, recompute=True), how))
-    layers = case.config.model.n_layer
-    while layers > 1:
-        layers //= 2
-        fewer = case.smaller(1, recompute=True, n_layer=layers)
-        changes.append((fewer, f"{how} --set model.n_layer={layers}"))
-    if changes[-1][0].need().total_bytes > memory:
-        return [problem], ["one layer is too much too: choose a smaller model (gpt config presets)"]
-    for changed, words in changes:
-        total = changed.need().total_bytes
-        if total <= memory:
-            return [problem], [f"{words} takes {_gib(total)}"]
-    return [problem], []
-
-
 def _check_disk(size: int, free: int | None, problems: list[str], advice: list[str]) -> None:
     if free is not None and free < size:
-        problems.append(f"its checkpoints take {_gib(size)} of disk, free are {_gib(free)}")
+        problems.append(f"its checkpoints take {gib(size)} of disk, free are {gib(free)}")
         advice.append("free some disk, or write elsewhere: GPT_RUNS=DIR or --run-dir DIR")
 
 
-def _notes(text: _Text, paces: Paces, length: Duration | None) -> list[str]:
+def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> list[str]:
     """What the plan does not know, and why."""
     notes = [] if text.note is None else [text.note]
+    wanted = case.config.training.compile
+    if length is not None and wanted == "auto":
+        wanted = "on" if worth_compiling(case.config, case.device, length.total_seconds) else "off"
+    if wanted == "on":
+        notes.append("seconds are those of code that is not compiled; the run may be faster")
     if paces.source == "products":
         notes.append("seconds are operations over the speed of matrix products, not probed")
     if length is None:
@@ -327,23 +277,25 @@ def _notes(text: _Text, paces: Paces, length: Duration | None) -> list[str]:
     return notes
 
 
-def _is_quick(case: _Case) -> bool:
+def _is_quick(case: Case) -> bool:
     """Whether a micro batch is short enough to be run a few times."""
     tokens = case.choices.micro_batch_size * case.config.model.block_size
-    return tokens * flops_per_token(case.config.model, case.vocab_size) <= _MOST_PROBED_FLOPS
+    flops = tokens * flops_per_token(case.config.model, case.vocab_size)
+    return flops <= _MOST_PROBED_FLOPS[case.device.kind]
 
 
-def _probed(case: _Case, text: _Text, began: float, seconds: float) -> tuple[_Case, Paces]:
+def _probed(case: Case, text: _Text, began: float, seconds: float) -> tuple[Case, Paces]:
     """The case with the choices that the run will make, and its paces.
 
-    What is compiled takes longer to try than a plan may: it is left out.
+    To compile takes longer than a plan may: it is left out.
     """
     model = GPT(case.config.model, case.vocab_size)
     initialise(model, torch.Generator().manual_seed(case.config.seed))
     model.to(case.device.torch)
     training = case.config.training.model_copy(update={"compile": "off"})
     config = case.config.model_copy(update={"training": training})
-    tuned = tune(case.choices, config, case.device, model, text.train_bytes or 0)
+    choices = replace(case.choices, compile=False)
+    tuned = tune(choices, config, case.device, model, text.train_bytes or 0)
     case = replace(case, choices=tuned)
     starting = time.monotonic() - began
     try:
@@ -353,7 +305,7 @@ def _probed(case: _Case, text: _Text, began: float, seconds: float) -> tuple[_Ca
             case.device,
             case.choices.precision,
             case.choices.micro_batch_size,
-            val_tokens=text.val_tokens or 0,
+            val_tokens=_scored_tokens(case.config, text),
             checkpoint_bytes=_saved_bytes(case.need()),
             seconds=seconds,
         )
@@ -362,21 +314,34 @@ def _probed(case: _Case, text: _Text, began: float, seconds: float) -> tuple[_Ca
     return case, replace(paces, starting_seconds=starting)
 
 
-def _computed(case: _Case, text: _Text, began: float) -> Paces:
+def _computed(case: Case, text: _Text, began: float) -> Paces:
     paces = computed_paces(
         case.config,
         case.vocab_size,
         case.device,
         case.choices.precision,
         recompute=case.choices.activation_checkpointing,
-        val_tokens=text.val_tokens or 0,
+        val_tokens=_scored_tokens(case.config, text),
         checkpoint_bytes=_saved_bytes(case.need()),
     )
     return replace(paces, starting_seconds=time.monotonic() - began)
 
 
+def _scored_tokens(config: Config, text: _Text) -> int:
+    """Of an evaluation; where the text is not known, as many as it may be."""
+    if text.val_tokens is not None:
+        return text.val_tokens
+    return config.eval.max_tokens or VAL_TOKENS
+
+
 def _saved_bytes(needed: Footprint) -> int:
     return needed.weights_bytes + needed.optimizer_bytes
+
+
+def _memory_bytes(device: Device) -> int | None:
+    """What a process may take on `device`: what is free, and on a CPU what this one holds."""
+    free = free_memory_bytes(device)
+    return free if free is None or device.kind == "cuda" else free + _resident_bytes()
 
 
 def _resident_bytes() -> int:
@@ -393,7 +358,3 @@ def _free_bytes(path: Path) -> int | None:
     path = path.absolute()
     existing = next((p for p in (path, *path.parents) if p.exists()), None)
     return None if existing is None else shutil.disk_usage(existing).free
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"

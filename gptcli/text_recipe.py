@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from gptcli.config import recipe
@@ -25,12 +24,11 @@ from gptcli.data.files import resolve
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.data.unicode_scripts import letters_by_script
-from gptcli.device import Device, choose_precision, resolve_device
+from gptcli.device import Device, allow_tf32, choose_precision, resolve_device
 from gptcli.errors import ConfigError, DataError
 from gptcli.model.empty import empty_model
-from gptcli.model.gpt import GPT, initialise
 from gptcli.training.flops import flops_per_token
-from gptcli.training.probe import probe_speed, step_seconds
+from gptcli.training.unit_costs import UnitCosts, unit_costs, update_work
 
 log = logging.getLogger("gptcli")
 
@@ -72,8 +70,6 @@ WARMUP_SHARE, MOST_WARMUP = 0.05, 100
 _LOOKED_AT_BYTES = 1_000_000
 _MOST_DAMAGE = 0.01  # share of characters that no text has
 _PROBES = 4
-_PROBE_TOKENS = {"cpu": 4096}  # of a micro batch; on others
-_GPU_PROBE_TOKENS = 65536
 _CJK = ("Han", "Hiragana", "Katakana", "Hangul")
 
 
@@ -95,15 +91,6 @@ class _Text:
     tokens: int
     documents: int | None
     beginning: str
-
-
-@dataclass(frozen=True)
-class _Pace:
-    """This machine's seconds for each operation of the products, and for each weight and column of
-    an update (Muon's work on a weight grows with the width)."""
-
-    per_flop: float
-    per_update: float
 
 
 @dataclass(frozen=True)
@@ -131,14 +118,15 @@ def plan_text(asked: LoadedConfig, overrides: Sequence[str], began: float) -> Te
     """
     _check_asked(asked.config)
     device = resolve_device(asked.config.training.device)
+    allow_tf32(device)
     config, held_out = _held_out(asked)
     text, corpus = _read(config)
     config, learned = _with_tokenizer(config, asked, text)
     tokenizer = ready_tokenizer(config.tokenizer) or corpus_tokenizer(config, corpus)
     text = replace(text, tokens=_count_tokens(text, tokenizer))
     limit = parse_seconds(asked.config.training.max_time or MAX_TIME)
-    run, pace = _choose(config, asked, tokenizer.vocab_size, text, device, limit, began)
-    fitted = _choices(run, text, pace, tokenizer.vocab_size, limit)
+    run, costs = _choose(config, asked, tokenizer.vocab_size, text, device, limit, began)
+    fitted = _choices(run, text, costs, tokenizer.vocab_size, limit)
     config = load_config(None, [*held_out, *learned, *fitted, *overrides], asked.path).config
     return TextPlan(config, _describe(config, run, text, tokenizer))
 
@@ -235,7 +223,7 @@ def _choose(
     device: Device,
     limit: float,
     began: float,
-) -> tuple[_Run, _Pace]:
+) -> tuple[_Run, UnitCosts]:
     """The run with the largest model that fits, by the speed of that model on this machine.
 
     The smallest is measured first, then the one that this lets expect, until it is the same.
@@ -244,14 +232,16 @@ def _choose(
     precision = choose_precision(config.training.precision, device)
     model = models[0]
     for _ in range(_PROBES):
-        pace = _measure(config, model, vocab_size, device, precision, seconds=min(1.0, limit / 50))
+        costs = unit_costs(
+            config, model, vocab_size, device, precision, seconds=min(1.0, limit / 50)
+        )
         seconds = max(TRAINING_SHARE * (limit - (time.monotonic() - began)), 0.1 * limit)
-        runs = [_expect(asked, m, vocab_size, text.tokens, pace, seconds) for m in models]
+        runs = [_expect(asked, m, vocab_size, text.tokens, costs, seconds) for m in models]
         best = _fitting(runs)
         if best.model == model:
             break
         model = best.model
-    return best, pace
+    return best, costs
 
 
 def _fitting(runs: list[_Run]) -> _Run:
@@ -277,51 +267,20 @@ def _models(asked: LoadedConfig, tokens: int) -> list[ModelConfig]:
     return found or [asked.config.model]
 
 
-def _measure(
-    config: Config,
-    model: ModelConfig,
-    vocab_size: int,
-    device: Device,
-    precision: str,
-    seconds: float,
-) -> _Pace:
-    """The pace of real steps of one model."""
-    most = _PROBE_TOKENS.get(device.kind, _GPU_PROBE_TOKENS)
-    rows = max(1, most // model.block_size)
-    tokens = rows * model.block_size
-    training = config.training.model_copy(
-        update={"tokens_per_step": tokens, "micro_batch_size": "auto"}
-    )
-    config = Config.model_validate({**dict(config), "model": model, "training": training})
-    network = GPT(model, vocab_size)
-    initialise(network, torch.Generator().manual_seed(0))
-    speed = probe_speed(network.to(device.torch), config, device, precision, rows, seconds)
-    update = speed.optimizer_seconds
-    return _Pace(
-        per_flop=(step_seconds(speed, config) - update)
-        / (tokens * flops_per_token(model, vocab_size)),
-        per_update=update / _update_work(model, vocab_size),
-    )
-
-
-def _update_work(model: ModelConfig, vocab_size: int) -> float:
-    return recipe.hidden_parameters(model) * model.n_embd + 2 * vocab_size * model.n_embd
-
-
 def _expect(
     asked: LoadedConfig,
     model: ModelConfig,
     vocab_size: int,
     text_tokens: int,
-    pace: _Pace,
+    costs: UnitCosts,
     seconds: float,
 ) -> _Run:
     """The run of a model in `seconds`, which ends before where the text has been read enough, or
     at a limit that the user wrote."""
     limits = asked.config.training
     weights = recipe.hidden_parameters(model) + vocab_size * model.n_embd
-    token = pace.per_flop * flops_per_token(model, vocab_size)
-    update = pace.per_update * _update_work(model, vocab_size)
+    token = costs.per_flop * flops_per_token(model, vocab_size)
+    update = costs.per_update * update_work(model, vocab_size)
     most = (limits.max_epochs or MOST_EPOCHS) * text_tokens
     most = min(most, limits.max_tokens or most)
     tokens = min(seconds / token, most)
@@ -340,10 +299,10 @@ def _expect(
     return _Run(model, per_step, steps, epochs, weights, worth * text_tokens / weights)
 
 
-def _choices(run: _Run, text: _Text, pace: _Pace, vocab_size: int, limit: float) -> list[str]:
+def _choices(run: _Run, text: _Text, costs: UnitCosts, vocab_size: int, limit: float) -> list[str]:
     """The keys that make `run`, as --set takes them; what the user wrote comes after them."""
     model, evaluated = run.model, max(1, run.steps // EVALUATIONS)
-    token = pace.per_flop * flops_per_token(model, vocab_size) / 3  # forward only
+    token = costs.per_flop * flops_per_token(model, vocab_size) / 3  # forward only
     scored = int(EVALUATION_SHARE * limit / EVALUATIONS / token)
     chosen = {
         "model.n_layer": model.n_layer,

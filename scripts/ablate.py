@@ -37,6 +37,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from ablation_tables import (
     report,
 )
 
+import gptcli
 from gptcli.config.load import load_config
 from gptcli.config.schema import Config
 from gptcli.errors import ConfigError, DataError, GptError
@@ -107,10 +109,17 @@ def parse_ladder(text: str) -> list[Variant]:
 
 
 def run_key(config: Config, text: Text, seed: int, machine: str) -> str:
-    """The identity of a run: all that its result depends on, not where files lie."""
+    """The identity of a run: all that its result depends on, the code too, not where files lie."""
     values = config.model_dump(mode="json")
     values["seed"], values["data"]["train"] = seed, text.sha256
-    return hashlib.sha256(json.dumps([values, machine]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([values, machine, code()]).encode()).hexdigest()[:16]
+
+
+@cache
+def code() -> str:
+    """The sha256 of the package's sources."""
+    sources = sorted(Path(gptcli.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def in_turns(plan: Plan, results: dict[str, Result]) -> Iterator[tuple[Variant, int, int, str]]:

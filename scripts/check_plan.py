@@ -10,16 +10,20 @@ tokenizer (extra `tables`) and about six minutes.
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 GPT = [sys.executable, "-m", "gptcli"]
 LOG_EVERY, WARM_UP_LINES = 5, 1
+LIMITS = {"memory_bytes": 0.15, "step_seconds": 0.2, "run_seconds": 0.2}  # of what runs show
 _COMMON = """
 name: {name}
 data: {{train: builtin:web-bible}}
@@ -70,10 +74,11 @@ class Seen:
 
 
 def main() -> int:
-    """Print one line a config."""
+    """Print one line a config; 1 when a plan is wrong by more than LIMITS."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; else all")
     names = parser.parse_args().names or list(CONFIGS)
+    wrong: list[str] = []
     heads = ("MiB", "s/step", "s/run")
     print(f"{'config':<12}" + "".join(f"{h + ' plan':>13}{'run':>9}{'ratio':>7}" for h in heads))
     for name in names:
@@ -91,8 +96,12 @@ def main() -> int:
             said, was = getattr(planned, key) / unit, getattr(ran, key) / unit
             form = ".0f" if unit > 1 else ".3f"
             cells.append(f"{said:13{form}}{was:9{form}}{said / was:7.2f}")
+            if abs(said / was - 1) > LIMITS[key]:
+                wrong.append(f"{name}: {key}")
         print("".join(cells), flush=True)
-    return 0
+    print(f"{os.cpu_count()} CPUs, {platform.machine()}, torch {version('torch')}, {date.today()}")
+    print("beyond the limits: " + ", ".join(wrong) if wrong else "all within the limits")
+    return bool(wrong)
 
 
 def plan(path: Path) -> Seen:

@@ -1,6 +1,7 @@
 """`plan`: what a run will take, before it."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -64,9 +65,9 @@ def test_whole(tmp_path) -> None:
     assert found.text_tokens is not None
     assert found.text_tokens > 10_000
     assert not (tmp_path / "runs").exists()
-    weights = found.memory.weights_bytes + found.memory.optimizer_bytes
-    assert found.checkpoint_bytes == weights
     assert found.kv_cache_bytes == 2 * 2 * 32 * 32 * 4  # K and V, layers, tokens, width, fp32
+    grouped = plan(config(model={"n_kv_head": 1}))
+    assert grouped.kv_cache_bytes == found.kv_cache_bytes // 2
 
 
 def test_text_elsewhere() -> None:
@@ -101,6 +102,33 @@ def test_init(tmp_path) -> None:
         found = plan(again.model_copy(update={"init": str(where)}))
         assert found.parameters["total"] == GPT(tiny.model, 257).parameter_count()
         assert found.vocab_size == 257
+    files = (made.run_dir / "checkpoints" / "step-00000004").glob("*.safetensors")
+    assert plan(tiny).checkpoint_bytes == pytest.approx(sum(f.stat().st_size for f in files), 0.1)
+
+
+def test_disk(monkeypatch, tmp_path) -> None:
+    """Bug: a run whose checkpoints do not fit on the disk is said to fit, or another's is asked."""
+    full = tmp_path / "full"
+    monkeypatch.setattr("gptcli.plan._free_bytes", lambda path: 1000 if path == full else 10**12)
+    assert plan(config()).problems == []
+    found = plan(config(), run_dir=full)
+    assert "of disk" in found.problems[0]
+    assert "--run-dir" in found.advice[0]
+
+
+def test_recomputed_activations() -> None:
+    """Bug: a run that keeps no activations is planned as if it did."""
+    kept, again = (plan(config(training={"activation_checkpointing": how}))
+                   for how in ("off", "on"))  # fmt: skip
+    assert (kept.activation_checkpointing, again.activation_checkpointing) == (False, True)
+    assert again.memory.activations_bytes < kept.memory.activations_bytes
+
+
+def test_the_clock_is_the_works_own() -> None:
+    """Bug: what the process did before the plan counts as the start of the run."""
+    began = time.monotonic()
+    found = plan(config())
+    assert found.paces.starting_seconds <= time.monotonic() - began
 
 
 def test_advice_works(monkeypatch) -> None:
@@ -114,7 +142,7 @@ def test_advice_works(monkeypatch) -> None:
     for share in (0.5, 0.01):
         changeable = needed.total_bytes - needed.other_bytes
         limit = int(needed.total_bytes - (1 - share) * changeable)
-        monkeypatch.setattr("gptcli.plan.free_memory_bytes", lambda device, n=limit: n)
+        monkeypatch.setattr("gptcli.plan._memory_bytes", lambda device, n=limit: n)
         found = plan(case)
         assert found.problems
         assert found.paces.source == "products"

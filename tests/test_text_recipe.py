@@ -4,7 +4,8 @@ import pytest
 
 from gptcli import text_recipe
 from gptcli.config.load import LoadedConfig, load_config
-from gptcli.text_recipe import _expect, _fitting, _models, _Pace, _prompt, _Run
+from gptcli.text_recipe import _expect, _fitting, _models, _prompt, _Run
+from gptcli.training.unit_costs import UnitCosts
 
 SLOW, FAST = 6e10, 1e14  # operations a second
 
@@ -13,9 +14,9 @@ def choice(
     tokens: int, seconds: float, speed: float = SLOW, asked: LoadedConfig | None = None
 ) -> _Run:
     asked = asked or load_config(None)
-    pace = _Pace(1 / speed, 24 / speed)
+    costs = UnitCosts(1 / speed, 24 / speed)
     return _fitting(
-        [_expect(asked, m, 1024, tokens, pace, seconds) for m in _models(asked, tokens)]
+        [_expect(asked, m, 1024, tokens, costs, seconds) for m in _models(asked, tokens)]
     )
 
 

@@ -1,12 +1,19 @@
 """`gpt plan`: what a run will take, and whether it fits on this machine."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.run_flags import ConfigArgument, MaxTimeOption, SetOption, load_run_config
+from gptcli.cli.run_flags import (
+    ConfigArgument,
+    MaxTimeOption,
+    RunDirOption,
+    SetOption,
+    load_run_config,
+)
 from gptcli.cli.terminal import columns, write_out
 from gptcli.errors import ConfigError, ResourceError
 
@@ -25,25 +32,38 @@ def plan(
     ] = None,
     vocab: Annotated[
         int | None,
-        typer.Option("--vocab", metavar="N", min=1, help="Tokens, where the tokenizer is missing."),
+        typer.Option("--vocab", metavar="N", min=1, help="Tokens, instead of the tokenizer's."),
     ] = None,
     price_per_hour: Annotated[
         float | None,
         typer.Option("--price-per-hour", metavar="F", min=0.0, help="Of the machine: adds a cost."),
     ] = None,
     max_time: MaxTimeOption = None,
+    run_dir: RunDirOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say what a run will take, before it: parameters, memory, disk, time, cost.
 
     Exit code 6 when it does not fit on this machine, with what to change.
     """
-    loaded = load_run_config("plan", config, _with_model(overrides, model), max_time).config
+    began = time.monotonic()
+    checked = load_run_config("plan", config, _with_model(overrides, model), max_time)
+    loaded = checked.config
+    if "finetune" in checked.given and loaded.init is None:
+        raise ConfigError(
+            "finetuning starts from a model", "add --model MODEL, or init: MODEL in the config"
+        )
     if vocab is not None and loaded.init is not None:
         raise ConfigError("--vocab: the vocabulary comes with the model that init names")
     from gptcli.plan import plan as run
 
-    found = run(loaded, vocab_size=vocab, price_per_hour=price_per_hour)
+    found = run(
+        loaded,
+        vocab_size=vocab,
+        price_per_hour=price_per_hour,
+        run_dir=run_dir,
+        began=began,
+    )
     if as_json:
         write_out(json.dumps(_as_object(found)) + "\n")
     else:

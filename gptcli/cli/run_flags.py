@@ -103,9 +103,10 @@ def load_run_config(
     from gptcli.config.load import load_config
 
     if is_text(reference):
+        dry = " --dry-run" if command == "plan" else ""
         raise ConfigError(
             f"{reference}: gpt {command} takes a YAML config, not a text",
-            f"to train a new model on a text: gpt pretrain {reference}",
+            f"to train a new model on a text: gpt pretrain {reference}{dry}",
         )
     try:
         return load_config(reference, all_overrides(overrides, max_time))

@@ -14,7 +14,7 @@ from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import Device
+from gptcli.device import Device, allow_tf32
 from gptcli.errors import ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
 from gptcli.model.gpt import GPT
@@ -78,8 +78,7 @@ def build_session(
     """
     model, facts = starting_model(config, start, tokenizer, initial)
     model.to(device.torch)
-    if device.kind == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
+    allow_tf32(device)
     if start.contents is not None:
         saved = start.contents.state["choices"]
         choices = choose_again(saved, config, device, model.vocab_size)

@@ -1,7 +1,7 @@
 """How long a run will take: its steps, evaluations, samples and checkpoints, from short probes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from gptcli.evaluation.perplexity import EncodedDocument, perplexity
 from gptcli.model.gpt import GPT
 from gptcli.training.flops import flops_per_token
 from gptcli.training.probe import median_seconds, probe_speed, step_seconds, synchronise
+from gptcli.training.state import EVALUATION_SHARE
 
 _SHARE_OF_PRODUCTS = 0.6  # of the speed of matrix products alone, where there is no probe
 _SAVED_BYTES_PER_SECOND = 250e6  # written, synced and hashed
@@ -112,12 +113,32 @@ def duration(config: Config, paces: Paces, epoch_tokens: int | None) -> Duration
     limits = config.training
     steps = _most_steps(config, epoch_tokens)
     if limits.max_time:
-        # What a step costs on average, with its share of the evaluations and checkpoints.
-        between = _between(config, paces, 10**6)
-        seconds = parse_seconds(limits.max_time) - paces.starting_seconds
-        most = max(1, int(seconds / (between.total_seconds / 10**6)))
+        ends = _between(config, paces, 1)  # the start, and what comes before and after the steps
+        seconds = parse_seconds(limits.max_time) - (ends.total_seconds - ends.training_seconds)
+        # With each step goes its share of the evaluations and checkpoints between, of which a run
+        # of limited time leaves out what would take more of it than EVALUATION_SHARE.
+        many = _between(config, paces, 10**6)
+        between = (many.total_seconds - paces.starting_seconds) / 10**6 - paces.step_seconds
+        between = min(between, paces.step_seconds * EVALUATION_SHARE / (1 - EVALUATION_SHARE))
+        most = max(1, int(seconds / (paces.step_seconds + between)))
         steps = most if steps is None else min(steps, most)
-    return None if steps is None else _between(config, paces, steps)
+    if steps is None:
+        return None
+    found = _between(config, paces, steps)
+    return _thinned(found, parse_seconds(limits.max_time)) if limits.max_time else found
+
+
+def _thinned(run: Duration, limit_seconds: float) -> Duration:
+    """Without the evaluations and checkpoints along the way that the limit has no time for."""
+    extra = run.evaluation_seconds + run.sampling_seconds + run.saving_seconds
+    over = max(0.0, run.total_seconds - limit_seconds)
+    kept = max(0.0, 1 - over / extra) if extra else 1.0
+    return replace(
+        run,
+        evaluation_seconds=kept * run.evaluation_seconds,
+        sampling_seconds=kept * run.sampling_seconds,
+        saving_seconds=kept * run.saving_seconds,
+    )
 
 
 def _most_steps(config: Config, epoch_tokens: int | None) -> int | None:

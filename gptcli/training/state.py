@@ -12,7 +12,7 @@ from gptcli.training.stability import Watch
 # process ends. But never so much of a short run.
 REPORT_SECONDS = 1.0
 _REPORT_SHARE = 0.05
-_EVALUATION_SHARE = 0.1  # of max_time, for evaluations between the first and the last
+EVALUATION_SHARE = 0.1  # of max_time, for evaluations between the first and the last
 
 
 @dataclass
@@ -102,7 +102,7 @@ def evaluation_fits(state: TrainState, limits: TrainingConfig) -> bool:
     whole, so_far = parse_seconds(limits.max_time), state.elapsed_seconds
     if so_far + state.evaluation_seconds >= whole - reserve_seconds(state, limits):
         return False
-    share = _EVALUATION_SHARE * (so_far if state.evaluated_seconds else whole)
+    share = EVALUATION_SHARE * (so_far if state.evaluated_seconds else whole)
     return state.evaluated_seconds + state.evaluation_seconds <= share
 
 

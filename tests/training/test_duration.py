@@ -1,10 +1,12 @@
 """The seconds of a whole run, from those of its parts."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gptcli.config.schema import Config
+from gptcli.config.schema import Config, ScheduleConfig
+from gptcli.config.units import parse_seconds
 from gptcli.training.duration import Paces, duration
 
 PACES = Paces(
@@ -53,11 +55,31 @@ def test_limits() -> None:
     assert steps() is None
 
 
-def test_max_time() -> None:
+@pytest.mark.parametrize("limit", ["1000s", "10h"])
+@pytest.mark.parametrize("saving", [1.0, 100.0])
+def test_max_time(limit: str, saving: float) -> None:
     """Bug: a run limited by time is planned to go on after it, or to end long before it."""
-    found = duration(config(max_time="10h"), PACES, None)
+    paces = replace(PACES, saving_seconds=saving)
+    found = duration(config(max_time=limit), paces, None)
     assert found is not None
-    assert found.total_seconds == pytest.approx(36000, rel=0.01)
+    assert found.total_seconds == pytest.approx(parse_seconds(limit), rel=0.02)
+
+
+def test_looking_takes_a_tenth_of_a_limited_time() -> None:
+    """Bug: where evaluations are slow, few steps are planned, though the run leaves them out."""
+    found = duration(config(max_time="10h"), replace(PACES, evaluation_seconds=1000.0), None)
+    assert found is not None
+    assert found.training_seconds == pytest.approx(0.9 * 36000, rel=0.1)
+
+
+def test_the_checkpoint_before_the_decay_counts() -> None:
+    """Bug: the schedule that saves once more is planned without it."""
+    settings = config(max_steps=90)
+    decaying = settings.model_copy(update={"schedule": ScheduleConfig(kind="wsd")})
+    plain, more = duration(settings, PACES, None), duration(decaying, PACES, None)
+    assert plain is not None
+    assert more is not None
+    assert more.saving_seconds == plain.saving_seconds + PACES.saving_seconds
     short = duration(config(max_time="10h", max_steps=5), PACES, None)
     assert short is not None
     assert short.steps == 5

@@ -1,0 +1,78 @@
+"""Whether a run fits into memory, and what to change where it does not."""
+
+from dataclasses import dataclass, replace
+
+from gptcli.config.schema import Config
+from gptcli.device import Device
+from gptcli.training.choices import Choices, largest_divisor
+from gptcli.training.footprint import Footprint, footprint
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides the memory and the speed of a step."""
+
+    config: Config
+    vocab_size: int
+    device: Device
+    choices: Choices
+    text_bytes: int  # of memory, to read it
+
+    def need(self) -> Footprint:
+        """The memory of its step, and of the text where both are in one."""
+        found = footprint(
+            self.config,
+            self.vocab_size,
+            self.choices.micro_batch_size,
+            self.choices.precision,
+            recompute=self.choices.activation_checkpointing,
+            device_kind=self.device.kind,
+        )
+        if self.device.kind == "cuda":
+            return found
+        return replace(
+            found,
+            other_bytes=found.other_bytes + self.text_bytes,
+            peak_bytes=found.peak_bytes + self.text_bytes,
+        )
+
+    def smaller(self, rows: int, *, recompute: bool = False, n_layer: int | None = None) -> "Case":
+        """With other micro batches, checkpoints of activations, and fewer layers."""
+        config, choices = self.config, replace(self.choices, micro_batch_size=rows)
+        if recompute:
+            choices = replace(choices, activation_checkpointing=True)
+        if n_layer is not None:
+            shape = config.model.model_copy(update={"n_layer": n_layer})
+            config = config.model_copy(update={"model": shape})
+        return replace(self, config=config, choices=choices)
+
+
+def misfits(case: Case, needed: Footprint, memory: int | None) -> tuple[list[str], list[str]]:
+    """Why a step does not fit in `memory` bytes, and the first change that makes it fit."""
+    if memory is None or needed.total_bytes <= memory:
+        return [], []
+    problem = f"a step takes {gib(needed.total_bytes)} of memory, free are {gib(memory)}"
+    rows = case.config.training.tokens_per_step // case.config.model.block_size
+    changes, size = [], case.choices.micro_batch_size
+    while size > 1:
+        size = largest_divisor(rows, size // 2)
+        changes.append((case.smaller(size), f"--set training.micro_batch_size={size}"))
+    how = "--set training.micro_batch_size=1 --set training.activation_checkpointing=on"
+    changes.append((case.smaller(1, recompute=True), how))
+    layers = case.config.model.n_layer
+    while layers // 2 >= len(case.config.model.window or [0]):
+        layers //= 2
+        fewer = case.smaller(1, recompute=True, n_layer=layers)
+        changes.append((fewer, f"{how} --set model.n_layer={layers}"))
+    if changes[-1][0].need().total_bytes > memory:
+        return [problem], [f"{layers} layers are too much too: choose a smaller model"]
+    for changed, words in changes:
+        total = changed.need().total_bytes
+        if total <= memory:
+            return [problem], [f"{words} takes {gib(total)}"]
+    return [problem], []
+
+
+def gib(size: int) -> str:
+    """`size` in bytes, for people."""
+    return f"{size / 2**30:,.2f} GiB"
