@@ -20,8 +20,10 @@ from gptcli.errors import ResourceError
 MUST_WIN_BY = 1.2  # an alternative must be this much faster, so that two fresh runs choose alike
 _OUT_OF_MEMORY = re.compile(
     "not enough memory|can't allocate memory|out of memory|bad_alloc|could not create a memory"
+    "|STATUS_ALLOC_FAILED"  # of cuBLAS and cuDNN
 )
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_USABLE = 0.9  # of the free memory: others on the machine need some too
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _product_seconds(dtype: torch.dtype, give_up: float) -> float:
 
 def autocast(device: Device, precision: str) -> torch.autocast:
     """Mixed precision for forward passes: matrix products in `precision`, weights in fp32."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     enabled = dtype != torch.float32
     return torch.autocast(device.kind, dtype if enabled else torch.bfloat16, enabled=enabled)
 
@@ -157,6 +159,13 @@ def free_memory_bytes(device: Device) -> int | None:
         return int(free + held(device.torch) - used(device.torch))
     found = [_available_bytes(), *_cgroup_free_bytes(Path("/")), _address_space_bytes()]
     return min((n for n in found if n is not None), default=memory_bytes())
+
+
+def usable_memory_bytes(device: Device, held_bytes: int = 0) -> int | None:
+    """Memory that training on `device` may come to: `held_bytes`, which this process has already,
+    and most of what is free. None where that cannot be told."""
+    free = free_memory_bytes(device)
+    return None if free is None else int(_USABLE * free) + held_bytes
 
 
 def allowed_cpus(root: Path = Path("/")) -> int:

@@ -22,6 +22,9 @@ from gptcli.evaluation.perplexity import (
     encode_examples,
     perplexity,
 )
+from gptcli.model.empty import empty_model
+from gptcli.model.gpt import GPT
+from gptcli.model.packed import is_quantized, quantize, weight_bytes
 from gptcli.reports.report import TRAINING_KEYS, write_eval_report
 from gptcli.runs.load import LoadedModel, load_model
 from gptcli.runs.run_dir import read_run_json
@@ -49,21 +52,32 @@ def evaluate(
 ) -> EvaluateResult:
     """Score MODEL on `data`, else on `config.eval.data`, else on its run's own validation part.
 
-    The report goes to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
+    With `config.eval.quantize` the model is scored as it is and then with its weights made smaller:
+    the report's scores are the latter, and what was before is under `quantized`. The report goes to
+    `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
     """
     settings = config.eval
     device = resolve_device(config.training.device)
     loaded = load_model(model if model is not None else settings.model, device.torch)
-    block_size = loaded.model.config.block_size
+    block_size, vocab_size = loaded.model.config.block_size, loaded.model.vocab_size
     if settings.stride is not None and settings.stride > block_size:
         raise ConfigError(
             f"--stride {settings.stride} is above the model's block_size {block_size}"
+        )
+    if settings.quantize is not None and is_quantized(loaded.model):
+        raise ConfigError(
+            f"{loaded.path} holds int8 weights already, with nothing to compare them to",
+            hint="leave out --quantize, or name the model that they were made from",
         )
     sources = [SourceConfig(path=path) for path in data] if data else settings.data
     encoded, name = _documents(loaded, sources, settings.max_tokens)
     precision = _precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
     scores = perplexity(loaded.model, encoded, device, stride=settings.stride, precision=precision)
+    quantized: dict[str, Any] = {}
+    if settings.quantize is not None:
+        scores, quantized = _quantized(loaded.model, encoded, device, settings, scores)
+        precision = "fp32"
     trained = read_run_json(loaded.run_dir) if loaded.run_dir is not None else {}
     report = {
         "run": {
@@ -76,11 +90,12 @@ def evaluate(
             "name": loaded.name,
             "path": str(loaded.path),
             "step": loaded.step,
-            "parameters": loaded.model.parameter_count(),
-            "vocab_size": loaded.model.vocab_size,
+            "parameters": empty_model(loaded.model.config, vocab_size).parameter_count(),
+            "vocab_size": vocab_size,
         },
         "data": {"eval": {"source": name, "documents": scores.documents, "bytes": scores.bytes}},
         "scores": asdict(scores),
+        **quantized,
         "tasks": {},
         "training": trained.get("training") or dict.fromkeys(TRAINING_KEYS),
         "choices": {"device": device.kind, "precision": precision},
@@ -95,6 +110,29 @@ def evaluate(
         except OSError as error:
             raise ResourceError(f"{directory}: cannot write the report: {error}") from error
     return EvaluateResult(report, directory, scores)
+
+
+def _quantized(
+    model: GPT,
+    encoded: list[EncodedDocument],
+    device: Device,
+    settings: EvalConfig,
+    before: Scores,
+) -> tuple[Scores, dict[str, Any]]:
+    """The scores of `model`, which becomes a quantized one, and the report's part about that."""
+    assert settings.quantize is not None
+    before_bytes = weight_bytes(model)
+    log.info(f"scoring again with {settings.quantize} weights")
+    quantize(model, settings.quantize)
+    scores = perplexity(model, encoded, device, stride=settings.stride)
+    about = {
+        "kind": settings.quantize,
+        "perplexity_ratio": scores.perplexity / before.perplexity,
+        "weight_bytes": weight_bytes(model),
+        "weight_bytes_before": before_bytes,
+        "scores_before": asdict(before),
+    }
+    return scores, {"quantized": about}
 
 
 def _documents(
@@ -135,7 +173,12 @@ def _documents(
 
 
 def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
-    """The config's, else that of the model's training where the device is the same, else fp32."""
+    """The config's, else that of the model's training where the device is the same, else fp32.
+
+    Packed layers take nothing but fp32.
+    """
+    if is_quantized(loaded.model):
+        return "fp32"
     if config.training.precision != "auto":
         return choose_precision(config.training.precision, device)
     choices = (loaded.state or {}).get("choices")
@@ -154,5 +197,6 @@ def _directory(
     if loaded.run_dir is None:
         return None
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name).strip("-.") or "data"
-    key = json.dumps([name, loaded.step, settings.stride, settings.max_tokens])
+    about = [name, loaded.step, settings.stride, settings.max_tokens]
+    key = json.dumps(about + ([settings.quantize] if settings.quantize else []))
     return loaded.run_dir / "evals" / f"{slug[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

@@ -1,6 +1,8 @@
-"""The job behind `gpt export`: a model as a folder for transformers, or as a GGUF file."""
+"""The job behind `gpt export`: a model as a folder for transformers, as a GGUF file, or as a
+checkpoint with int8 weights."""
 
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +11,31 @@ from typing import Literal, cast, get_args
 import torch
 from safetensors import safe_open
 
-from gptcli.errors import ConfigError
+from gptcli.config.load import dump_config
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.interop.gguf_export import GGUFType, write_gguf
 from gptcli.interop.hf_config import family_of
 from gptcli.interop.hf_export import HF_DTYPES, write_hf
 from gptcli.interop.hf_folder import open_folder
-from gptcli.interop.safetensors_file import DTYPES
+from gptcli.interop.safetensors_file import DTYPES, write_tensors
+from gptcli.model.packed import int8_tensors, is_quantized
 from gptcli.reports.model_card import model_card
 from gptcli.runs.load import LoadedModel, load_model
-from gptcli.runs.manifest import MODEL
+from gptcli.runs.manifest import CONFIG, MODEL, OPTIMIZER, STATE, TOKENIZER, write_manifest
 from gptcli.runs.run_dir import new_directory, new_place, refuse_existing
 
 log = logging.getLogger("gptcli")
 
-Target = Literal["hf", "gguf"]
+Target = Literal["hf", "gguf", "gpt"]
 
 _CARD = "README.md"
-_DTYPES: dict[str, tuple[str, ...]] = {"hf": tuple(HF_DTYPES), "gguf": get_args(GGUFType)}
+_INT8 = "int8"
+_DTYPES: dict[str, tuple[str, ...]] = {
+    "hf": tuple(HF_DTYPES),
+    "gguf": get_args(GGUFType),
+    "gpt": (_INT8,),
+}
+_READERS = {"hf": "transformers", "gguf": "llama.cpp", "gpt": "gpt"}
 _REASONS = {
     ("hf", "q8_0"): "q8_0 is a format of GGUF files",
     ("gguf", "bf16"): "bf16 in GGUF files runs on few devices",
@@ -34,7 +44,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written: a folder (hf) or a file (gguf), with weights of `dtype`."""
+    """What was written: a folder (hf, gpt) or a file (gguf), with weights of `dtype`."""
 
     path: Path
     to: Target
@@ -43,8 +53,15 @@ class ExportResult:
     bytes: int
 
 
-def export(model: str | None, out: Path, to: str, dtype: str | None) -> ExportResult:
-    """Write MODEL to `out`, for transformers (a folder) or llama.cpp (a GGUF file).
+def export(
+    model: str | None,
+    out: Path,
+    to: str | None,
+    dtype: str | None,
+    quantize: str | None = None,
+) -> ExportResult:
+    """Write MODEL to `out`: for transformers (a folder), for llama.cpp (a GGUF file), or, with
+    `quantize` int8, as a checkpoint of int8 weights, which `load_model` reads.
 
     `dtype` is f32, bf16 or f16 for hf, f32, f16 or q8_0 for gguf; None is what the weights are
     stored as, f32 where the target lacks that. A folder as `out` of a GGUF file gets NAME.gguf.
@@ -54,25 +71,46 @@ def export(model: str | None, out: Path, to: str, dtype: str | None) -> ExportRe
     target cannot compute, DataError for a tokenizer that it cannot have, ResourceError for a full
     disk, `stop.Stopped`.
     """
-    target = _check(out, to, dtype)
+    target = _check(out, to, dtype, quantize)
     loaded = load_model(model, torch.device("cpu"))
-    chosen = dtype or _as_stored(loaded, target)
+    if is_quantized(loaded.model):
+        raise CheckpointError(
+            f"{loaded.path} holds int8 weights already",
+            hint="export the model that they were made from",
+        )
+    chosen = _INT8 if target == "gpt" else dtype or _as_stored(loaded, target)
     if target == "hf":
         _write_hf(loaded, chosen, out)
+    elif target == "gpt":
+        _write_int8(loaded, out)
     else:
         out = out / f"{loaded.name}.gguf" if out.is_dir() else out
         _write_gguf(loaded, chosen, out)
-    size = sum(path.stat().st_size for path in (out.iterdir() if target == "hf" else [out]))
+    files = [path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
     parameters = loaded.model.parameter_count()
     log.info(
         f"exported {loaded.name} ({parameters:,} parameters, {chosen}, {size / 1e6:,.1f} MB) for"
-        f" {'transformers' if target == 'hf' else 'llama.cpp'}: {out}"
+        f" {_READERS[target]}: {out}"
     )
     return ExportResult(out, target, chosen, parameters, size)
 
 
-def _check(out: Path, to: str, dtype: str | None) -> Target:
+def _check(out: Path, to: str | None, dtype: str | None, quantize: str | None) -> Target:
     """The target, once everything is checked that needs no model."""
+    if quantize is not None or to == "gpt":
+        if quantize is None:
+            raise ConfigError("--to gpt needs --quantize int8")
+        if quantize != _INT8:
+            raise ConfigError(f"--quantize {quantize}: expected int8")
+        if to not in (None, "gpt") or dtype is not None:
+            raise ConfigError(
+                "--quantize int8 writes a checkpoint for gpt: not with --dtype, nor --to hf or gguf"
+            )
+        refuse_existing(out)
+        return "gpt"
+    if to is None:
+        raise ConfigError("give --to hf, --to gguf or --quantize int8")
     if to not in _DTYPES:
         raise ConfigError(f"--to {to!r}: expected hf (transformers) or gguf (llama.cpp)")
     if dtype is not None and dtype not in _DTYPES[to]:
@@ -120,3 +158,22 @@ def _write_gguf(loaded: LoadedModel, dtype: str, out: Path) -> None:
     chosen = cast(GGUFType, dtype)  # `_check` lets no other through
     with new_place(out) as place:
         write_gguf(loaded.model, loaded.tokenizer, loaded.name, place, chosen, facts)
+
+
+def _write_int8(loaded: LoadedModel, out: Path) -> None:
+    """A checkpoint with int8 weights and without an optimizer's state."""
+    tensors = dict(int8_tensors(loaded.model))
+    # The large numbers first: there each begins at a multiple of its size.
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    shapes = {name: tuple(tensors[name].shape) for name in names}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    ties = {"head.weight": "wte.weight", "head.scale": "wte.scale"}
+    tied = ties if loaded.model.config.tie_embeddings else {}
+    state = {**(loaded.state or {"job": "import", "step": loaded.step}), "quantized": _INT8}
+    with new_directory(out) as temp:
+        write_tensors(temp / MODEL, shapes, dtypes, tensors.items())
+        write_tensors(temp / OPTIMIZER, {}, torch.float32, [])
+        (temp / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (temp / CONFIG).write_text(dump_config(loaded.config), encoding="utf-8")
+        loaded.tokenizer.save(temp / TOKENIZER)
+        write_manifest(temp, loaded.step, tied, loaded.tokenizer.identity)

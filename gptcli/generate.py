@@ -1,23 +1,22 @@
 """The job behind `gpt generate`: prompts in, continuations out."""
 
 import logging
+import math
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from gptcli import stop
 from gptcli.config.schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
-from gptcli.errors import ConfigError, DataError
-from gptcli.generation.engine import (
-    Generated,
-    OnText,
-    Sampling,
-    generate_samples,
-    restart_tokens,
-)
+from gptcli.errors import ConfigError, GptError
+from gptcli.generation.engine import BatchSize, Request, decode, restart_tokens
+from gptcli.generation.kernel_race import decode_threads, packed_for
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
+from gptcli.generation.prompt_file import read_bytes, read_prompts
+from gptcli.generation.row import Generated, OnText
+from gptcli.generation.sampling import Sampling
 from gptcli.runs.load import LoadedModel
 
 log = logging.getLogger("gptcli")
@@ -25,11 +24,12 @@ log = logging.getLogger("gptcli")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text, as the ids that the model continues, and as bytes."""
+    """A prompt as text, as the ids that the model continues, as bytes, and its settings."""
 
     text: str
     tokens: list[int]
     data: bytes
+    settings: GenerateConfig
 
 
 def generate(
@@ -39,17 +39,16 @@ def generate(
     on_text: OnText | None = None,
     on_prompt: Callable[[str], None] | None = None,
 ) -> Iterator[list[Generated]]:
-    """Continue each prompt `config.n` times; yields the samples of one prompt at a time.
+    """Continue each prompt `n` times; yields the samples of one prompt at a time, in order.
 
     Prompts are read and checked, and a random seed is drawn and logged, before this returns; the
-    decoding happens as the result is iterated. `on_prompt(text)` is called before the first
-    `on_text(sample, piece)` of each prompt. A stop request ends the iteration after the texts of
-    the prompt at hand ("interrupted"). Raises ConfigError, DataError, CheckpointError.
+    decoding, of all prompts together, happens as the result is iterated. `on_prompt(text)` is
+    called before the first `on_text(sample, piece)` of each prompt, and those of the next prompt
+    wait until the samples of this one are taken. A stop request ends the iteration after the texts
+    of the prompt at hand ("interrupted"). Raises ConfigError, DataError, CheckpointError.
     """
     prompts = resolve_prompts(model, config)
-    if "" in config.stop:
-        raise ConfigError("generate.stop: an empty text would stop every sample before it begins")
-    return _generate(model, prompts, config.n, _sampling(config), on_text, on_prompt)
+    return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt)
 
 
 def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:
@@ -59,13 +58,14 @@ def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:
     request ends it early. Raises what `generate` does, and ConfigError for more than one prompt,
     `n` above 1 or `stop`, whose texts the bytes need not hold.
     """
-    if config.n > 1 or config.stop:
-        raise ConfigError("output_bytes writes one continuation: not with n above 1, nor with stop")
     prompts = resolve_prompts(model, config)
     if len(prompts) > 1:
         raise ConfigError(f"output_bytes writes one result, and there are {len(prompts)} prompts")
+    settings = prompts[0].settings
+    if settings.n > 1 or settings.stop:
+        raise ConfigError("output_bytes writes one continuation: not with n above 1, nor with stop")
     data = b"" if config.no_prompt else prompts[0].data
-    for samples in _generate(model, prompts, 1, _sampling(config), None, None):
+    for samples in _generate(model, prompts, _requests(prompts), config, None, None):
         data += model.tokenizer.decode_bytes(samples[0].tokens)
     return data
 
@@ -75,7 +75,8 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
 
     With `output_bytes` and byte tokens, a prompt is the bytes it is made of and a prompt file holds
     one. Raises ConfigError for none or several ways, ids out of range, a file that cannot be opened
-    or a prompt that is too long with `truncate: error`; DataError for a file without prompts.
+    or has wrong rows, or a prompt that is too long with `truncate: error`; DataError for a file
+    without prompts.
     """
     ways = [config.prompt is not None, config.prompt_file is not None]
     ways.append(config.prompt_tokens is not None)
@@ -85,46 +86,83 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
             f"{how} given",
             hint="give one of --prompt TEXT, --prompt-file FILE, --prompt-tokens IDS",
         )
-    if config.prompt_tokens is not None:
-        prompts = [_token_prompt(model, config.prompt_tokens)]
-    elif config.output_bytes and model.tokenizer.kind == "bytes":
-        prompts = [_bytes_prompt(model, config)]
-    else:
-        texts = [config.prompt] if config.prompt is not None else _lines(str(config.prompt_file))
-        texts = [replace_surrogates(text) for text in texts]
-        prompts = [_text_prompt(model, text, config.allow_special) for text in texts]
-    if model.model.config.rolls:  # it reads prompts of any length
-        return prompts
-    size = model.model.config.block_size
-    return [replace(p, tokens=fit_prompt(p.tokens, size, config.truncate)) for p in prompts]
+    as_bytes = config.output_bytes and model.tokenizer.kind == "bytes"
+    if as_bytes and config.prompt_tokens is None:
+        return [_fitted(model, _bytes_prompt(model, config))]
+    if config.prompt_file is None:
+        return [_prompt(model, config)]
+    prompts = []
+    for line in read_prompts(config.prompt_file, config):
+        try:
+            prompts.append(_prompt(model, line.settings))
+        except GptError as error:
+            raise type(error)(f"{line.where}: {error.message}", error.hint) from error
+    return prompts
+
+
+class _InTurn:
+    """Passes on the texts of the prompt whose turn it is; those of later prompts wait."""
+
+    def __init__(self, on_text: OnText) -> None:
+        self._on_text, self._turn = on_text, 0
+        self._waiting: dict[int, list[tuple[int, str]]] = defaultdict(list)
+
+    def piece(self, request: int, sample: int, text: str) -> None:
+        """Some more text of any prompt."""
+        if request == self._turn:
+            self._on_text(sample, text)
+        else:
+            self._waiting[request].append((sample, text))
+
+    def take(self, request: int) -> None:
+        """It is this prompt's turn: what waited of it is passed on."""
+        self._turn = request
+        for sample, text in self._waiting.pop(request, []):
+            self._on_text(sample, text)
 
 
 def _generate(
     model: LoadedModel,
     prompts: list[Prompt],
-    n: int,
-    sampling: Sampling,
+    requests: list[Request],
+    config: GenerateConfig,
     on_text: OnText | None,
     on_prompt: Callable[[str], None] | None,
 ) -> Iterator[list[Generated]]:
-    told = model.model.config.rolls
-    for prompt in prompts:
-        if stop.requested():
-            return
-        if on_prompt is not None:
-            on_prompt(prompt.text)
-        samples = generate_samples(
-            model.model,
-            model.tokenizer,
-            prompt.tokens,
-            n,
-            sampling,
-            prompt=prompt.text,
-            on_text=on_text,
-        )
-        yield samples
-        # Only now, when the texts are shown to their end: a terminal gets both.
-        told = told or _tell_of_restart(model, prompt, samples)
+    speculate = config.speculate is not None
+    rows = BatchSize.of(model.model, requests, speculate).rows
+    texts = sum(request.n for request in requests)
+    steps = max(request.sampling.max_new_tokens for request in requests) * math.ceil(texts / rows)
+    decoder = packed_for(model.model, rows, steps)
+    turns = None if on_text is None else _InTurn(on_text)
+    decoded = decode(
+        model.model,
+        model.tokenizer,
+        requests,
+        on_text=None if turns is None else turns.piece,
+        speculate=speculate,
+        decoder=decoder,
+    )
+    told, drafted, accepted = model.model.config.rolls, 0, 0
+    with decode_threads(decoder, rows):
+        for index, prompt in enumerate(prompts):
+            if stop.requested():
+                break
+            if on_prompt is not None:
+                on_prompt(prompt.text)
+            if turns is not None:
+                turns.take(index)
+            _, samples = next(decoded, (index, []))  # none, where a stop came before it began
+            if not samples:
+                break
+            yield samples
+            drafted += sum(sample.drafted for sample in samples)
+            accepted += sum(sample.accepted for sample in samples)
+            # Only now, when the texts are shown to their end: a terminal gets both.
+            told = told or _tell_of_restart(model, prompt, samples)
+    if speculate:
+        share = f" ({accepted / drafted:.0%})" if drafted else ""
+        log.info("speculation: %d of %d drafted tokens accepted%s", accepted, drafted, share)
 
 
 def _tell_of_restart(model: LoadedModel, prompt: Prompt, samples: list[Generated]) -> bool:
@@ -141,34 +179,55 @@ def _tell_of_restart(model: LoadedModel, prompt: Prompt, samples: list[Generated
     return True
 
 
-def _sampling(config: GenerateConfig) -> Sampling:
-    """The settings of the engine; a random seed is logged, so that its result can be repeated."""
-    seed = config.seed
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        if config.temperature > 0:
-            log.info("seed %d", seed)
+def _requests(prompts: list[Prompt]) -> list[Request]:
+    """What the engine is asked for; a random seed is logged, so that its texts can be repeated."""
+    seed = secrets.randbelow(2**32)
+    if any(p.settings.seed is None and p.settings.temperature > 0 for p in prompts):
+        log.info("seed %d", seed)
+    return [Request(p.text, p.tokens, _sampling(p.settings, seed), p.settings.n) for p in prompts]
+
+
+def _sampling(settings: GenerateConfig, seed: int) -> Sampling:
+    """The settings of the engine; `seed` where none is given."""
     return Sampling(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        stop=tuple(config.stop),
-        seed=seed,
-        max_new_tokens=config.max_new_tokens,
-        logprobs=config.logprobs,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
+        stop=tuple(settings.stop),
+        bad_words=tuple(settings.bad_words),
+        seed=seed if settings.seed is None else settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        logprobs=settings.logprobs,
     )
 
 
-def _text_prompt(model: LoadedModel, text: str, allow_special: bool) -> Prompt:
-    tokens = encode_prompt(model.tokenizer, text, allow_special)
+def _prompt(model: LoadedModel, settings: GenerateConfig) -> Prompt:
+    """The prompt of settings that hold one, as text or as ids."""
+    if settings.prompt_tokens is not None:
+        return _fitted(model, _token_prompt(model, settings, settings.prompt_tokens))
+    return _fitted(model, _text_prompt(model, settings, str(settings.prompt)))
+
+
+def _fitted(model: LoadedModel, prompt: Prompt) -> Prompt:
+    if model.model.config.rolls:  # it reads prompts of any length
+        return prompt
+    size, how = model.model.config.block_size, prompt.settings.truncate
+    return replace(prompt, tokens=fit_prompt(prompt.tokens, size, how))
+
+
+def _text_prompt(model: LoadedModel, settings: GenerateConfig, text: str) -> Prompt:
+    text = replace_surrogates(text)
+    tokens = encode_prompt(model.tokenizer, text, settings.allow_special)
     if model.tokenizer.kind == IdsTokenizer.KIND:
         text = model.tokenizer.decode(tokens)  # with the space that the next id goes behind
-    return Prompt(text, tokens, text.encode())
+    return Prompt(text, tokens, text.encode(), settings)
 
 
-def _token_prompt(model: LoadedModel, tokens: list[int]) -> Prompt:
+def _token_prompt(model: LoadedModel, settings: GenerateConfig, tokens: list[int]) -> Prompt:
     """The ids as they are; their text is only for showing."""
     limit = min(model.model.vocab_size, model.tokenizer.vocab_size)
     outside = [token for token in tokens if not 0 <= token < limit]
@@ -179,34 +238,13 @@ def _token_prompt(model: LoadedModel, tokens: list[int]) -> Prompt:
     if not tokens:
         raise ConfigError("prompt_tokens: at least one token id is needed")
     data = model.tokenizer.decode_bytes(tokens)
-    return Prompt(data.decode("utf-8", "replace"), tokens, data)
+    return Prompt(data.decode("utf-8", "replace"), tokens, data, settings)
 
 
 def _bytes_prompt(model: LoadedModel, config: GenerateConfig) -> Prompt:
     if config.prompt is not None:  # bytes that were no UTF-8 wait in it as surrogates
         data = config.prompt.encode("utf-8", "surrogateescape")
     else:
-        data = _read(str(config.prompt_file))
+        data = read_bytes(str(config.prompt_file))
     tokens = encode_prompt(model.tokenizer, data, config.allow_special)
-    return Prompt(data.decode("utf-8", "replace"), tokens, data)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a prompt file that are not blank."""
-    try:
-        text = _read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
-    # Not splitlines(), which also cuts at U+2028 and other characters inside a prompt.
-    prompts = [line.removesuffix("\r") for line in text.split("\n")]
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise DataError(f"{path}: no prompts in it (one a line)")
-    return prompts
+    return Prompt(data.decode("utf-8", "replace"), tokens, data, config)

@@ -13,13 +13,14 @@ from gptcli.config.load import load_resolved
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.config.units import parse_bytes
-from gptcli.data.corpus import VAL_TOKENS, open_corpus
+from gptcli.data.corpus import VAL_TOKENS, Corpus, open_corpus
 from gptcli.data.files import resolve
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
+from gptcli.data.tasks import ExampleEncoder
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import Device, allow_tf32, free_memory_bytes, resolve_device
+from gptcli.device import Device, allow_tf32, resolve_device, usable_memory_bytes
 from gptcli.errors import CheckpointError, ConfigError, DataError
-from gptcli.evaluation.perplexity import encode_documents
+from gptcli.evaluation.perplexity import encode_documents, encode_examples
 from gptcli.interop.hf_folder import open_folder
 from gptcli.model.cache import KVCache
 from gptcli.model.empty import empty_model
@@ -65,7 +66,7 @@ class Plan:
     kv_cache_bytes: int
     checkpoint_bytes: int
     kept_bytes: int  # of all checkpoints that the run keeps at a time
-    free_memory_bytes: int | None
+    free_memory_bytes: int | None  # that the run may take
     free_disk_bytes: int | None
     tokens_per_step: int
     flops_per_token: int
@@ -216,7 +217,8 @@ def _cache_bytes(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class _Text:
-    """Tokens of the text, None where they are not known; `note` says why."""
+    """Tokens of the text, None where they are not known; `note` says why. Of rows to finetune on,
+    each fills a block."""
 
     train_tokens: int | None = None
     val_tokens: int | None = None
@@ -239,9 +241,13 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
         size = sum(os.path.getsize(file.path) for file in files)
         if size > _MOST_READ_BYTES:
             return _Text(note=f"the text has {gib(size)} of files: it is not counted")
-        corpus = open_corpus(config.data, val_tokens=config.eval.max_tokens)
+        finetuning = "finetune" in config.model_fields_set
+        fields = tuple(config.finetune.fields.values()) if finetuning else None
+        corpus = open_corpus(config.data, fields, val_tokens=config.eval.max_tokens)
         next(corpus.train_records())
         memory = _resident_bytes() - resident
+        if finetuning and tokenizer is not None:
+            return _rows(config, tokenizer, corpus, memory)
         if tokenizer is None:
             settings = config.tokenizer
             most = min(parse_bytes(settings.train_bytes), _SAMPLE_BYTES * settings.vocab_size)
@@ -254,6 +260,19 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
     per_byte = tokens / max(sum(d.bytes for d in held_out), 1)
     train_tokens = int(corpus.train_bytes * per_byte) + (corpus.documents or 0)
     return _Text(train_tokens, tokens, corpus.train_bytes, memory)
+
+
+def _rows(config: Config, tokenizer: Tokenizer, corpus: Corpus, memory_bytes: int) -> _Text:
+    """The rows to finetune on. How many of them do not fit a block is not looked at."""
+    length = config.model.block_size
+    held_out = ExampleEncoder(config.finetune, tokenizer, length).encode_all(corpus.val_rows)
+    own = 0 if config.data.val is not None else len(corpus.val_rows)
+    return _Text(
+        train_tokens=None if corpus.documents is None else (corpus.documents - own) * length,
+        val_tokens=sum(len(d.tokens) for d in encode_examples(held_out)),
+        train_bytes=corpus.train_bytes,
+        memory_bytes=memory_bytes,
+    )
 
 
 def _check_disk(size: int, free: int | None, problems: list[str], advice: list[str]) -> None:
@@ -295,10 +314,10 @@ def _probed(case: Case, text: _Text, began: float, seconds: float) -> tuple[Case
     training = case.config.training.model_copy(update={"compile": "off"})
     config = case.config.model_copy(update={"training": training})
     choices = replace(case.choices, compile=False)
-    tuned = tune(choices, config, case.device, model, text.train_bytes or 0)
-    case = replace(case, choices=tuned)
-    starting = time.monotonic() - began
     try:
+        tuned = tune(choices, config, case.device, model, text.train_bytes or 0)
+        case = replace(case, choices=tuned)
+        starting = time.monotonic() - began
         paces = probed_paces(
             model,
             case.config,
@@ -339,9 +358,8 @@ def _saved_bytes(needed: Footprint) -> int:
 
 
 def _memory_bytes(device: Device) -> int | None:
-    """What a process may take on `device`: what is free, and on a CPU what this one holds."""
-    free = free_memory_bytes(device)
-    return free if free is None or device.kind == "cuda" else free + _resident_bytes()
+    """What a run may take on `device`; on a CPU with what this process holds."""
+    return usable_memory_bytes(device, 0 if device.kind == "cuda" else _resident_bytes())
 
 
 def _resident_bytes() -> int:

@@ -17,7 +17,7 @@ from gptcli.config import recipe
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.load import LoadedConfig, load_config
 from gptcli.config.model_schema import ModelConfig
-from gptcli.config.schema import Config
+from gptcli.config.schema import Config, TrainingConfig
 from gptcli.config.units import parse_seconds
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.files import resolve
@@ -32,7 +32,8 @@ from gptcli.training.unit_costs import UnitCosts, unit_costs, update_work
 
 log = logging.getLogger("gptcli")
 
-MAX_TIME = "5m"  # where no other is given
+MAX_TIME = "5m"  # where no other is given: for this long the model is sized, and the run limited
+_OTHER_LIMITS = ("training.max_steps", "training.max_tokens", "training.max_epochs")
 
 # n_layer, n_head, n_embd, block_size; the largest that fits is taken. Heads of 32, then of 64.
 SHAPES = (
@@ -127,6 +128,8 @@ def plan_text(asked: LoadedConfig, overrides: Sequence[str], began: float) -> Te
     limit = parse_seconds(asked.config.training.max_time or MAX_TIME)
     run, costs = _choose(config, asked, tokenizer.vocab_size, text, device, limit, began)
     fitted = _choices(run, text, costs, tokenizer.vocab_size, limit)
+    if asked.given.isdisjoint(_OTHER_LIMITS):
+        fitted.append(f"training.max_time={MAX_TIME}")
     config = load_config(None, [*held_out, *learned, *fitted, *overrides], asked.path).config
     return TextPlan(config, _describe(config, run, text, tokenizer))
 
@@ -310,7 +313,6 @@ def _choices(run: _Run, text: _Text, costs: UnitCosts, vocab_size: int, limit: f
         "model.n_embd": model.n_embd,
         "model.block_size": model.block_size,
         "model.dropout": recipe.dropout(run.epochs),
-        "training.max_time": MAX_TIME,
         "training.tokens_per_step": run.tokens_per_step,
         "training.eval_every": evaluated,
         "training.save_every": evaluated,
@@ -339,7 +341,6 @@ def _describe(config: Config, run: _Run, text: _Text, tokenizer: Tokenizer) -> l
     parameters = empty_model(model, tokenizer.vocab_size).parameter_count()
     documents = f" in {text.documents:,} documents" if (text.documents or 1) > 1 else ""
     held_out = "" if config.data.val else f", {config.data.val_fraction:.1%} of it held out"
-    ends = f" or {training.max_epochs:g} epochs" if training.max_epochs else ""
     reason = (
         f"the largest that has {TOKENS_PER_PARAMETER:g} tokens a weight of its matrices and head"
         if run.tokens_per_weight >= TOKENS_PER_PARAMETER
@@ -353,6 +354,17 @@ def _describe(config: Config, run: _Run, text: _Text, tokenizer: Tokenizer) -> l
         f"model       {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide,"
         f" block {model.block_size}{dropout}: {parameters:,} parameters",
         f"training    about {run.steps:,} steps of {training.tokens_per_step:,} tokens,"
-        f" {run.epochs:.2g} epochs, until {training.max_time}{ends}",
+        f" {run.epochs:.2g} epochs, until {_ends(training)}",
         f"why         {reason} ({run.tokens_per_weight:.2g}; repeated tokens count less)",
     ]
+
+
+def _ends(limits: TrainingConfig) -> str:
+    """The limits for people; the first that is reached ends the run."""
+    counts = (
+        (limits.max_steps, "steps"),
+        (limits.max_tokens, "tokens"),
+        (limits.max_epochs, "epochs"),
+    )
+    counted = [f"{count:,.12g} {unit}" for count, unit in counts if count]
+    return " or ".join([limits.max_time, *counted] if limits.max_time else counted)

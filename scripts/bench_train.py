@@ -19,22 +19,14 @@ are not timed. `--write FILE` puts each table between <!-- bench CASE --> and <!
 """
 
 import argparse
-import json
 import os
-import platform
 import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from bench_contenders import Contender, Failed, machine, note, running, take_turns
 from bench_shakespeare import ESTIMATE_SECONDS, shakespeare_table
 from bench_train_cases import (
     CASES,
@@ -60,92 +52,12 @@ from bench_train_worker import Work
 
 SHAKESPEARE = "shakespeare"
 CHOSEN = ("threads", "precision", "compile", "micro_batch_size")  # choices that are shown
-Key = TypeVar("Key")
 
 
-class Failed(Exception):  # noqa: N818  a peer that cannot run here is no error
-    """A contender ended without an answer; the message names it and ends its log."""
-
-
-class Contender:
-    """A process that waits for orders. Failed when it ends instead of answering."""
-
-    def __init__(self, work: Work, threads: int | None = None) -> None:
-        self.name, self.folder = work.contender, Path(work.folder)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-        worker = Path(__file__).with_name("bench_train_worker.py")
-        with (self.folder / "worker.log").open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(worker), json.dumps(asdict(work))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environment,
-            )
-        try:
-            self.facts = self._answer()
-        except BaseException:
-            self.kill()
-            raise
-
-    def run(self, steps: int) -> float:
-        """Tokens per second (of the GEMM: FLOP/s) of so many steps."""
-        self._order(steps)
-        return float(self._answer()["rate"])
-
-    def finish(self) -> dict[str, Any]:
-        """End the process; {"peak_bytes", "threads"} as they were at its end."""
-        self._order(0)
-        last = self._answer()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=60)
-        self.kill()
-        return last
-
-    def kill(self) -> None:
-        """End the process whatever it does."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _order(self, steps: int) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the missing answer tells
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            log = (self.folder / "worker.log").read_text().strip().splitlines()
-            ended = f"exit status {self._process.wait()}"
-            raise Failed(f"{self.name}: {log[-1]} ({ended})" if log else f"{self.name}: {ended}")
-        facts: dict[str, Any] = json.loads(line)
-        return facts
-
-
-@contextmanager
-def running(contenders: dict[Key, Contender]) -> Iterator[None]:
-    """Ends what is in `contenders` at the end of the block."""
-    try:
-        yield
-    finally:
-        for contender in contenders.values():
-            contender.kill()
-
-
-def take_turns(contenders: dict[Key, Contender], steps: int, rounds: int) -> dict[Key, list[float]]:
-    """Rates of every contender by round."""
-    rates: dict[Key, list[float]] = {key: [] for key in contenders}
-    for number in range(rounds):
-        for key, contender in contenders.items():
-            rates[key].append(contender.run(steps))
-        shown = ", ".join(f"{key} {values[-1]:,.4g}" for key, values in rates.items())
-        note(f"round {number + 1} of {rounds}: {shown}")
-    return rates
+def started(work: Work, threads: int | None = None) -> Contender:
+    """The process of one contender."""
+    script, folder = "bench_train_worker.py", Path(work.folder)
+    return Contender(work.contender, script, asdict(work), folder, threads)
 
 
 def check_weights(contenders: dict[Any, Contender]) -> int:
@@ -186,7 +98,7 @@ def start_all(
             missing.append(f"Not run: {name} (no --nanogpt CLONE)")
             continue
         try:
-            contenders[name] = Contender(work_of(case, name, prepared, given.nanogpt))
+            contenders[name] = started(work_of(case, name, prepared, given.nanogpt))
             contenders[name].run(WARMUP_STEPS)
         except Failed as failed:
             if name in (OURS, GEMM):
@@ -217,7 +129,7 @@ def bench_speed(case: Case, prepared: Prepared, given: argparse.Namespace) -> st
         f" rounds of {case.steps} step(s), with the lowest and the highest."
         f" GEMM peak {gemm} GFLOP/s; {prepared.flops_per_token:,} FLOPs a token.",
         f"Ours chose {', '.join(f'{key} {choices[key]}' for key in CHOSEN)}.",
-        machine(),
+        machine("transformers"),
         *missing,
     ]
     return made + "\n\n" + "\n".join(about)
@@ -226,14 +138,15 @@ def bench_speed(case: Case, prepared: Prepared, given: argparse.Namespace) -> st
 def bench_memory(case: Case, prepared: Prepared, given: argparse.Namespace) -> str:
     """Peak memory of two steps of each contender, one after the other."""
     peaks: dict[str, int | None] = {}
-    about = [f"{describe(case, prepared)}; two AdamW steps, VmHWM of the process. {machine()}"]
+    here = machine("transformers")
+    about = [f"{describe(case, prepared)}; two AdamW steps, VmHWM of the process. {here}"]
     weights = set()
     for name in (OURS, *peers_of(case, given)):
         if name.startswith("nanogpt") and given.nanogpt is None:
             about.append(f"Not run: {name} (no --nanogpt CLONE)")
             continue
         try:
-            contender = Contender(work_of(case, name, prepared, given.nanogpt))
+            contender = started(work_of(case, name, prepared, given.nanogpt))
             with running({name: contender}):
                 contender.run(2)
                 weights.add(contender.facts["weights"])
@@ -252,36 +165,16 @@ def bench_threads(case: Case, prepared: Prepared, given: argparse.Namespace) -> 
     contenders: dict[tuple[str, int], Contender] = {}
     with running(contenders):
         for key in [(name, threads) for name in (OURS, GEMM) for threads in (1, 2)]:
-            contenders[key] = Contender(
-                work_of(case, key[0], prepared, given.nanogpt), threads=key[1]
-            )
+            work = work_of(case, key[0], prepared, given.nanogpt)
+            contenders[key] = started(work, threads=key[1])
             contenders[key].run(WARMUP_STEPS)
         rates = take_turns(contenders, case.steps, given.rounds)
         for (name, threads), contender in contenders.items():
             used = contender.finish()["threads"]
             if used != threads:
                 raise SystemExit(f"{name}: {used} threads instead of {threads}")
-    about = f"{describe(case, prepared)}; {given.rounds} rounds. {machine()}"
+    about = f"{describe(case, prepared)}; {given.rounds} rounds. {machine('transformers')}"
     return threads_table(rates, case.asked["threads"]) + "\n\n" + about
-
-
-def machine() -> str:
-    """What the figures were measured on, and when."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else []
-    try:
-        peer = f", transformers {version('transformers')}"
-    except PackageNotFoundError:
-        peer = ""
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores,"
-        f" {torch.get_num_threads()} threads, torch {torch.__version__}{peer}, {date.today()}."
-    )
-
-
-def note(line: str) -> None:
-    """Say how it goes, beside the tables."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -327,7 +220,7 @@ def run_cases(wanted: list[str], given: argparse.Namespace, folder: Path) -> Non
     for name in wanted:
         if name == SHAKESPEARE:
             made = shakespeare_table(given.nanogpt, given.text, given.runs, folder / name)
-            block = f"{made}\n\n{machine()}"
+            block = f"{made}\n\n{machine('transformers')}"
         elif name == "memory":
             block = bench_memory(CASES[name], prepared[name], given)
         elif name == "threads":

@@ -7,16 +7,15 @@ its own keeps the settings of one contender, its memory and its allocator away f
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from bench_contenders import Parent
 from torch import Tensor
 
 # The settings of nanoGPT's train.py, for every contender.
@@ -40,22 +39,6 @@ class Work:
     tokens: str
     folder: str
     nanogpt: str | None
-
-
-class Parent:
-    """The other end of the pipes."""
-
-    def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print is no answer
-
-    def answer(self, **facts: Any) -> None:
-        """Send one line."""
-        print(json.dumps(facts), file=self._answers, flush=True)
-
-    def order(self) -> int:
-        """The next number of steps, 0 at the end."""
-        return int(sys.stdin.readline() or 0)
 
 
 def train_ours(work: Work, parent: Parent) -> None:

@@ -159,7 +159,7 @@ def test_a_contender_that_cannot_start_is_named(bench, cases, tmp_path):
     prepared = cases.Prepared(tmp_path / "x.yaml", tmp_path / "tokens.bin", 257, 1)
     work = cases.work_of(tiny(cases), "nanogpt", prepared, tmp_path)
     with pytest.raises(bench.Failed, match="nanogpt: RuntimeError: no such peer"):
-        bench.Contender(work)
+        bench.started(work)
 
 
 def test_tiny_contenders_take_turns(bench, cases, tmp_path):

@@ -16,9 +16,9 @@ from test_pretrain import interrupted, killed, outcome, prose
 
 from gptcli.config.schema import Config
 from gptcli.data import packing, shards, stream
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.corpus import open_corpus
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
-from gptcli.data.store import cache_root
 from gptcli.errors import ConfigError
 from gptcli.finetune import finetune
 from gptcli.generate import generate_bytes

@@ -69,7 +69,8 @@ def _disk() -> str:
 
 
 def _cache() -> str:
-    from gptcli.data.store import cache_root, store_sizes
+    from gptcli.data.cache_folder import cache_root
+    from gptcli.data.store import store_sizes
 
     sizes = [store.size_bytes for store in store_sizes()]
     return f"{len(sizes)} corpora, {_size(sum(sizes))} in {cache_root()}"

@@ -30,6 +30,14 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", metavar="N", help="Score at most this many.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="int8|fp16|bf16",
+            help="Score with smaller weights too, and show what that changes.",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the report here.")
     ] = None,
@@ -44,7 +52,8 @@ def evaluate(
     from gptcli.config.load import load_config
 
     base = load_config(config).config
-    section = with_flags(base.eval, {"model": model, "stride": stride, "max_tokens": max_tokens})
+    flags = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
+    section = with_flags(base.eval, flags)
     settings = base.model_copy(update={"eval": section})
     from gptcli.evaluate import evaluate as run
 
@@ -53,11 +62,27 @@ def evaluate(
         result = run(settings, data=data, run_dir=run_dir, command=call.command)
     if as_json:
         write_out(json.dumps(result.report, indent=2) + "\n")
+    elif "quantized" in result.report:
+        write_out(columns(comparison_rows(result.report), right=frozenset({1, 2, 3})))
     else:
         write_out(columns(score_rows(result.report["scores"]), right=frozenset({1})))
     if result.directory is not None:
         log.info(f"report: {result.directory}")
     return 0
+
+
+def comparison_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Scores and memory of the weights: before, after, and the change where there is one."""
+    about, after = report["quantized"], report["scores"]
+    before = about["scores_before"]
+    rows = [["", "before", about["kind"], "change"]]
+    for old, new in zip(score_rows(before), score_rows(after), strict=True):
+        pair = before[old[0]], after[old[0]]
+        numbers = all(isinstance(value, float) for value in pair) and pair[0]
+        rows.append([*old, new[1], f"{pair[1] / pair[0] - 1:+.2%}" if numbers else ""])
+    sizes = about["weight_bytes_before"], about["weight_bytes"]
+    megabytes = [f"{size / 1e6:.1f} MB" for size in sizes]
+    return [*rows, ["weights", *megabytes, f"{sizes[1] / sizes[0] - 1:+.2%}"]]
 
 
 def score_rows(scores: dict[str, Any]) -> list[list[str]]:

@@ -1,22 +1,29 @@
 """`gpt generate`: continue prompts. Texts go to stdout, everything else to stderr."""
 
+import gc
 import json
+import logging
 import os
 import select
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli import stop
 from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
+from gptcli.stop import raise_if_requested
 
 if TYPE_CHECKING:
     from gptcli.config.schema import GenerateConfig
-    from gptcli.generation.engine import Generated
+    from gptcli.generation.row import Generated
+    from gptcli.runs.load import LoadedModel
+
+log = logging.getLogger("gptcli")
 
 _MAX_STDIN_BYTES = 10_000_000  # far above any model's window; a stray `yes |` must not fill memory
 _PROMPT_KEYS = ("prompt", "prompt_file", "prompt_tokens")
@@ -33,7 +40,12 @@ PromptOption = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")
 ]
 PromptFileOption = Annotated[
-    str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one a line.")
+    str | None,
+    typer.Option(
+        "--prompt-file",
+        metavar="FILE",
+        help="Prompts, one a line, or JSON lines with prompt and settings.",
+    ),
 ]
 PromptTokensOption = Annotated[
     str | None,
@@ -62,9 +74,21 @@ RepetitionPenaltyOption = Annotated[
     float | None,
     typer.Option("--repetition-penalty", metavar="F", help="Above 1: repeat less. [1]"),
 ]
+PresencePenaltyOption = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", metavar="F", help="Off the logits of tokens that came."),
+]
+FrequencyPenaltyOption = Annotated[
+    float | None,
+    typer.Option("--frequency-penalty", metavar="F", help="The same, for each time they came."),
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End before this text (may be repeated)."),
+]
+BadWordsOption = Annotated[
+    list[str] | None,
+    typer.Option("--bad-words", metavar="TEXT", help="Never this text (may be repeated)."),
 ]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Repeat a generation. [random]")
@@ -79,6 +103,14 @@ StreamOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="int8|fp16|bf16", help="Smaller weights, and faster."),
+]
+SpeculateOption = Annotated[
+    str | None,
+    typer.Option("--speculate", metavar="lookup", help="Guess by what stood there before."),
 ]
 NoPromptOption = Annotated[
     bool | None, typer.Option("--no-prompt", help="Print the continuation only.")
@@ -112,12 +144,17 @@ def generate(
     top_p: TopPOption = None,
     min_p: MinPOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
-    stop_texts: StopOption = None,
+    presence_penalty: PresencePenaltyOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    stop: StopOption = None,
+    bad_words: BadWordsOption = None,
     seed: SeedOption = None,
     json_lines: JsonOption = None,
     logprobs: LogprobsOption = None,
     stream: StreamOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
+    speculate: SpeculateOption = None,
     no_prompt: NoPromptOption = None,
     truncate: TruncateOption = None,
     allow_special: AllowSpecialOption = None,
@@ -131,33 +168,30 @@ def generate(
     A text that outgrows the model's block_size goes on from its last block_size // 2 tokens, again
     each time the block is full; models with windowed attention in every layer go on exactly.
     """
-    flags: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "prompt_file": prompt_file,
-        "prompt_tokens": _token_ids(prompt_tokens),
-        "n": n,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop_texts,
-        "seed": seed,
-        "json_lines": json_lines,
-        "logprobs": logprobs,
-        "stream": stream,
-        "device": device,
-        "no_prompt": no_prompt,
-        "truncate": truncate,
-        "allow_special": allow_special,
-        "raw": raw,
-        "output_bytes": output_bytes,
-    }
-    _run(_settings(config, flags, stdin))
-    stop.raise_if_requested()
+    flags: dict[str, Any] = dict(locals())  # called as the keys of the section
+    del flags["stdin"], flags["config"]
+    flags["prompt_tokens"] = _token_ids(prompt_tokens)
+    with _starting():
+        settings = _settings(config, flags, stdin)
+        loaded = _load(settings)
+    _run(loaded, settings)
+    raise_if_requested()
     return 0
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Inside, nothing looks for garbage, and what there is at the end is never looked at again.
+
+    Importing torch makes 150,000 objects that stay; to go through them again and again would take
+    a tenth of a second.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "GenerateConfig":
@@ -209,13 +243,18 @@ def _check_bytes(settings: "GenerateConfig", flags: dict[str, Any]) -> None:
         )
 
 
-def _run(settings: "GenerateConfig") -> None:
+def _load(settings: "GenerateConfig") -> "LoadedModel":
     from gptcli.device import resolve_device
-    from gptcli.generate import generate as continue_prompts
-    from gptcli.generate import generate_bytes
     from gptcli.runs.load import load_model
 
-    model = load_model(settings.model, resolve_device(settings.device).torch)
+    device = resolve_device(settings.device).torch
+    return load_model(settings.model, device, quantize=settings.quantize)
+
+
+def _run(model: "LoadedModel", settings: "GenerateConfig") -> None:
+    from gptcli.generate import generate as continue_prompts
+    from gptcli.generate import generate_bytes
+
     if settings.output_bytes:
         write_bytes(generate_bytes(model, settings))
         return
@@ -223,7 +262,11 @@ def _run(settings: "GenerateConfig") -> None:
     batches = continue_prompts(
         model, settings, on_text=output.piece if output.live else None, on_prompt=output.prompt
     )
-    output.finished(batches)
+    began = time.perf_counter()
+    tokens = output.finished(batches)
+    seconds = time.perf_counter() - began
+    if settings.speculate is not None or sys.stderr.isatty():
+        log.info("%d tokens in %.1f s: %.1f tokens/s", tokens, seconds, tokens / seconds)
 
 
 class _Output:
@@ -233,27 +276,41 @@ class _Output:
         self.live = settings.stream and not settings.json_lines
         self._settings = settings
         self._several = settings.n > 1 or settings.prompt_file is not None
+        self._held = ""
 
     def prompt(self, text: str) -> None:
         """A prompt about to be continued."""
         if self.live and not self._settings.no_prompt:
-            self._write(text)
+            self._grow(text)
 
     def piece(self, sample: int, text: str) -> None:
         """Some more text of a sample."""
         if sample == 0:
-            self._write(text)
+            self._grow(text)
 
-    def finished(self, batches: "Iterable[list[Generated]]") -> None:
-        """All samples of all prompts, as each prompt is done."""
+    def finished(self, batches: "Iterable[list[Generated]]") -> int:
+        """All samples of all prompts, as each prompt is done; returns the number of tokens."""
+        tokens = 0
         for samples in batches:
             for sample in samples:
+                tokens += len(sample.tokens)
                 if self._settings.json_lines:
                     self._json(sample)
                     continue
-                if not (self.live and sample.sample == 0):
+                if self.live and sample.sample == 0:
+                    self._write(self._held)
+                    self._held = ""
+                else:
                     self._write(("" if self._settings.no_prompt else sample.prompt) + sample.text)
                 self._write("\n---\n" if self._several else "\n")
+        return tokens
+
+    def _grow(self, text: str) -> None:
+        """Write what a text goes on with. A CR at the end waits: with an LF after it, it ends a
+        line; alone it could overwrite one, and a terminal gets an escape."""
+        text = self._held + text
+        self._held = "\r" if text.endswith("\r") else ""
+        self._write(text.removesuffix("\r"))
 
     def _json(self, sample: "Generated") -> None:
         if sample.finish_reason != "interrupted":  # half a text is no result
@@ -282,7 +339,7 @@ def _read_stdin(as_bytes: bool = False) -> str:
     while sys.stdin is not None and len(data) <= _MAX_STDIN_BYTES:
         # A plain read would begin again after every signal and could not be stopped.
         ready = select.select([sys.stdin], [], [], 0.2)[0]
-        stop.raise_if_requested()
+        raise_if_requested()
         if not ready:
             continue
         chunk = os.read(sys.stdin.fileno(), 65536)

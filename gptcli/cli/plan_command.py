@@ -78,10 +78,8 @@ def _with_model(overrides: list[str] | None, model: str | None) -> list[str]:
 
 
 def _as_object(plan: "Plan") -> dict[str, Any]:
-    memory = {**asdict(plan.memory), "total_bytes": plan.memory.total_bytes}
     return {
         **asdict(plan),
-        "memory": memory,
         "tokens": plan.tokens,
         "tokens_per_parameter": plan.tokens_per_parameter,
         "seconds": None if plan.duration is None else plan.duration.total_seconds,
@@ -103,7 +101,7 @@ def _memory_rows(plan: "Plan") -> list[list[str]]:
     memory = plan.memory
     how = f"micro batch of {plan.micro_batch_size}, {plan.precision} on {plan.device}"
     again = ", computed again in the backward pass" if plan.activation_checkpointing else ""
-    free = "" if plan.free_memory_bytes is None else f"free: {_size(plan.free_memory_bytes)}"
+    free = "" if plan.free_memory_bytes is None else f"usable: {_size(plan.free_memory_bytes)}"
     disk = "" if plan.free_disk_bytes is None else f"; free: {_size(plan.free_disk_bytes)}"
     return [
         ["memory at the peak", _size(memory.total_bytes), free],

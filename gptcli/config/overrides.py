@@ -40,6 +40,17 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> list[Problem]:
     return problems
 
 
+def as_node(value: Any, place: Place) -> Node:
+    """A value of JSON as if it were written at `place`."""
+    if isinstance(value, dict):
+        return Node(place, {k: Entry(place, as_node(v, place)) for k, v in value.items()})
+    if isinstance(value, list):
+        return Node(place, [as_node(item, place) for item in value])
+    if isinstance(value, str):
+        return Node(place, Scalar(value, plain=False))
+    return Node(place, Scalar("null" if value is None else str(value)))
+
+
 def _path(key: str) -> Location | None:
     steps: list[str | int] = []
     position = 0
@@ -101,17 +112,7 @@ def _default(path: Location, place: Place) -> Node:
     if want is None or want.section or len(path) != 2:
         return Node(place, {})
     section, key = path
-    return _as_node(Config().model_dump(by_alias=True)[str(section)][key], place)
-
-
-def _as_node(value: Any, place: Place) -> Node:
-    if isinstance(value, dict):
-        return Node(place, {k: Entry(place, _as_node(v, place)) for k, v in value.items()})
-    if isinstance(value, list):
-        return Node(place, [_as_node(item, place) for item in value])
-    if isinstance(value, str):
-        return Node(place, Scalar(value, plain=False))
-    return Node(place, Scalar("null" if value is None else str(value)))
+    return as_node(Config().model_dump(by_alias=True)[str(section)][key], place)
 
 
 def _open_up(node: Node, step: str | int, want: Wanted, place: Place) -> None:

@@ -120,7 +120,9 @@ class TrainingConfig(Section):
         default=6.0, description="standard deviations above the recent mean that make a spike"
     )
     max_bad_steps: PositiveInt = Field(
-        default=3, description="non-finite steps in a row that end a run"
+        default=3,
+        description="steps in a row that are not applied (not finite, or spikes that are skipped),"
+        " or rollbacks, that end a run",
     )
 
     @field_validator("max_time")
@@ -138,6 +140,9 @@ class EvalConfig(Section):
     data: list[SourceConfig] | None = None
     max_tokens: PositiveInt | None = None
     stride: PositiveInt | None = Field(default=None, description="null: block_size, no overlap")
+    quantize: Literal["int8", "fp16", "bf16"] | None = Field(
+        default=None, description="gpt eval: score with smaller weights too, and compare"
+    )
 
     _data = field_validator("data", mode="before", json_schema_input_type=Written | None)(
         as_sources
@@ -166,12 +171,19 @@ class GenerateConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     min_p: Fraction = 0.0
     repetition_penalty: PositiveFloat = 1.0
+    presence_penalty: float = Field(default=0.0, description="off the logits of generated tokens")
+    frequency_penalty: float = Field(default=0.0, description="the same, for each time they came")
     stop: list[str] = Field(default=[])
+    bad_words: list[str] = Field(default=[], description="texts that never come")
     seed: int | None = None
     json_lines: bool = Field(default=False, alias="json")
     logprobs: Annotated[int, Field(ge=0)] = 0
     stream: bool = True
     device: DeviceName = "auto"
+    quantize: Literal["int8", "fp16", "bf16"] | None = None
+    speculate: Literal["lookup"] | None = Field(
+        default=None, description="lookup: draft what followed the same words before"
+    )
     no_prompt: bool = False
     truncate: Literal["left", "error"] = "left"
     allow_special: bool = False
@@ -179,6 +191,13 @@ class GenerateConfig(Section):
     output_bytes: bool = Field(
         default=False, description="write the bytes of the tokens, of models of binary data"
     )
+
+    @field_validator("stop", "bad_words")
+    @classmethod
+    def _no_empty_text(cls, texts: list[str]) -> list[str]:
+        if "" in texts:
+            raise ValueError("an empty text is part of every text; write at least one character")
+        return texts
 
 
 class FinetuneConfig(Section):

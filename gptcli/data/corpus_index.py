@@ -17,10 +17,11 @@ from typing import Any
 from gptcli.config.data_schema import DataConfig
 from gptcli.data import extras
 from gptcli.data.builtin import builtin_file
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.files import SourceFile
 from gptcli.data.scan import Contents, Document, FileScan, SourceFacts
 from gptcli.data.shards import Problems, Split
-from gptcli.data.store import UNUSED_SECONDS, cache_root
+from gptcli.data.store import UNUSED_SECONDS
 
 log = logging.getLogger("gptcli")
 

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.schema import Config
 from gptcli.data.bpe import whole_words
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.corpus import Corpus
 from gptcli.data.encode import EncodedStream
 from gptcli.data.mixture import Mixture
 from gptcli.data.packing import PackedRows
 from gptcli.data.readers import read_shards
 from gptcli.data.shards import Shard
-from gptcli.data.store import StoreReader, cache_root, open_store
+from gptcli.data.store import StoreReader, open_store
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer
 from gptcli.errors import ConfigError, GptError, ResourceError

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from gptcli import stop
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.readers import read_shards
 from gptcli.data.shards import Shard
 from gptcli.data.store_lock import LOCK, locked
@@ -95,13 +96,6 @@ class TokenStore:
         for mapped in self.maps:
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def cache_root() -> Path:
-    """Where caches are: $GPT_CACHE, else $XDG_CACHE_HOME/gptcli, else ~/.cache/gptcli."""
-    if own := os.environ.get("GPT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptcli"
 
 
 def open_store(

@@ -1,4 +1,8 @@
-"""The decode engine: one prefill of the prompt, then all samples token by token as one batch.
+"""The decode engine: texts of any lengths grow as one batch, token by token.
+
+A row of the batch is one text. Prompts are read once, whatever the number of samples, and what
+several prompts begin with is read once for all. Rows that are finished leave the batch and waiting
+ones take their places.
 
 The window. A model whose layers all attend to a window of tokens (`ModelConfig.rolls`) reads texts
 of any length with a cache of fixed size, exactly as without one. Every other model sees at most
@@ -7,13 +11,16 @@ tokens at positions 0, 1, ... and is prefilled anew; the cached and the uncached
 schedule and so give the same text. (To drop only the oldest keys instead ruins dense models
 that rest their attention on the first tokens: Xiao et al. 2023, "Efficient Streaming Language
 Models with Attention Sinks".)
+
+Speculation (Leviathan et al. 2023) by prompt lookup: what followed the last tokens earlier in the
+text is read together with them as a guess. A guess counts where it is the token that would have
+been chosen without it, by the same logits and the same random number; so the text stays the same.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,66 +28,109 @@ from torch import Tensor
 
 from gptcli import stop
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.generation import sampling as pick
-from gptcli.generation.text import StopScanner, Utf8Stream
+from gptcli.device import Device, free_memory_bytes
+from gptcli.generation.reader import Reader
+from gptcli.generation.row import Generated, OnText, Report, Row
+from gptcli.generation.sampling import Sampler, Sampling, check_finite
 from gptcli.model.gpt import GPT
 
-OnText = Callable[[int, str], None]
-FinishReason = Literal["length", "stop", "eot", "interrupted"]
-
-# Key-value caches of samples decoded together; more samples than fit are decoded in turn.
+# The key-value caches of a batch get this much memory, or a quarter of what is free; texts that do
+# not fit wait. More rows than 64 gain little: then products are at their peak speed already.
 _CACHE_BYTES = 2**30
+_MOST_ROWS = 64
+_MOST_DRAFTED = 8  # tokens read ahead in one step; each costs little while weights are the load
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. The defaults sample from the model's own distribution.
+class Request:
+    """A prompt as text, which is only passed on, and as ids, to be continued `n` times.
 
-    `temperature` 0 takes the likeliest token. `logprobs` is the number of alternatives reported
-    for each token. Generation ends at eot or another of the tokenizer's `ends`, at the first of the
-    `stop` texts, or after `max_new_tokens`.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    max_new_tokens: int = 200
-    logprobs: int = 0
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One continuation of one prompt.
-
-    `text` ends before a stop text; `tokens` holds the generated ids that it takes to spell `text`,
-    none of the tokenizer's `ends` among them: finish_reason "eot" stands for whichever it was.
-    `logprobs` has one entry a token, `{"token", "text", "logprob", "top"}`, natural logarithms
-    under the model's own distribution; `top` holds [id, text, logprob], likeliest first.
+    There are 1 to block_size ids, or any number for a model that rolls.
     """
 
     prompt: str
-    text: str
     tokens: list[int]
-    finish_reason: FinishReason
-    seed: int
-    sample: int
-    logprobs: list[dict[str, Any]] | None
+    sampling: Sampling
+    n: int = 1
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that `gpt generate --json` prints; `logprobs` only when asked for."""
-        row = {
-            "prompt": self.prompt,
-            "text": self.text,
-            "tokens": self.tokens,
-            "finish_reason": self.finish_reason,
-            "seed": self.seed,
-            "sample": self.sample,
-        }
-        return row if self.logprobs is None else {**row, "logprobs": self.logprobs}
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How many `rows` grow at once, and the tokens that each has room for in the cache, 0 without
+    one, of which up to `most_new` come in one step."""
+
+    rows: int
+    capacity: int
+    most_new: int
+
+    @classmethod
+    def of(cls, model: GPT, requests: Sequence[Request], speculate: bool = False) -> "BatchSize":
+        """As many rows as the memory for their keys and values holds."""
+        capacity = max(len(r.tokens) + r.sampling.max_new_tokens for r in requests)
+        if not model.config.rolls:
+            capacity = min(capacity, model.config.block_size)
+        most_new = 1 + (_MOST_DRAFTED if speculate else 0)
+        row_bytes = model.new_batch_cache(1, capacity, most_new).row_bytes
+        free = free_memory_bytes(Device(model.device.type, model.device.index, "", 1, True)) or 0
+        fitting = max(_CACHE_BYTES, free // 4) // row_bytes
+        texts = sum(request.n for request in requests)
+        return cls(max(1, min(_MOST_ROWS, texts, fitting)), capacity, most_new)
+
+
+def decode(
+    model: GPT,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    *,
+    on_text: Callable[[int, int, str], None] | None = None,
+    speculate: bool = False,
+    use_cache: bool = True,
+    decoder: GPT | None = None,
+) -> Iterator[tuple[int, list[Generated]]]:
+    """Continue all prompts; yields the number of each request and its samples, in their order.
+
+    Sample k of a request depends on (sampling, k, its tokens) alone, up to rounding.
+    `on_text(request, sample, piece)` receives the texts as they grow, in whole characters, those of
+    later requests among them. `decoder` is a model of the same weights that takes the steps of one
+    token. When a stop is requested, the texts begun are yielded as they are, "interrupted". Raises
+    CheckpointError for non-finite logits, ValueError for tokens that do not fit.
+    """
+    for request in requests:
+        _check(model, request)
+    with _evaluating(model):
+        yield from _decode(model, tokenizer, requests, on_text, speculate, use_cache, decoder)
+
+
+def _decode(
+    model: GPT,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    on_text: Callable[[int, int, str], None] | None,
+    speculate: bool,
+    use_cache: bool,
+    decoder: GPT | None,
+) -> Iterator[tuple[int, list[Generated]]]:
+    rows = list(_rows(tokenizer, requests, on_text, speculate))
+    with torch.inference_mode():  # never across a yield: it would go on in the caller
+        size = BatchSize.of(model, requests, speculate) if use_cache else BatchSize(len(rows), 0, 1)
+        texts = [request.tokens[:-1] for request in requests]  # the last token goes with the first
+        reader = Reader(model, decoder or model, size.rows, size.capacity, size.most_new, texts)
+        batch = _Batch(model, tokenizer, reader, rows, size)
+    by_request: list[list[Row]] = [[] for _ in requests]
+    for row in rows:
+        by_request[row.request].append(row)
+    done = 0
+    while done < len(requests):
+        while not all(row.finish_reason for row in by_request[done]):
+            with torch.inference_mode():
+                going_on = batch.step()
+            if not going_on:
+                break
+        samples = [row.result(requests[done].prompt) for row in by_request[done] if row.begun]
+        if not samples:
+            return
+        yield done, samples
+        done += 1
 
 
 def generate_samples(
@@ -94,30 +144,11 @@ def generate_samples(
     on_text: OnText | None = None,
     use_cache: bool = True,
 ) -> list[Generated]:
-    """Continue `prompt_tokens` `n` times; `prompt` is only passed on.
-
-    There are 1 to block_size ids, or any number for a model that rolls.
-
-    Sample k depends on (sampling, k, prompt_tokens) alone, up to rounding. `on_text(sample, piece)`
-    receives the texts as they grow, in whole characters. When a stop is requested, the texts begun
-    are returned as they are, "interrupted". Raises CheckpointError for non-finite logits.
-    """
-    block_size, rolls = model.config.block_size, model.config.rolls
-    if not prompt_tokens or (len(prompt_tokens) > block_size and not rolls):
-        raise ValueError(f"{len(prompt_tokens)} prompt tokens, not 1 to {block_size}")
-    capacity = len(prompt_tokens) + sampling.max_new_tokens
-    if not rolls:
-        capacity = min(block_size, capacity)
-    at_once = max(1, _CACHE_BYTES // model.new_cache(0, capacity).row_bytes)
-    rows = [_Row(sample, tokenizer, sampling, on_text) for sample in range(n)]
-    with torch.inference_mode(), _evaluating(model):
-        for first in range(0, n, at_once):
-            window = _Window(model, prompt_tokens, capacity if use_cache else None)
-            _decode(window, rows[first : first + at_once], tokenizer, sampling, prompt_tokens)
-            if stop.requested():
-                rows = rows[: first + at_once]
-                break
-    return [row.result(prompt) for row in rows]
+    """Continue `prompt_tokens` `n` times; see `decode`. `on_text(sample, piece)`."""
+    shown = None if on_text is None else lambda _, sample, piece: on_text(sample, piece)
+    request = Request(prompt, prompt_tokens, sampling, n)
+    batches = decode(model, tokenizer, [request], on_text=shown, use_cache=use_cache)
+    return [sample for _, samples in batches for sample in samples]
 
 
 def restart_tokens(block_size: int) -> int:
@@ -125,87 +156,24 @@ def restart_tokens(block_size: int) -> int:
     return max(1, block_size // 2)
 
 
-def _decode(
-    window: "_Window",
-    rows: list["_Row"],
+def _check(model: GPT, request: Request) -> None:
+    block_size, count = model.config.block_size, len(request.tokens)
+    if not count or (count > block_size and not model.config.rolls):
+        raise ValueError(f"{count} prompt tokens, not 1 to {block_size}")
+
+
+def _rows(
     tokenizer: Tokenizer,
-    sampling: Sampling,
-    prompt_tokens: list[int],
-) -> None:
-    """Run `rows` to their end as one batch; a finished row leaves it."""
-    key = pick.stream_key(sampling.seed, prompt_tokens)
-    vocab_size = min(tokenizer.vocab_size, window.model.vocab_size)  # without padding of the head
-    logits = window.prefill(len(rows))
-    seen = _seen(prompt_tokens, len(rows), logits) if sampling.repetition_penalty != 1.0 else None
-    for position in range(sampling.max_new_tokens):
-        if stop.requested():
-            break
-        logits = _on_sampling_device(logits[:, :vocab_size].float())
-        pick.check_finite(logits)
-        tokens = _choose(logits, rows, key, position, seen, sampling)
-        reports = _logprobs(logits, tokens, sampling.logprobs)
-        for row, token, report in zip(rows, tokens.tolist(), reports, strict=True):
-            row.accept(token, report)
-        if all(row.finish_reason for row in rows):
-            return
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
-        if len(alive) < len(rows):
-            rows = [rows[i] for i in alive]
-            kept = torch.tensor(alive, device=tokens.device)
-            tokens, seen = tokens[kept], None if seen is None else seen[kept]
-            window.keep_rows(kept)
-        if position + 1 < sampling.max_new_tokens:
-            logits = window.advance(tokens)
-    for row in rows:
-        row.finish("length" if len(row.tokens) == sampling.max_new_tokens else "interrupted")
-
-
-def _choose(
-    logits: Tensor,
-    rows: list["_Row"],
-    key: int,
-    position: int,
-    seen: Tensor | None,
-    sampling: Sampling,
-) -> Tensor:
-    """Next token ids (B,) for logits (B, V)."""
-    if seen is not None:
-        seen = seen[:, : logits.size(1)]
-        logits = pick.penalise_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0.0:
-        return logits.argmax(dim=-1)
-    logits = pick.filter_logits(
-        logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
-    )
-    samples = np.array([row.sample for row in rows], dtype=np.int64)
-    uniforms = torch.from_numpy(pick.uniform_numbers(key, samples, position))
-    return pick.draw(logits, uniforms.to(logits.device))
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> list["_Report | None"]:
-    """For each row the log-probability of its token and the `count` likeliest ids with theirs."""
-    if not count:
-        return [None] * len(tokens)
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    top = logprobs.topk(min(count, logprobs.size(1)), dim=-1)
-    return [
-        _Report(*r) for r in zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-
-
-def _seen(prompt_tokens: list[int], rows: int, logits: Tensor) -> Tensor:
-    """Which tokens (rows, V) the prompt holds."""
-    seen = torch.zeros(rows, logits.size(1), dtype=torch.bool)
-    seen[:, torch.tensor(prompt_tokens)] = True
-    return _on_sampling_device(seen.to(logits.device))
-
-
-def _on_sampling_device(x: Tensor) -> Tensor:
-    """`x` where tokens are chosen: MPS has no float64, which inverse-CDF sampling needs."""
-    return x.cpu() if x.device.type == "mps" else x
+    requests: Sequence[Request],
+    on_text: Callable[[int, int, str], None] | None,
+    speculate: bool,
+) -> Iterator[Row]:
+    for number, r in enumerate(requests):
+        shown: OnText | None = None
+        if on_text is not None:
+            shown = lambda sample, piece, number=number: on_text(number, sample, piece)  # noqa: E731
+        for sample in range(r.n):
+            yield Row(number, sample, tokenizer, r.tokens, r.sampling, shown, speculate)
 
 
 @contextmanager
@@ -219,131 +187,127 @@ def _evaluating(model: GPT) -> Iterator[None]:
         model.train(training)
 
 
-class _Window:
-    """The tokens in the model's view (B, T) and their keys and values if cached.
-
-    T <= block_size, or any number for a model that rolls.
-    """
-
-    def __init__(self, model: GPT, prompt_tokens: list[int], capacity: int | None) -> None:
-        self.model, self._rolls = model, model.config.rolls
-        self.ids = torch.tensor([prompt_tokens], device=model.device)
-        self.cache = None if capacity is None else model.new_cache(1, capacity)
-
-    def prefill(self, rows: int) -> Tensor:
-        """Logits (rows, V) after the prompt, which is read once and then repeated.
-
-        When a stop is requested meanwhile, they are those after a part of it.
-        """
-        size = self.ids.size(1) if self.cache is None else self.model.config.block_size
-        for chunk in torch.split(self.ids, size, dim=1):
-            logits: Tensor = self.model(chunk, self.cache, last_only=True)[:, -1]
-            if stop.requested():
-                break
-        self.keep_rows(torch.zeros(rows, dtype=torch.long))
-        return logits.expand(rows, -1)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep (or repeat) the rows whose indices are given."""
-        rows = rows.to(self.ids.device)
-        self.ids = self.ids[rows]
-        if self.cache is not None:
-            self.cache.keep_rows(rows)
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after one more token (B,) a row."""
-        unread = tokens.to(self.ids.device)[:, None]
-        if self._rolls and self.cache is not None:
-            self.ids = unread  # the cache holds all that is needed of the others
-        else:
-            self.ids = torch.cat([self.ids, unread], dim=1)
-        block_size = self.model.config.block_size
-        if self.ids.size(1) > block_size and not self._rolls:
-            self.ids = unread = self.ids[:, -restart_tokens(block_size) :]
-            if self.cache is not None:
-                self.cache.length = 0
-        if self.cache is None:
-            unread = self.ids
-        logits: Tensor = self.model(unread, self.cache, last_only=True)[:, -1]
-        return logits
-
-
-@dataclass(frozen=True)
-class _Report:
-    """Log-probability of a token and of the likeliest ones."""
-
-    logprob: float
-    top_ids: list[int]
-    top_logprobs: list[float]
-
-
-class _Row:
-    """One sample in the making: its tokens, its text, and how it ended."""
+class _Batch:
+    """The rows that grow together, and those that wait for a place."""
 
     def __init__(
-        self, sample: int, tokenizer: Tokenizer, sampling: Sampling, on_text: OnText | None
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        reader: Reader,
+        waiting: Sequence[Row],
+        size: BatchSize,
     ) -> None:
-        self.sample, self.tokens = sample, list[int]()
-        self.finish_reason: FinishReason | None = None
-        self._tokenizer, self._sampling, self._on_text = tokenizer, sampling, on_text
-        self._utf8, self._scanner = Utf8Stream(), StopScanner(sampling.stop)
-        self._pieces: list[str] = []
-        self._decoded = [0]  # characters complete after 0, 1, ... tokens
-        self._logprobs: list[dict[str, Any]] = []
+        self._model, self._reader, self._size = model, reader, size
+        self._waiting, self._rows = deque(waiting), list[Row]()
+        self._vocab_size = min(tokenizer.vocab_size, model.vocab_size)  # the head may be padded
+        self._sampler = Sampler(size.rows, tokenizer, self._vocab_size, model.device)
+        self._free = list(range(size.rows))
 
-    def accept(self, token: int, report: _Report | None) -> None:
-        """Take the next token; sets `finish_reason` if it is the last."""
-        if token in self._tokenizer.ends:
-            self.finish("eot")
-            return
-        self.tokens.append(token)
-        if report is not None:
-            self._logprobs.append(self._entry(token, report))
-        piece = self._utf8.feed(self._tokenizer.token_bytes(token))
-        self._decoded.append(self._decoded[-1] + len(piece))
-        self._emit(self._scanner.feed(piece))
-        if self._scanner.stopped:
-            self.finish("stop")
-        elif len(self.tokens) == self._sampling.max_new_tokens:
-            self.finish("length")
+    def step(self) -> bool:
+        """One more token, with good guesses several, for every row; False when all is done."""
+        self._admit()
+        self._renew()
+        if stop.requested():
+            for row in self._rows:
+                row.finish("interrupted")
+            return False
+        if not self._rows:
+            return False
+        self._choose(self._read())
+        self._leave()
+        return True
 
-    def finish(self, reason: FinishReason) -> None:
-        """End the text: nothing stays held back, and what spells the stop text is dropped."""
-        if not self._scanner.stopped:
-            self._emit(self._scanner.feed(self._utf8.flush()))
-            self._emit(self._scanner.flush())
-        self.finish_reason = "stop" if self._scanner.stopped else reason
-        if self._scanner.stopped:
-            needed = bisect_left(self._decoded, sum(map(len, self._pieces)))
-            self.tokens, self._logprobs = self.tokens[:needed], self._logprobs[:needed]
+    def _admit(self) -> None:
+        while self._free and self._waiting:
+            row = self._waiting.popleft()
+            row.begun, row.slot = True, self._free.pop()
+            self._sampler.begin(row.slot, row.sampling, row.prompt_tokens, row.sample)
+            self._rows.append(row)
 
-    def result(self, prompt: str) -> Generated:
-        """The finished sample."""
-        assert self.finish_reason is not None
-        return Generated(
-            prompt=prompt,
-            text="".join(self._pieces),
-            tokens=self.tokens,
-            finish_reason=self.finish_reason,
-            seed=self._sampling.seed,
-            sample=self.sample,
-            logprobs=self._logprobs if self._sampling.logprobs else None,
-        )
+    def _renew(self) -> None:
+        """Read the texts that are new, and those whose window starts again."""
+        block_size = self._model.config.block_size
+        for row in self._rows:
+            if len(row.context) > block_size and not self._model.config.rolls:
+                row.context = row.context[-restart_tokens(block_size) :]
+                row.unread = True
+        unread = {i: row.context[:-1] for i, row in enumerate(self._rows) if self._is_unread(row)}
+        if unread:
+            self._reader.fill(unread)
+        for row in self._rows:
+            row.unread = False
 
-    def _emit(self, piece: str) -> None:
-        if piece:
-            self._pieces.append(piece)
-            if self._on_text is not None:
-                self._on_text(self.sample, piece)
+    def _is_unread(self, row: Row) -> bool:
+        return row.unread and not self._is_read_whole(row)
 
-    def _entry(self, token: int, report: _Report) -> dict[str, Any]:
-        top = zip(report.top_ids, report.top_logprobs, strict=True)
-        return {
-            "token": token,
-            "text": self._shown(token),
-            "logprob": report.logprob,
-            "top": [[i, self._shown(i), logprob] for i, logprob in top],
-        }
+    def _is_read_whole(self, row: Row) -> bool:
+        """Whether all of its text is read each time: where there is no cache, and where rotations
+        depend on its length."""
+        return not self._size.capacity or len(row.context) > self._model.cacheable_tokens
 
-    def _shown(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+    def _read(self) -> Tensor:
+        """Logits (R, T, V) after the last token of each row and after its guesses."""
+        whole = [i for i, row in enumerate(self._rows) if self._is_read_whole(row)]
+        if len(whole) == len(self._rows):
+            logits = self._reader.read_again([row.context for row in self._rows])
+        else:
+            tokens = self._guesses(0 if whole else self._size.most_new - 1)
+            lengths = [len(row.context) - 1 for row in self._rows]
+            for i in whole:
+                lengths[i] = 0  # computed for nothing, but in its own row
+            logits = self._reader.step(tokens, lengths)
+            if whole:
+                logits[whole] = self._reader.read_again([self._rows[i].context for i in whole])
+        return logits[..., : self._vocab_size].float()
+
+    def _guesses(self, most: int) -> list[list[int]]:
+        """The last token of each row and the guesses of what follows, filled up to one length."""
+        if not self._model.config.rolls:  # there is room for the longest row's too
+            most = min(most, self._size.capacity - max(len(row.context) for row in self._rows))
+        tokens = [[row.context[-1], *row.guess(most)] for row in self._rows]
+        count = max(map(len, tokens))
+        return [part + [0] * (count - len(part)) for part in tokens]
+
+    def _choose(self, logits: Tensor) -> None:
+        """Take the next token of every row, and go on with those that had guessed it."""
+        check_finite(logits)
+        going = list(range(len(self._rows)))
+        for ahead in range(logits.size(1)):
+            rows = [self._rows[i] for i in going]
+            last = logits[:, ahead] if len(going) == len(self._rows) else logits[going, ahead]
+            slots = np.array([row.slot for row in rows])
+            positions = np.array([len(row.tokens) for row in rows])
+            tokens = self._sampler.choose(last, slots, positions).tolist()
+            reports = _reports(last, tokens, max(row.sampling.logprobs for row in rows))
+            still = []
+            for i, row, token, report in zip(going, rows, tokens, reports, strict=True):
+                row.accept(token, report)
+                if ahead < len(row.draft) and row.draft[ahead] == token:
+                    row.accepted += 1
+                    if row.finish_reason is None:
+                        still.append(i)
+            going = still
+            if not going:
+                return
+
+    def _leave(self) -> None:
+        """Give the places of finished rows to the last ones."""
+        for i in reversed(range(len(self._rows))):
+            if self._rows[i].finish_reason is not None:
+                self._free.append(self._rows[i].slot)
+                last = self._rows.pop()
+                if i < len(self._rows):
+                    self._rows[i] = last
+                    self._reader.move(len(self._rows), i)
+
+
+def _reports(logits: Tensor, tokens: list[int], count: int) -> Sequence[Report | None]:
+    """For each row the log-probability of its token and the `count` likeliest ids with theirs."""
+    if not count:
+        return [None] * len(tokens)
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).clamp(min=0)[:, None])
+    top = logprobs.topk(min(count, logprobs.size(1)), dim=-1)
+    entries = zip(chosen[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Report(*entry) for entry in entries]

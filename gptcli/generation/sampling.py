@@ -1,133 +1,275 @@
-"""From logits to the next token: filters and inverse-CDF sampling as functions of their arguments.
+"""Choosing tokens: what a text asks for (`Sampling`), and the texts of a batch (`Sampler`).
 
-Logits are (B, V) float tensors of unnormalised log-probabilities; a filter sets the logits of the
-tokens it removes to -inf and always leaves at least one. Randomness comes in as uniforms in [0, 1)
-that are hashed from (seed, prompt, sample, position), so that nothing depends on the batch.
+The mathematics is in filters.py (which tokens stay) and draw.py (which of them is taken).
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
+from gptcli.generation import filters
+from gptcli.generation.bad_words import BadWords, Vocabulary
+from gptcli.generation.draw import invert_cdf, stream, uniforms
 
-# Candidates that top-p sorts before it sorts the whole vocabulary: a trained model's nucleus is
-# small, and a partial sort of 50k logits is ten times faster than a whole one.
-_NUCLEUS_GUESSES = (512, 8192)
-# Beyond these a temperature or penalty overflows fp32 and the logits become nan.
-_SMALLEST, _LARGEST = 1e-30, 1e30
-_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of splitmix64 (Steele et al. 2014)
-_UINT64 = 2**64 - 1
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The defaults sample from the model's own distribution.
+
+    `temperature` 0 takes the likeliest token. `repetition_penalty` divides the logits of tokens
+    that prompt or continuation have; `presence_penalty` (once) and `frequency_penalty` (each time)
+    are taken off the logits of those that the continuation has. A continuation has none of the
+    `bad_words` in it. `logprobs` is the number of alternatives reported for each token. Generation
+    ends at eot or another of the tokenizer's `ends`, at the first of the `stop` texts, or after
+    `max_new_tokens`.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    max_new_tokens: int = 200
+    logprobs: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a text has a token."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token depends on the ones before it by more than the model's logits."""
+        return self.counts or self.repetition_penalty != 1.0 or bool(self.bad_words)
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise CheckpointError if any of the logits (B, V) is nan or infinite."""
-    if not bool(torch.isfinite(logits).all()):
+    """Raise CheckpointError if any of the logits is nan or infinite."""
+    # One pass over them; the sum of finite ones may overflow, which the exact test then tells.
+    if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
         raise CheckpointError(
             "the checkpoint produces non-finite logits",
             hint="its weights are damaged or its training diverged; take an earlier checkpoint",
         )
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of `seen` (B, V) bool tokens by `penalty`.
+class Sampler:
+    """The next tokens of texts that share a batch, each with settings of its own.
 
-    Keskar et al. 2019 (CTRL), section 4.1, in the form that transformers made standard.
+    A text has a slot from its `begin` to the next `begin` there. What it gets depends on its
+    settings, prompt, logits and tokens so far, never on the batch.
     """
-    penalty = min(max(penalty, _SMALLEST), _LARGEST)
-    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalised, logits)
 
+    def __init__(
+        self, slots: int, tokenizer: Tokenizer, vocab_size: int, device: torch.device
+    ) -> None:
+        """Room for `slots` texts; `vocab_size` is without padding, `device` that of the logits."""
+        self._tokenizer, self._vocab_size, self._device = tokenizer, vocab_size, device
+        self._settings = [Sampling()] * slots
+        self._streams = np.zeros(slots, dtype=np.uint64)
+        self._seen: Tensor | None = None  # (slots, V) bool: the prompt or the text has the token
+        self._counts: Tensor | None = None  # (slots, V) fp32: how often the text has it
+        self._vocabulary: Vocabulary | None = None
+        self._bad_words: dict[int, BadWords] = {}  # by slot
+        self._pending = [b""] * slots  # see BadWords
+        self._rows: _Rows | None = None
 
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over `temperature` > 0, shifted so that the largest is 0 and none overflows."""
-    shifted = logits - logits.amax(dim=-1, keepdim=True)
-    return shifted / min(max(temperature, _SMALLEST), _LARGEST)
+    def begin(
+        self, slot: int, sampling: Sampling, prompt_tokens: Sequence[int], sample: int
+    ) -> None:
+        """A new text has the slot: number `sample` of the continuations of `prompt_tokens`.
 
+        ValueError for an empty bad word.
+        """
+        self._settings[slot] = sampling
+        self._streams[slot] = stream(sampling.seed, prompt_tokens, sample)
+        self._rows = None
+        shape = (len(self._settings), self._vocab_size)
+        if sampling.repetition_penalty != 1.0:
+            if self._seen is None:
+                self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+            known = [token for token in prompt_tokens if token < self._vocab_size]
+            self._seen[slot] = False
+            self._seen[slot, torch.tensor(known, dtype=torch.int64, device=self._device)] = True
+        if sampling.counts:
+            if self._counts is None:
+                self._counts = torch.zeros(shape, device=self._device)
+            self._counts[slot] = 0.0
+        self._pending[slot] = b""
+        if sampling.bad_words:
+            self._bad_words[slot] = self._shared_bad_words(sampling.bad_words)
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the `k` largest logits (all, if k >= V) and whatever ties with the k-th."""
-    if k >= logits.size(-1):
+    def choose(
+        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Tensor:
+        """Token ids (R,) int64; row r of `logits` (R, V) fp32 is for the text in `slots[r]`.
+
+        The id becomes token number `positions[r]` of that text (0 is the first after the prompt)
+        and counts from now on for its penalties and bad words. A slot may come twice unless its
+        settings look back. -1 (ids are on the CPU) stands where the bad words leave no token: there
+        the text is over.
+        """
+        if self._rows is None or not np.array_equal(self._rows.slots, slots):
+            settings = [self._settings[slot] for slot in slots]
+            self._rows = _rows_of(slots.copy(), settings, self._vocab_size, self._device)
+        rows = self._rows
+        logits, dead = self._without_bad_words(self._penalised(logits, rows), rows)
+        ids = torch.from_numpy(_pick(logits, rows, uniforms(self._streams[slots], positions)))
+        if dead:
+            ids[dead] = -1
+        self._note(ids, rows)
+        return ids
+
+    def _shared_bad_words(self, words: tuple[str, ...]) -> BadWords:
+        """Those of another text if it has the same: they know the tokens of the vocabulary."""
+        for known in self._bad_words.values():
+            if known.words == words:
+                return known
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size)
+        return BadWords(words, self._vocabulary, self._tokenizer)
+
+    def _penalised(self, logits: Tensor, rows: "_Rows") -> Tensor:
+        if self._seen is not None and len(rows.repeating):
+            some, ids = self._seen[rows.where[rows.repeating]].nonzero(as_tuple=True)
+            at = (rows.repeating[some], ids)
+            values = filters.penalise_repetition(logits[at], rows.repetition[some])
+            logits = logits.index_put(at, values)
+        if self._counts is not None and len(rows.counting):
+            counts = self._counts[rows.where[rows.counting]]
+            some, ids = counts.nonzero(as_tuple=True)
+            at = (rows.counting[some], ids)
+            presence, frequency = rows.presence[some], rows.frequency[some]
+            values = filters.penalise_counts(logits[at], counts[some, ids], presence, frequency)
+            logits = logits.index_put(at, values)
         return logits
-    threshold = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
-    return logits.masked_fill(logits < threshold, -math.inf)
+
+    def _without_bad_words(self, logits: Tensor, rows: "_Rows") -> tuple[Tensor, list[int]]:
+        """Logits, -inf for what would complete a bad word; the rows in which nothing is left."""
+        dead: list[int] = []
+        if not rows.banning:
+            return logits, dead
+        logits = logits.clone()
+        for row in rows.banning:
+            slot = int(rows.slots[row])
+            banned = self._bad_words[slot].banned(self._pending[slot])
+            logits[row, banned.to(self._device)] = -math.inf
+            if float(logits[row].amax()) == -math.inf:
+                logits[row] = 0.0  # anything that can be drawn from
+                dead.append(row)
+        return logits, dead
+
+    def _note(self, ids: Tensor, rows: "_Rows") -> None:
+        """The texts go on with `ids` (R,)."""
+        if self._seen is not None and len(rows.repeating):
+            some = ids.to(self._device)[rows.repeating]
+            self._seen[rows.where[rows.repeating], some] = True
+        if self._counts is not None and len(rows.counting):
+            some = ids.to(self._device)[rows.counting]
+            self._counts[rows.where[rows.counting], some] += 1.0
+        for row in rows.banning:
+            slot = int(rows.slots[row])
+            words = self._bad_words[slot]
+            self._pending[slot] = words.advance(self._pending[slot], int(ids[row]))
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely tokens whose probabilities reach `p` (Holtzman et al. 2020).
+@dataclass(frozen=True)
+class _Rows:
+    """What the R rows of a batch ask for, in a form that serves as long as the rows stay."""
 
-    Tokens that tie with the last one kept stay too, so that no sort order decides.
-    """
-    if p >= 1.0:
-        return logits
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    vocab_size = logits.size(-1)
-    for count in (*_NUCLEUS_GUESSES, vocab_size):
-        top = logits.topk(min(count, vocab_size), dim=-1).values  # (B, count) descending
-        probabilities = (top - total).double().exp()
-        before = probabilities.cumsum(dim=-1) - probabilities
-        kept = before < p
-        if count >= vocab_size or not bool(kept[:, -1].any()):
-            break
-    last = kept.sum(dim=-1, keepdim=True) - 1  # (B, 1)
-    return logits.masked_fill(logits < top.gather(-1, last), -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens at least `p` times as likely as the likeliest (Nguyen et al. 2024)."""
-    if p <= 0.0:
-        return logits
-    threshold = logits.amax(dim=-1, keepdim=True) + math.log(p)
-    return logits.masked_fill(logits < threshold, -math.inf)
+    slots: NDArray[np.int64]  # (R,)
+    where: Tensor  # (R,) the slots on the device
+    repeating: Tensor  # (P,) rows with a repetition penalty
+    repetition: Tensor  # (P,)
+    counting: Tensor  # (Q,) rows with a presence or frequency penalty
+    presence: Tensor  # (Q,)
+    frequency: Tensor  # (Q,)
+    banning: list[int]  # rows with bad words
+    drawn: Tensor  # (D,) rows that are not greedy
+    temperature: Tensor  # (D, 1)
+    top_k: NDArray[np.int64]  # (D,) V for all
+    top_p: NDArray[np.float64]  # (D,) infinity for all
+    lowest: NDArray[np.float32]  # (D,) log of min_p
+    limits: bool  # some row has top-k or top-p
+    filtered: bool  # or min-p
+    scaled: bool  # or another temperature than 1
 
 
-def filter_logits(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float, min_p: float
-) -> Tensor:
-    """Temperature > 0, then top-k, top-p and min-p, in the order of transformers."""
-    logits = apply_temperature(logits, temperature)
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    return keep_min_p(keep_top_p(logits, top_p), min_p)
+def _rows_of(
+    slots: NDArray[np.int64], settings: list[Sampling], vocab_size: int, device: torch.device
+) -> _Rows:
+    """`settings` of the texts in `slots` (R,)."""
+
+    def rows(chosen: list[bool]) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    repeating = [s for s in settings if s.repetition_penalty != 1.0]
+    counting = [s for s in settings if s.counts]
+    drawn = [s for s in settings if s.temperature > 0.0]
+    limits = any(s.top_k is not None or s.top_p < 1.0 for s in drawn)
+    filtered = limits or any(s.min_p > 0.0 for s in drawn)
+    top_k = [vocab_size if s.top_k is None else min(s.top_k, vocab_size) for s in drawn]
+    top_p = [s.top_p if s.top_p < 1.0 else math.inf for s in drawn]
+    lowest = [math.log(s.min_p) if s.min_p > 0.0 else -math.inf for s in drawn]
+    return _Rows(
+        slots=slots,
+        where=torch.from_numpy(slots).to(device),
+        repeating=rows([s.repetition_penalty != 1.0 for s in settings]),
+        repetition=column([s.repetition_penalty for s in repeating]),
+        counting=rows([s.counts for s in settings]),
+        presence=column([s.presence_penalty for s in counting]),
+        frequency=column([s.frequency_penalty for s in counting]),
+        banning=[i for i, s in enumerate(settings) if s.bad_words],
+        drawn=rows([s.temperature > 0.0 for s in settings]),
+        temperature=column([s.temperature for s in drawn])[:, None],
+        top_k=np.array(top_k, dtype=np.int64),
+        top_p=np.array(top_p, dtype=np.float64),
+        lowest=np.array(lowest, dtype=np.float32),
+        limits=limits,
+        filtered=filtered,
+        scaled=filtered or any(s.temperature != 1.0 for s in drawn),
+    )
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Token ids (B,) int64: row b is where the CDF of softmax(logits[b]) passes uniforms[b].
-
-    `uniforms` is (B,) float64 in [0, 1 - 2^-52]. A token of probability zero is never drawn.
-    """
-    probabilities = logits.double().softmax(dim=-1)
-    cdf = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, 0.0)
-    # The largest entry stands for 1, so that rounding leaves no gap above the last token.
-    target = uniforms[:, None] * cdf.amax(dim=-1, keepdim=True)
-    return (cdf > target).to(torch.uint8).argmax(dim=-1)  # the first of the largest
-
-
-def stream_key(seed: int, prompt_tokens: Sequence[int]) -> int:
-    """64-bit key of the random numbers that belong to a seed and a prompt."""
-    text = f"{seed}:{','.join(map(str, prompt_tokens))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _pick(logits: Tensor, rows: _Rows, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Token ids (R,) for logits (R, V); `numbers` (R,) are the rows' uniforms."""
+    drawn = len(rows.drawn)
+    if drawn == len(logits):
+        return _draw(logits, rows, numbers)
+    ids = filters.argmax(logits)
+    if drawn:
+        where = rows.drawn.cpu().numpy()
+        ids[where] = _draw(logits[rows.drawn], rows, numbers[where])
+    return ids
 
 
-def uniform_numbers(key: int, samples: NDArray[np.int64], position: int) -> NDArray[np.float64]:
-    """Uniforms in [0, 1 - 2^-52], one for each of `samples`, for the token at `position`.
-
-    Each (key, sample) starts a splitmix64 stream (Steele et al. 2014) and `position` counts in it.
-    """
-    streams = _mix(samples.astype(np.uint64) * np.uint64(_GAMMA) + np.uint64(key))
-    bits = _mix(streams + np.uint64((position + 1) * _GAMMA & _UINT64))
-    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
-
-
-def _mix(z: NDArray[Any]) -> NDArray[Any]:
-    """The output function of splitmix64 on a uint64 array."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[Any] = z ^ (z >> np.uint64(31))
-    return mixed
+def _draw(logits: Tensor, rows: _Rows, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Token ids (D,) for logits (D, V): temperature, top-k, top-p, min-p as transformers orders."""
+    if not rows.scaled:
+        return invert_cdf(logits.softmax(dim=-1), numbers)
+    scaled = filters.scale(logits, rows.temperature)
+    weights = scaled.softmax(dim=-1)
+    if rows.filtered:
+        smallest = rows.lowest
+        if rows.limits:
+            best = weights.amax(dim=-1).cpu().numpy()
+            kept = filters.smallest_kept(scaled, best, rows.top_k, rows.top_p)
+            smallest = np.maximum(smallest, kept)
+        # In place and in fp32: to fill by a mask takes torch four times as long.
+        weights *= scaled.ge_(torch.from_numpy(smallest).to(scaled.device)[:, None])
+    return invert_cdf(weights, numbers)

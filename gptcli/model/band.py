@@ -78,6 +78,11 @@ class Reach:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
 
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last token alone: its query heads q (B, K, G, D) in groups over
+        k, v (B, K, P + 1, D): as q."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
 
 def _block_mask(back: Tensor, size: int) -> Tensor:
     """From how many tokens each query reaches back (1 or B, T): (1 or B, N, S, 2 S) bool."""

@@ -53,6 +53,15 @@ class KVCache:
         """
         return self._append(self.k[layer], k), self._append(self.v[layer], v)
 
+    def take(self, source: "KVCache") -> None:
+        """Begin every row with the text of `source`, of one row, which fills no layer's slots."""
+        pairs = zip([*self.k, *self.v], [*source.k, *source.v], strict=True)
+        for kept, given in pairs:
+            kept[:, :, : source.length] = given[:, :, : source.length]
+        if self.tokens is not None and source.tokens is not None:
+            self.tokens[:, : source.length] = source.tokens[:, : source.length]
+        self.length = source.length
+
     def keep_rows(self, rows: Tensor) -> None:
         """Keep (or repeat) the batch rows whose indices are given, in that order."""
         self.k = [k.index_select(0, rows) for k in self.k]

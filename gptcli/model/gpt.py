@@ -5,6 +5,7 @@ D head size, F feed-forward width, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from gptcli.config.model_schema import ModelConfig
 from gptcli.model import kernels
 from gptcli.model.band import Reach
+from gptcli.model.batch_cache import BatchCache
 from gptcli.model.cache import KVCache
 from gptcli.model.loss import linear_cross_entropy
+from gptcli.model.norms import RMSNorm, norm
 from gptcli.model.rope import (
     attention_factor,
     fixed_length,
@@ -36,27 +39,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021 (Primer)
 }
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.width, self.eps = width, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        if kernels.fits(x):
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
-
-
-def _norm(config: ModelConfig, width: int) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(width, config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -79,7 +61,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | BatchCache | None,
         layer: int,
         reach: Reach = _CAUSAL,
     ) -> Tensor:
@@ -89,8 +71,13 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, P + T, D), P of them past
-        if self.n_kv_head != self.n_head:
-            groups = self.n_head // self.n_kv_head
+        groups = self.n_head // self.n_kv_head
+        if (
+            groups > 1 and T == 1 and not self.training
+        ):  # a group's heads share keys: none is copied
+            q = q.reshape(B, self.n_kv_head, groups, self.head_dim)
+            return self.proj(reach.attend_last(q, k, v).reshape(B, 1, -1))
+        if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = reach.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -142,7 +129,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre = config.norm_position == "pre"
-        self.norm1, self.norm2 = _norm(config, config.n_embd), _norm(config, config.n_embd)
+        self.norm1, self.norm2 = norm(config, config.n_embd), norm(config, config.n_embd)
         self.attn, self.mlp = Attention(config), FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -150,7 +137,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | BatchCache | None,
         layer: int,
         reach: Reach,
     ) -> Tensor:
@@ -179,7 +166,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # A post-norm block ends normalised already (Radford et al. 2018 has no final norm).
         pre = config.norm_position == "pre"
-        self.norm = _norm(config, config.n_embd) if pre else nn.Identity()
+        self.norm = norm(config, config.n_embd) if pre else nn.Identity()
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.wte.weight
@@ -200,23 +187,39 @@ class GPT(nn.Module):
             self.register_buffer("positions", table.to(self.device), persistent=False)
         elif c.position == "sinusoidal":  # added to the embeddings, so of their dtype
             table = sinusoidal_table(c.block_size, c.n_embd)
-            self.register_buffer("positions", table.to(self.wte.weight), persistent=False)
+            self.register_buffer("positions", table.to(self.device, self.dtype), persistent=False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.wte.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the layers pass on and a cache keeps, whatever packed matrices are stored in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def cacheable_tokens(self) -> int:
+        """The longest text whose keys a cache can hold: beyond, they change with its length."""
+        dynamic = self.config.position == "rope" and self.positions.size(1) < self.config.block_size
+        return self.positions.size(1) if dynamic else sys.maxsize
+
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | BatchCache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C); T with the cache <= block_size.
 
         A config that rolls takes any number of tokens. `segments` (B, T) int64 says which document
         of its row each token belongs to, and never falls along a row: attention stays inside the
-        document and positions restart at its first token. ValueError for too many tokens, or
-        segments together with a cache.
+        document and positions restart at its first token. A `BatchCache` has been told of the
+        tokens by `begin`. ValueError for too many tokens, or segments together with a cache.
         """
+        if isinstance(cache, BatchCache):
+            return self._extend(tokens, cache)
         start = cache.length if cache is not None else 0
         stop = start + tokens.size(1)
         self._check_fits(stop, cache)
@@ -229,7 +232,9 @@ class GPT(nn.Module):
                 cache.length = 0
                 return self.hidden(cache.tokens[:, :stop], cache)[:, start:]
         documents = None if segments is None else Segments.of(segments)
-        x, rope = self._embed(tokens, start, documents)
+        where = slice(start, stop) if documents is None else documents.positions
+        sizes = stop if documents is None else documents.sizes()
+        x, rope = self._embed(tokens, where, stop, sizes)
         reaches = {
             window: Reach.of(
                 window,
@@ -254,7 +259,7 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | BatchCache | None = None,
         last_only: bool = False,
         segments: Tensor | None = None,
     ) -> Tensor:
@@ -285,8 +290,23 @@ class GPT(nn.Module):
             c.kv_heads,
             c.head_size,
             self.device,
-            self.wte.weight.dtype,
-            keeps_tokens=c.position == "rope" and self.positions.size(1) < c.block_size,
+            self.dtype,
+            keeps_tokens=self.cacheable_tokens < sys.maxsize,
+        )
+
+    def new_batch_cache(self, rows: int, capacity: int, most_new: int = 1) -> BatchCache:
+        """An empty cache for up to `rows` texts of up to `capacity` tokens, of a config that rolls
+        of any number; up to `most_new` tokens come at once."""
+        c = self.config
+        return BatchCache(
+            self.windows,
+            capacity,
+            rows,
+            c.kv_heads,
+            c.head_size,
+            self.device,
+            self.dtype,
+            most_new,
         )
 
     def parameter_count(self, embeddings: bool = True) -> int:
@@ -304,25 +324,34 @@ class GPT(nn.Module):
         if cache is not None and cache.capacity is not None and stop > cache.capacity:
             raise ValueError(f"{stop} tokens do not fit a cache of {cache.capacity}")
 
+    def _extend(self, tokens: Tensor, cache: BatchCache) -> Tensor:
+        """`hidden` of the tokens (B, T) that `cache` has been told of."""
+        x, rope = self._embed(tokens, cache.positions, cache.longest, cache.positions[:, -1:] + 1)
+        reaches = {}
+        for layer, block in enumerate(self.blocks):
+            window = self.windows[layer]
+            if window not in reaches:
+                reaches[window] = cache.reach(layer, window)
+            x = block(x, rope, cache, layer, reaches[window])
+        return self.norm(x)
+
     def _embed(
-        self, tokens: Tensor, start: int, documents: Segments | None
+        self, tokens: Tensor, where: slice | Tensor, stop: int, sizes: int | Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, T, C) of tokens that begin at position `start`, and their rotations."""
-        stop = start + tokens.size(1)
-        where: slice | Tensor = slice(start, stop) if documents is None else documents.positions
+        """Embeddings (B, T, C) of tokens at the positions `where`, a slice or (B, T), all of them
+        below `stop`, and their rotations in texts of `sizes` tokens, a number or (B, T)."""
         x, rope = self.wte(tokens), None
         if self.config.position == "learned":
-            x = x + (self.wpe.weight[where] if documents is None else self.wpe(where))
+            x = x + (self.wpe.weight[where] if isinstance(where, slice) else self.wpe(where))
         elif self.config.position == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4.
             x = x * math.sqrt(self.config.n_embd) + self.positions[where]
         elif self.config.position == "rope" and stop <= self.positions.size(1):
-            rope = self.positions[:, where]  # (2, T, D/2), with segments (2, B, T, D/2)
+            rope = self.positions[:, where]  # (2, T, D/2) or (2, B, T, D/2)
         elif self.config.position == "rope":  # beyond the table
-            if documents is None:
-                rope = self._rotations(torch.arange(start, stop, device=self.device), stop)
-            else:
-                rope = self._rotations(documents.positions, documents.sizes())
+            if isinstance(where, slice):
+                where = torch.arange(where.start, where.stop, device=self.device)
+            rope = self._rotations(where, sizes)
         return self.drop(x), rope
 
     def _rotations(self, positions: Tensor, length_tokens: int | Tensor = 0) -> Tensor:

@@ -1,9 +1,9 @@
-"""Parts of a block for training on the CPU, their gradients written out.
+"""Parts of a block in fp32 on the CPU, their gradients written out.
 
 PyTorch composes these of many small steps there, each a pass over memory, and keeps what each of
-them made. Here the backward needs few passes and what goes in is all that is kept. They stand in
-for the composed forms where `fits` says so: fp32 on the CPU; elsewhere PyTorch has kernels or a
-compiler of its own.
+them made for the backward. Here that needs few passes and what goes in is all that is kept. They
+stand in for the composed forms where `fits` says so, in training, evaluation and generation;
+elsewhere PyTorch has kernels or a compiler of its own. Gradients cannot be differentiated again.
 
 Legend of shapes: N rows (batch x time), C width, G heads, D head size, F feed-forward width.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def fits(x: Tensor) -> bool:
@@ -67,6 +68,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(x, rms).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rms = ctx.saved_tensors
         width = x.size(-1)
@@ -87,6 +89,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(gate).mul_(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         gate, value = h.chunk(2, dim=-1)
@@ -110,6 +113,7 @@ class _NormRotate(torch.autograd.Function):
         return _turned(y, rope, 1), v.contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, rms, rope = ctx.saved_tensors
         heads, size = weights.shape

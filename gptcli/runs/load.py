@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptcli.config.load import load_resolved
 from gptcli.config.model_schema import ModelConfig
@@ -19,17 +19,19 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.interop.fit import MAX_POSITION_NUMBERS, misfit
 from gptcli.interop.hf_folder import open_folder
+from gptcli.model import packed
 from gptcli.model.empty import empty_model, parameter_shapes
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
 from gptcli.runs.manifest import CONFIG, MODEL, TOKENIZER, DamagedFileError, check_hash
 from gptcli.runs.resolve import ModelPlace, locate
 from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir
-from gptcli.runs.tensors import Shapes, read_tensors, stored_shapes, with_tied
+from gptcli.runs.tensors import Shapes, read_tensors, scale_name, stored_shapes, with_tied
 
 log = logging.getLogger("gptcli")
 
 _WRAPPERS = {"_orig_mod", "module"}  # what torch.compile and DistributedDataParallel put in names
+_SCALE = "wte.scale"  # in every file of int8 weights, and in no other
 _TOKENS_PER_STEP = 4096  # or one row, of models whose rows are longer
 
 
@@ -57,24 +59,30 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    quantize: packed.Kind | None = None,
 ) -> LoadedModel:
     """Load MODEL onto `device` with weights of `dtype` (fp32).
 
     MODEL is what `locate` says; of a run it is the best checkpoint, else the newest valid one.
     Weights are read one tensor at a time, so that they are in memory once. `allow_pickle` also
-    reads the .bin files of older Hugging Face folders. Raises CheckpointError when there is none or
-    it is damaged or does not fit its config, ResourceError when the device's memory is too small,
-    `stop.Stopped`.
+    reads the .bin files of older Hugging Face folders. `quantize` makes its layers packed ones
+    (`model.packed`), which those of an int8 checkpoint are already. Raises CheckpointError when
+    there is none or it is damaged or does not fit its config, ConfigError when it cannot be
+    quantized so, ResourceError when the device's memory is too small, `stop.Stopped`.
     """
     place = locate(reference, allow_pickle=allow_pickle)
     dtype = dtype or torch.float32
     try:
         if place.kind == "folder":
-            return _from_folder(place, device, dtype, allow_pickle)
-        if place.kind == "run":
-            return _from_run(place.path, device, dtype)
-        manifest = checkpoint.verify(place.path, optimizer=False, weights=False)
-        return _from_checkpoint(place.path, manifest, device, dtype)
+            loaded = _from_folder(place, device, dtype, allow_pickle)
+        elif place.kind == "run":
+            loaded = _from_run(place.path, device, dtype)
+        else:
+            manifest = checkpoint.verify(place.path, optimizer=False, weights=False)
+            loaded = _from_checkpoint(place.path, manifest, device, dtype)
+        if quantize is not None:
+            _quantize(loaded, quantize)
+        return loaded
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{place.path}: the model does not fit in the memory of {device}"
@@ -103,6 +111,11 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     """
     names = _plain_names(tensors, where)
     plain = {names[name]: tensor for name, tensor in tensors.items()}
+    if _SCALE in plain:
+        raise CheckpointError(
+            f"{where}: the weights are int8, to generate and to score with, not to train",
+            hint="train the model that they were made from",
+        )
     _check_fit(_shapes(model.state_dict()), _shapes(plain), where)
     if model.config.tie_embeddings and not _same(plain["wte.weight"], plain["head.weight"]):
         raise CheckpointError(f"{where}: wte.weight and head.weight differ, but are tied")
@@ -112,6 +125,35 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
         if model.config.tie_embeddings:
             model.head.weight = model.wte.weight  # assigning made two parameters of them
         model.reset_positions()
+
+
+def _quantize(loaded: LoadedModel, kind: packed.Kind) -> None:
+    if not packed.is_quantized(loaded.model):
+        packed.quantize(loaded.model, kind)
+    elif kind != "int8":
+        raise ConfigError(
+            f"{loaded.path} holds int8 weights, which no {kind} can be made of",
+            hint="name the model that they were made from",
+        )
+
+
+def _load_int8(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
+    """`load_weights` for a file of int8 weights, whose shapes are checked, and an empty model.
+
+    `tensors` is empty afterwards but for what is neither int8 nor belongs to such a layer: each is
+    freed as soon as it is packed.
+    """
+    shared = [(n, n.replace("head.", "wte.")) for n in ("head.weight", "head.scale")]
+    if model.config.tie_embeddings and not all(_same(tensors[a], tensors[b]) for a, b in shared):
+        raise CheckpointError(f"{where}: wte.weight and head.weight differ, but are tied")
+
+    def pack(name: str) -> nn.Module:
+        weight, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale")
+        return packed.int8_layer(name, weight, scale.float(), tensors.pop(f"{name}.bias", None))
+
+    packed.replace_layers(model, packed.matrices(model), pack)
+    model.load_state_dict(tensors, assign=True, strict=False)  # those of the new layers they have
+    model.reset_positions()
 
 
 def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -161,7 +203,8 @@ def _from_checkpoint(
                 )
             stored = read_tensors(path / MODEL, device, dtype)
             tensors = with_tied(stored, manifest["tied"], path)
-            load_weights(model, tensors, str(path / MODEL))
+            load = _load_int8 if _SCALE in tensors else load_weights
+            load(model, tensors, str(path / MODEL))
         finally:
             hashed.result()
     parent = Path(os.path.abspath(path)).parent
@@ -229,6 +272,10 @@ def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
         expected = parameter_shapes(config, embedding[0])
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
         raise CheckpointError(f"{path / CONFIG}: no model has these sizes: {error}") from error
+    if _SCALE in shapes:
+        kept = ("wpe.weight",)  # the one matrix that stays in floats
+        packable = {n: s for n, s in expected.items() if len(s) == 2 and n not in kept}
+        expected |= {scale_name(name): shape[:1] for name, shape in packable.items()}
     _check_fit(expected, shapes, where)
     return empty_model(config, embedding[0])
 

@@ -13,14 +13,25 @@ from gptcli.errors import CheckpointError
 Shapes = dict[str, tuple[int, ...]]
 
 
+def scale_name(name: str) -> str:
+    """What the scales of the int8 tensor NAME.weight are called: NAME.scale."""
+    return name.removesuffix("weight") + "scale"
+
+
 def stored_shapes(path: Path) -> Shapes:
-    """Shapes by name from the file's header. CheckpointError for tensors of whole numbers."""
+    """Shapes by name from the file's header.
+
+    CheckpointError for tensors of whole numbers other than int8 with its scales, and for scales of
+    anything else.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             for name, part in slices.items():
-                if not re.fullmatch(r"B?F\d+", part.get_dtype()):
-                    raise CheckpointError(f"{path}: {name} holds {part.get_dtype()}, not floats")
+                dtype, scaled = part.get_dtype(), scale_name(name) in slices
+                if not (dtype == "I8" if scaled else re.fullmatch(r"B?F\d+", dtype)):
+                    kind = "int8, but has scales" if scaled else "floats"
+                    raise CheckpointError(f"{path}: {name} holds {dtype}, not {kind}")
             return {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -31,8 +42,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Copies of the tensors on `device` (the CPU) as `dtype` (as stored), one read after the other.
 
-    Copies, because the file is mapped and its fate must not reach a live run. CheckpointError when
-    it cannot be read, `stop.Stopped`.
+    Those of whole numbers stay what they are. Copies, because the file is mapped and its fate must
+    not reach a live run. CheckpointError when it cannot be read, `stop.Stopped`.
     """
     tensors = {}
     try:
@@ -40,7 +51,8 @@ def read_tensors(
             for name in file.keys():  # noqa: SIM118
                 stop.raise_if_requested()
                 mapped = file.get_tensor(name)
-                tensors[name] = mapped.to(device or "cpu", dtype or mapped.dtype, copy=True)
+                kind = dtype if dtype and mapped.is_floating_point() else mapped.dtype
+                tensors[name] = mapped.to(device or "cpu", kind, copy=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return tensors

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
@@ -79,9 +77,9 @@ def build_session(
     model, facts = starting_model(config, start, tokenizer, initial)
     model.to(device.torch)
     allow_tf32(device)
-    if start.contents is not None:
-        saved = start.contents.state["choices"]
-        choices = choose_again(saved, config, device, model.vocab_size)
+    saved = start.contents.state["choices"] if start.contents is not None else None
+    choices = choose_again(saved, config, device) if saved is not None else None
+    if choices is not None:
         apply(choices, model)
     else:
         held = 4 * model.parameter_count()
@@ -152,9 +150,10 @@ def run_session(
     except stop.Stopped:
         log.info("stopped before the end of the last scoring")
     finally:
-        session.write_run_json(status=status, **facts)
-        session.close()
-        torch.set_num_threads(session.device.threads)  # the race's winner is this run's alone
+        try:
+            session.write_run_json(status=status, **facts)
+        finally:
+            session.close()
     return RunResult(
         status=status,
         run_dir=session.directory,

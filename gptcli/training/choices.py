@@ -12,8 +12,8 @@ from gptcli.device import (
     Device,
     choose_precision,
     faster_precision,
-    free_memory_bytes,
     race_precision,
+    usable_memory_bytes,
 )
 from gptcli.errors import ResourceError
 from gptcli.model.gpt import GPT
@@ -22,11 +22,11 @@ from gptcli.training.footprint import footprint
 
 log = logging.getLogger("gptcli")
 
-# Tokens of a micro batch, at most. A CPU takes the least time for a token at 2048, and at most 10 %
-# more between 512 and 8192 (2 layers of 64, 4 of 192, 6 of 384 columns; one AVX2 core, fp32). A GPU
-# needs many to be busy.
+# Tokens of a micro batch, at most. A CPU takes the least time for a token at about 2048, and seldom
+# 10 % more between 512 and 8192 (2 layers of 64, 4 of 192, 6 of 384 columns; one AVX2 core, fp32);
+# but the smallest of these 36 % more at 512. Not measured on cuda and mps, which need many tokens
+# to be busy.
 _TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
-_USABLE = 0.9  # of the free memory: others on the machine need some too
 _PLENTY = 4  # so many times what a step roughly needs is enough for sure
 
 
@@ -35,7 +35,9 @@ class Choices:
     """How this run computes.
 
     `micro_batch_size` is in rows of block_size tokens; `available_threads` is what the machine
-    offered when `threads` was chosen (None: the same). `races` has the seconds that decided.
+    offered when `threads` was chosen (None: the same). `given_micro_batch_size` is what the config
+    said of it (None in old checkpoints): out of memory it may have become less. `races` has the
+    seconds that decided.
     """
 
     device: str
@@ -46,6 +48,7 @@ class Choices:
     torch: str
     activation_checkpointing: bool = False
     available_threads: int | None = None
+    given_micro_batch_size: int | str | None = None
     races: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,48 +89,53 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
     recompute = training.activation_checkpointing == "on"
     if training.activation_checkpointing == "auto":
         recompute = not suits(sizes[-1], False)
-    compiles = training.compile == "on"
-    if compiles and not has_compiler(device):
-        log.warning("training.compile is on, but there is no compiler here: not compiled")
-        compiles = False
     return Choices(
         device=_name(device),
         threads=device.threads,
         precision=precision,
-        compile=compiles,
+        compile=_compiles(training.compile, device),
         micro_batch_size=next((n for n in sizes if suits(n, recompute)), sizes[-1]),
         torch=torch.__version__,
         activation_checkpointing=recompute,
         available_threads=device.threads,
+        given_micro_batch_size=given,
         races=races,
     )
 
 
-def choose_again(saved: dict[str, Any], config: Config, device: Device, vocab: int) -> Choices:
+def choose_again(saved: dict[str, Any], config: Config, device: Device) -> Choices | None:
     """The saved choices for a resumed run; where the machine or config differs, one warning says
-    why the result may differ in its last bits."""
+    why the result may differ in its last bits. None on another kind of device, which needs choices
+    of its own."""
     old, training = Choices(**saved), config.training
-    if _name(device) != old.device:
-        _not_exact([f"device {old.device} -> {_name(device)}"])
-        return choose(config, device, vocab)
     reasons, new = [], old
+    if _name(device) != old.device:
+        new = replace(new, device=_name(device))
+        reasons.append(f"device {old.device} -> {new.device}")
+    if device.kind != old.device.partition(":")[0]:
+        _not_exact(reasons)
+        return None
     if device.threads != (old.available_threads or old.threads):
         new = replace(new, threads=device.threads, available_threads=device.threads)
         reasons.append(f"threads {old.threads} -> {device.threads}")
     if torch.__version__ != old.torch:
         new = replace(new, torch=torch.__version__)
         reasons.append(f"torch {old.torch} -> {torch.__version__}")
-    if training.precision not in ("auto", old.precision):
+    lacks_bf16 = old.precision == "bf16" and not device.bf16
+    if training.precision not in ("auto", old.precision) or lacks_bf16:
         new = replace(new, precision=choose_precision(training.precision, device))
         reasons.append(f"precision {old.precision} -> {new.precision}")
-    rows, micro = training.tokens_per_step // config.model.block_size, training.micro_batch_size
-    if micro != "auto" and micro != old.micro_batch_size:
-        new = replace(new, micro_batch_size=micro)
-        reasons.append(f"micro_batch_size {old.micro_batch_size} -> {micro}")
-    elif rows % old.micro_batch_size:
-        new = replace(new, micro_batch_size=largest_divisor(rows, old.micro_batch_size))
+    rows, size = training.tokens_per_step // config.model.block_size, old.micro_batch_size
+    given = training.micro_batch_size
+    if given != "auto" and given != old.given_micro_batch_size:
+        if given != size:
+            reasons.append(f"micro_batch_size {size} -> {given}")
+        size = given
+    new = replace(new, micro_batch_size=largest_divisor(rows, size), given_micro_batch_size=given)
     if training.compile != "auto":
-        new = replace(new, compile=training.compile == "on" and has_compiler(device))
+        new = replace(new, compile=_compiles(training.compile, device))
+    if new.compile != old.compile:
+        reasons.append(f"compile {_switch(old.compile)} -> {_switch(new.compile)}")
     if training.activation_checkpointing != "auto":
         new = replace(new, activation_checkpointing=training.activation_checkpointing == "on")
     if reasons:
@@ -146,7 +154,8 @@ def apply(choices: Choices, model: GPT) -> None:
 
 
 def with_less_memory(choices: Choices, config: Config, rows: int) -> Choices:
-    """Choices under which a step of `rows` rows computes the same in less memory, told in a line.
+    """Choices under which a step of `rows` rows computes the same in less memory, told in a line;
+    with dropout it has other masks where the micro batch is another.
 
     ResourceError when there are none.
     """
@@ -182,10 +191,9 @@ def fits(
 
     `held_bytes` of what it needs this process holds already.
     """
-    free = free_memory_bytes(device)
-    if free is None:
+    usable = usable_memory_bytes(device, held_bytes)
+    if usable is None:
         return True
-    usable = _USABLE * free + held_bytes
     # The exact figure takes a second or more to compute.
     if _PLENTY * _roughly_bytes(config.model, vocab_size, rows) < usable:
         return True
@@ -211,6 +219,18 @@ def _roughly_bytes(model: ModelConfig, vocab_size: int, rows: int) -> int:
 
 def _name(device: Device) -> str:
     return f"{device.kind}:{device.index}" if device.index is not None else device.kind
+
+
+def _compiles(wanted: str, device: Device) -> bool:
+    """Whether training.compile is on, told in a line where nothing can compile."""
+    if wanted == "on" and not has_compiler(device):
+        log.warning("training.compile is on, but there is no compiler here: not compiled")
+        return False
+    return wanted == "on"
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
 
 
 def _not_exact(reasons: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from gptcli.config.schema import Config
 from gptcli.config.units import parse_seconds
-from gptcli.device import Device
+from gptcli.device import DTYPES, Device
 from gptcli.evaluation.perplexity import EncodedDocument, perplexity
 from gptcli.model.gpt import GPT
 from gptcli.training.flops import flops_per_token
@@ -17,7 +17,6 @@ from gptcli.training.state import EVALUATION_SHARE
 
 _SHARE_OF_PRODUCTS = 0.6  # of the speed of matrix products alone, where there is no probe
 _SAVED_BYTES_PER_SECOND = 250e6  # written, synced and hashed
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def computed_paces(
 ) -> Paces:
     """Paces from the operations of a token and the measured speed of matrix products."""
     size = 1024 if device.kind == "cpu" else 4096
-    a = torch.ones(size, size, device=device.torch, dtype=_DTYPES[precision])
+    a = torch.ones(size, size, device=device.torch, dtype=DTYPES[precision])
     product = median_seconds(lambda: a @ a, device, 0.5, least=3)
     token = flops_per_token(config.model, vocab_size) / (2 * size**3 / product) / _SHARE_OF_PRODUCTS
     forward = token / 3  # the backward pass takes twice as many operations

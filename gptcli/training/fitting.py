@@ -33,7 +33,7 @@ class Case:
         return replace(
             found,
             other_bytes=found.other_bytes + self.text_bytes,
-            peak_bytes=found.peak_bytes + self.text_bytes,
+            total_bytes=found.total_bytes + self.text_bytes,
         )
 
     def smaller(self, rows: int, *, recompute: bool = False, n_layer: int | None = None) -> "Case":
@@ -51,7 +51,7 @@ def misfits(case: Case, needed: Footprint, memory: int | None) -> tuple[list[str
     """Why a step does not fit in `memory` bytes, and the first change that makes it fit."""
     if memory is None or needed.total_bytes <= memory:
         return [], []
-    problem = f"a step takes {gib(needed.total_bytes)} of memory, free are {gib(memory)}"
+    problem = f"a step takes {gib(needed.total_bytes)} of memory, usable are {gib(memory)}"
     rows = case.config.training.tokens_per_step // case.config.model.block_size
     changes, size = [], case.choices.micro_batch_size
     while size > 1:

@@ -32,8 +32,8 @@ _SLACK = 0.35
 class Footprint:
     """Bytes of one training step. Each part at its largest; they are not all there at once.
 
-    `other_bytes` is what the runtime takes and the allocator cannot use again. `peak_bytes` is the
-    largest sum at one time, `other_bytes` included.
+    `other_bytes` is what the runtime takes and the allocator cannot use again. `total_bytes`, which
+    the step needs, is the largest sum at one time, `other_bytes` included.
     """
 
     weights_bytes: int
@@ -42,12 +42,7 @@ class Footprint:
     activations_bytes: int
     logits_bytes: int
     other_bytes: int
-    peak_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """What the step needs: `peak_bytes`."""
-        return self.peak_bytes
+    total_bytes: int
 
 
 def footprint(
@@ -87,7 +82,7 @@ def footprint(
         activations_bytes=at.activations,
         logits_bytes=at.logits + more,
         other_bytes=other,
-        peak_bytes=peak + other,
+        total_bytes=peak + other,
     )
 
 

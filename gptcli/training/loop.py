@@ -10,14 +10,19 @@ from gptcli.data.rows import Prefetch
 from gptcli.errors import DataError
 from gptcli.training.events import StepEvent
 from gptcli.training.flops import flops_per_token, peak_flops
-from gptcli.training.readings import Reading, Readings, reading_lag
+from gptcli.training.readings import (
+    Reading,
+    Readings,
+    reading_lag,
+    update_ratio,
+    watched_weights,
+)
 from gptcli.training.recovery import settle
 from gptcli.training.schedule import learning_rate_ratio
 from gptcli.training.session import Session
 from gptcli.training.stability import Limits, applicable
 from gptcli.training.state import expected_steps
 from gptcli.training.step import forward_backward
-from gptcli.training.update_ratio import update_ratio, watched_weights
 
 log = logging.getLogger("gptcli")
 
@@ -43,6 +48,7 @@ def train(session: Session, batches: Prefetch) -> None:
             continue
         except DataError:  # a file went away under the run: keep what is trained
             _settle(session, readings.arrived(lag=0))
+            _log_if_due(session, readings)
             session.save(must=False)
             raise
         got = time.perf_counter()
@@ -61,10 +67,14 @@ def train(session: Session, batches: Prefetch) -> None:
         readings.add(state.step + 1, ratio, limits, loss, grad_norm, applies, change)
         updated = time.perf_counter()
 
+        if readings.lag:  # the step before is read and logged while the device computes this one
+            _settle(session, readings.arrived())
+            _log_if_due(session, readings)
         state.step += 1
         state.tokens += batch.count
         state.epochs, state.position = batch.epochs, batch.position
-        _settle(session, readings.arrived())
+        if not readings.lag:
+            _settle(session, readings.arrived())
         if session.state is not state:  # a spike, and the run went back
             continue
         arrived = time.perf_counter()
@@ -73,9 +83,8 @@ def train(session: Session, batches: Prefetch) -> None:
         _add(state.interval, {"tokens": batch.count, **dict(zip(_TIMES, parts, strict=False))})
         state.seconds += arrived - start
         session.tick()
-        if logs:
-            _settle(session, readings.arrived(lag=0))
-            _log_interval(session, readings.last)
+        if not readings.lag:
+            _log_if_due(session, readings)
         # All that is left of the step, logging included, which the next line reports.
         other = time.perf_counter() - arrived
         _add(state.interval, {"other_seconds": other})
@@ -87,6 +96,7 @@ def _goes_on(session: Session, readings: Readings) -> bool:
     while (due := session.due()) is not None:
         _settle(session, readings.arrived(lag=0))
         state = session.state
+        _log_if_due(session, readings)
         if session.progress >= 1.0 and state.interval.get("tokens"):
             _log_interval(session, readings.last)  # the rest, up to the end
         if session.progress >= 1.0 and state.step == 0:
@@ -110,6 +120,13 @@ def _limits(session: Session, readings: Readings) -> Limits:
     """What the step that begins is judged by; the same whether figures are read late or not."""
     watch, zscore = session.state.watch, session.config.training.spike_zscore
     return watch.limits(zscore) if readings.waiting else watch.before
+
+
+def _log_if_due(session: Session, readings: Readings) -> None:
+    """Log the last step if that is due and not done. Its figures are the last that were read."""
+    state, every = session.state, session.config.training.log_every
+    if state.step % every == 0 and state.interval.get("tokens"):
+        _log_interval(session, readings.last)
 
 
 def _log_interval(session: Session, reading: Reading | None) -> None:

@@ -10,6 +10,7 @@ from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_FUSED = ("cpu", "cuda")  # kinds of device where AdamW is one kernel, which has `step` there too
 
 
 class Optimizer:
@@ -40,12 +41,12 @@ class Optimizer:
                     self._groups.append(
                         {"params": chosen, "peak": peak, "lr": peak, "weight_decay": decay}
                     )
-        device = next(iter(named.values())).device.type
+        self._fused = next(iter(named.values())).device.type in _FUSED
         self._adamw = torch.optim.AdamW(
             self._groups,
             betas=(config.betas[0], config.betas[1]),
             eps=config.eps,
-            fused=device in ("cpu", "cuda"),
+            fused=self._fused,
         )
 
     def step(self, ratio: float, apply: Tensor | None = None) -> None:
@@ -91,8 +92,8 @@ class Optimizer:
                     if value is not None:
                         if key != "step" and value.shape != parameter.shape:
                             raise CheckpointError(f"optimizer state {name}.{key} has another shape")
-                        on = parameter.device if key != "step" or value.is_cuda else value.device
-                        entry[key] = value.to(on)
+                        here = self._fused or key != "step"
+                        entry[key] = value.to(parameter.device) if here else value
                 if entry:
                     self._adamw.state[parameter] = entry
         if state:

@@ -15,6 +15,8 @@ from gptcli.training.state import TrainState
 
 log = logging.getLogger("gptcli")
 
+_STEPS_TO_GROW = 2000  # finite ones at one loss scale, before the next
+
 
 def settle(session: Session, reading: Reading) -> None:
     """Take a step's figures into the run's state.
@@ -30,7 +32,8 @@ def settle(session: Session, reading: Reading) -> None:
         state.watch = state.watch.having(loss, grad_norm, reading.limits, training.spike_zscore)
     if reading.applied:
         state.bad_steps = 0
-        _grow_loss_scale(session)
+        if session.choices.precision == "fp16":
+            _grow_loss_scale(state)
         state.interval["loss"] = state.interval.get("loss", 0.0) + loss
         state.interval["steps"] = state.interval.get("steps", 0) + 1
         if reading.step > state.spike_step:
@@ -75,10 +78,8 @@ def _roll_back(session: Session, reading: Reading) -> None:
         skipped_steps=state.skipped_steps + 1,
     )
     session.save(must=True)
-    session.metrics.close()
-    session.samples.close()
+    session.close()  # the logs are other files afterwards
     truncate_after(directory, saved.step, saved.evaluated_step)
-    session.open_logs()
     _note(session, reading, "rollback", f"a spike, back to step {saved.step}, past these data")
 
 
@@ -112,9 +113,8 @@ def _scale_was_too_large(session: Session, loss: float) -> bool:
     return fp16 and math.isfinite(loss) and session.state.loss_scale > 1.0
 
 
-def _grow_loss_scale(session: Session) -> None:
-    """fp16: try a larger scale after 2000 finite steps (Micikevicius et al. 2018)."""
-    state = session.state
+def _grow_loss_scale(state: TrainState) -> None:
+    """Double it after _STEPS_TO_GROW (Micikevicius et al. 2018)."""
     state.good_steps += 1
-    if state.good_steps >= 2000:
+    if state.good_steps >= _STEPS_TO_GROW:
         state.loss_scale, state.good_steps = state.loss_scale * 2, 0

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import ResourceError
 from gptcli.evaluation.perplexity import Scores
-from gptcli.generation.engine import Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt, fit_prompt
+from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import METRICS, SAMPLES, MetricsLog
@@ -36,6 +38,8 @@ from gptcli.training.state import (
 
 log = logging.getLogger("gptcli")
 
+_LOST_SECONDS = 1.0  # of elapsed time: so much may be forgotten where a save would keep only them
+
 
 @dataclass(frozen=True)
 class Due:
@@ -48,7 +52,8 @@ class Due:
 
 @dataclass
 class Session:
-    """A run in memory. `score_validation` scores the validation part, at every evaluation.
+    """A run in memory. `score_validation` scores the validation part, at every evaluation. The logs
+    `metrics` and `samples` are opened to append when they are first used.
 
     `clock` is the moment (time.monotonic()) up to which elapsed_seconds counts, at first the one
     where this process's work began.
@@ -66,22 +71,26 @@ class Session:
     data_fingerprint: dict[str, Any]
     job: str = "pretrain"
     scores: Scores | None = None
-    metrics: MetricsLog = field(init=False)
-    samples: MetricsLog = field(init=False)
     saved_step: int = -1
     clock: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
+    _saved_elapsed: float = field(init=False)
     _progress_before: float | None = None  # when the last step began
     _first: tuple[float, float] | None = None  # elapsed seconds and progress behind the first step
     _told_thinning: bool = False
 
     def __post_init__(self) -> None:
-        self.open_logs()
+        self._saved_elapsed = self.state.elapsed_seconds
 
-    def open_logs(self) -> None:
-        """Open metrics.jsonl and samples.jsonl to append."""
-        self.metrics = MetricsLog(self.directory, METRICS)
-        self.samples = MetricsLog(self.directory, SAMPLES)
+    @cached_property
+    def metrics(self) -> MetricsLog:
+        """metrics.jsonl."""
+        return MetricsLog(self.directory, METRICS)
+
+    @cached_property
+    def samples(self) -> MetricsLog:
+        """samples.jsonl."""
+        return MetricsLog(self.directory, SAMPLES)
 
     @property
     def progress(self) -> float:
@@ -118,7 +127,8 @@ class Session:
         """What comes before the next step, None for nothing; to be asked once a step."""
         step, training = self.state.step, self.config.training
         end = self._ends
-        save = step % training.save_every == 0 or stop.take_save_request() or self._minutes_due()
+        save = stop.take_save_request()  # first: what is saved anyway answers it
+        save = save or step % training.save_every == 0 or self._minutes_due()
         save = self._decay_begins() or save
         if self._first is None and self._progress_before is not None:
             self._first = (self.state.elapsed_seconds, self.progress)
@@ -129,8 +139,9 @@ class Session:
     def attend(self, due: Due) -> bool:
         """Evaluate and save as `due`. Returns whether the run goes on to another step.
 
-        A stop request or the end of the run saves. Evaluation that a stop interrupts leaves no
-        trace and is done again after the resume.
+        A stop request or the end of the run saves: the elapsed time too, where this process got no
+        further than to start. Evaluation that a stop interrupts leaves no trace and is done again
+        after the resume.
         """
         improved, step = False, self.state.step
         if due.evaluate:
@@ -142,8 +153,11 @@ class Session:
         ends = due.end or stop.requested() is not None
         # After steps that were not applied, the checkpoint before them is the one to keep.
         save = (due.save or improved) and not self.state.bad_steps
-        if (save or ends) and self.saved_step != step:
-            self.save(must=ends or step == 0)
+        unsaved = self.saved_step != step
+        self.tick()
+        late = self.state.elapsed_seconds - self._saved_elapsed > _LOST_SECONDS
+        if ((save or ends) and unsaved) or (ends and late):
+            self.save(must=unsaved and (ends or step == 0))
         if improved:
             self._point_at_best()
         self.tick()
@@ -180,6 +194,7 @@ class Session:
             log.warning(f"not saved at step {self.state.step}, trying again later: {error}")
             return
         self.saved_step, self._saved_at = self.state.step, time.monotonic()
+        self._saved_elapsed = train["elapsed_seconds"]
         seconds = state.save_seconds = time.monotonic() - began
         log.info(
             f"saved {path} in {seconds:.1f} s",
@@ -298,9 +313,10 @@ class Session:
         return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
     def close(self) -> None:
-        """Close the logs."""
-        self.metrics.close()
-        self.samples.close()
+        """Close the logs; the next record opens them again."""
+        for name in ("metrics", "samples"):
+            if name in self.__dict__:
+                self.__dict__.pop(name).close()
 
     def about(self) -> dict[str, Any]:
         """Facts for run.json that change as the run goes."""

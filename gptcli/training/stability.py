@@ -14,6 +14,7 @@ from torch import Tensor
 _RECENT_STEPS = 50  # about how far back "recent" reaches, and how many values come before a verdict
 # Of the mean: the least standard deviation, for losses that hardly differ from step to step.
 _LEAST_DEVIATION = 0.01
+_LEAST_NATS = 0.01  # the same for a loss near 0, of which a share is next to nothing
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class Recent:
         variance = (1 - weight) * (self.variance + difference * change)
         return Recent(self.mean + change, variance, self.count + 1)
 
-    def limit(self, zscore: float) -> float:
-        """The value at `zscore`; infinity before there are enough values to judge by."""
+    def limit(self, zscore: float, least: float = 0.0) -> float:
+        """The value at `zscore`, the standard deviation being `least` or more; infinity before
+        there are enough values to judge by."""
         if self.count < _RECENT_STEPS:
             return math.inf
-        least = _LEAST_DEVIATION * abs(self.mean)
-        return self.mean + zscore * max(math.sqrt(self.variance), least)
+        share = _LEAST_DEVIATION * abs(self.mean)
+        return self.mean + zscore * max(math.sqrt(self.variance), share, least)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Watch:
 
     def limits(self, zscore: float) -> Limits:
         """The limits for the step after the next one."""
-        return Limits(self.loss.limit(zscore), self.grad_norm.limit(zscore))
+        return Limits(self.loss.limit(zscore, _LEAST_NATS), self.grad_norm.limit(zscore))
 
     def having(self, loss: float, grad_norm: float, judged: Limits, zscore: float) -> "Watch":
         """The watch after one more step, which was `judged` by these limits.

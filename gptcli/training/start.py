@@ -86,7 +86,8 @@ def starting(
     `began` (of time.monotonic(), default: now) is when the work that max_time limits began.
 
     The lock is held inside the block; an error there is noted in run.json. log.txt gets every
-    record of the library's logger meanwhile.
+    record of the library's logger meanwhile. Behind the block torch has as many threads as before
+    it: those that a race chose are this run's alone.
     """
     began = time.monotonic() if began is None else began
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
@@ -100,12 +101,15 @@ def starting(
         else:
             write_new_run(directory, config, command, job)
             start = Start(job, directory, None, TrainState(), False, began)
+        threads = torch.get_num_threads()
         try:
             yield start
         except (GptError, stop.Stopped) as error:
             status = "stopped" if isinstance(error, stop.Stopped) else "failed"
             update_run_json(directory, status=status, error=str(error))
             raise
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -25,20 +25,25 @@ def forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over the step's unmasked targets, clipped.
 
-    Micro batches add up to exactly that mean, whatever their number. Returns the loss (nats per
-    token) and the gradient norm before clipping, fp32 scalars on the device, for which nothing
-    waits. Where memory or the compiler fail, `session.choices` change and the step is computed
-    again; ResourceError when one row does not fit in memory.
+    Micro batches add up to exactly that mean, whatever their number; with dropout each number has
+    masks of its own. Returns the loss (nats per token) and the gradient norm before clipping, fp32
+    scalars on the device, for which nothing waits. Where memory or the compiler fail,
+    `session.choices` change and the step is computed again; ResourceError when one row does not fit
+    in memory.
     """
+    blamed = None  # a failure of compiled code: the compiler's, if the step then does without it
     while True:
         try:
-            return _gradients(session, batch, loss_of)
+            found = _gradients(session, batch, loss_of)
+            if blamed is not None:
+                log.warning(blamed)
+            return found
         except Exception as error:  # allocators and compilers share no type of error
             if is_out_of_memory(error):
                 rows = len(batch.tokens)
                 session.choices = with_less_memory(session.choices, session.config, rows)
             elif session.choices.compile:
-                log.warning(failure(error))
+                blamed = failure(error)
                 session.choices = replace(session.choices, compile=False)
             else:
                 raise

@@ -15,8 +15,8 @@ import torch
 
 from gptcli import __version__, stop
 from gptcli.config.schema import Config
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.json_file import read_json_object
-from gptcli.data.store import cache_root
 from gptcli.device import (
     MUST_WIN_BY,
     Device,
@@ -140,7 +140,11 @@ class _Trials:
         return _with_race(choices, "seconds", float(f"{time.perf_counter() - began:.3g}"))
 
     def _first(self, choices: Choices) -> Choices:
-        """Choices whose micro batch fits in memory, beside the optimizer's state to come."""
+        """Choices whose micro batch fits in memory, beside the optimizer's state to come.
+
+        A CPU's system gives out more memory than it has: there only a limit of the address space
+        (`ulimit -v`) is noticed, and what `choose` computed has to hold.
+        """
         rows = self.config.training.tokens_per_step // self.config.model.block_size
         need = _optimizer_bytes(self.config, self.model)
         while True:
@@ -303,7 +307,8 @@ def _optimizer_bytes(config: Config, model: GPT) -> int:
 
 
 def _place(choices: Choices, config: Config, device: Device, vocab_size: int) -> Path:
-    """The file in the cache for trials like these: same machine, software, model and memory."""
+    """The file in the cache for trials like these: same machine, software, model and settings. The
+    memory that is free may be less than it was then: a step that does not fit finds that out."""
     training = config.training
     about = {
         "version": __version__,
@@ -316,6 +321,7 @@ def _place(choices: Choices, config: Config, device: Device, vocab_size: int) ->
         "document_mask": config.data.document_mask,
         "tokens_per_step": training.tokens_per_step,
         "micro_batch_size": training.micro_batch_size,
+        "activation_checkpointing": training.activation_checkpointing,
         "threads_are_given": threads_are_given(),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

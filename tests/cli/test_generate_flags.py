@@ -13,7 +13,7 @@ import pytest
 from gptcli.cli import generate_command
 from gptcli.cli.generate_command import _Output, _settings
 from gptcli.config.schema import GenerateConfig
-from gptcli.generation.engine import Generated
+from gptcli.generation.row import Generated
 
 FLAGS = dict.fromkeys(GenerateConfig.model_fields)
 
@@ -29,6 +29,12 @@ FLAGS = dict.fromkeys(GenerateConfig.model_fields)
         (["--top-p", "1.5"], "--top-p: "),
         (["--min-p", "-0.1"], "--min-p: "),
         (["--repetition-penalty", "0"], "--repetition-penalty: "),
+        (["--presence-penalty", "nan"], "--presence-penalty: "),
+        (["--frequency-penalty", "inf"], "--frequency-penalty: "),
+        (["--stop", ""], "--stop: an empty text"),
+        (["--bad-words", ""], "--bad-words: an empty text"),
+        (["--quantize", "int4"], "--quantize: "),
+        (["--speculate", "yes"], "--speculate: "),
         (["-n", "0"], "-n: "),
         (["--max-new-tokens", "0"], "--max-new-tokens: "),
         (["--logprobs", "-1"], "--logprobs: "),

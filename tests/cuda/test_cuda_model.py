@@ -12,7 +12,8 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
-from gptcli.generation.engine import Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
+from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT, initialise
 from gptcli.training.optimizers import Optimizer
 

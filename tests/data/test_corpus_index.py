@@ -9,9 +9,9 @@ import pytest
 
 from gptcli.config.data_schema import DataConfig
 from gptcli.data import corpus as corpus_module
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.readers import read_shards
-from gptcli.data.store import cache_root
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import pytest
 from hub_server import HubServer
 
 from gptcli.config.data_schema import DataConfig
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.corpus import Corpus, open_corpus
-from gptcli.data.store import cache_root, open_store
+from gptcli.data.store import open_store
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError

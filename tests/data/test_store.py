@@ -20,6 +20,7 @@ import pytest
 from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.data import store_writer
+from gptcli.data.cache_folder import cache_root
 from gptcli.data.files import resolve
 from gptcli.data.pipeline import should_cache
 from gptcli.data.pretokenised import PIECE_TOKENS
@@ -28,7 +29,6 @@ from gptcli.data.shards import PIECE_BYTES, Shard, Split
 from gptcli.data.store import (
     StoreReader,
     TokenStore,
-    cache_root,
     open_store,
     store_sizes,
 )

@@ -26,8 +26,9 @@ from gptcli.data.tiktoken_tables import (
 )
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer_json, train_bpe
 from gptcli.errors import CheckpointError, DataError
-from gptcli.generation.engine import Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt
+from gptcli.generation.sampling import Sampling
 from gptcli.generation.text import Utf8Stream
 from gptcli.model.gpt import GPT
 

@@ -17,7 +17,9 @@ from gptcli.data.special_tokens import SpecialTokens
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.generation import engine
-from gptcli.generation.engine import Generated, Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
+from gptcli.generation.row import Generated
+from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=40)
@@ -77,7 +79,7 @@ class Scripted(GPT):
 
     def forward(self, tokens: Tensor, cache: Any = None, last_only: bool = False) -> Tensor:
         logits = super().forward(tokens, cache, last_only)
-        length = tokens.size(1) if cache is None else cache.length
+        length = tokens.size(1) if cache is None else cache.longest
         token = self.script[(length - self.prompt_length) % len(self.script)]
         return torch.where(torch.arange(logits.size(-1)) == token, 50.0, 0.0).expand_as(logits)
 

@@ -1,5 +1,6 @@
 """The job behind `gpt generate`: prompts from three places, seeds, errors."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from gptcli import stop
 from gptcli.config.schema import Config, GenerateConfig
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import ConfigError, DataError
 from gptcli.generate import generate, generate_bytes, resolve_prompts
-from gptcli.generation.engine import Generated
+from gptcli.generation.row import Generated
 from gptcli.model.gpt import GPT
 from gptcli.runs.load import LoadedModel
 
@@ -65,6 +67,42 @@ def test_prompt_file_has_one_prompt_a_line(model: LoadedModel, tmp_path: Path) -
     ]
     [alone] = run(model, prompt="three", n=2)
     assert got[2] == alone
+
+
+def test_rows_are_as_alone(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: settings of a row that do not reach the engine, or reach another row's text."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "one", "seed": 5, "n": 3},
+        {"prompt": "two"},
+        {"prompt_tokens": [104, 105], "temperature": 0, "max_new_tokens": 3, "logprobs": 1},
+        {"prompt": "one", "top_k": 1, "presence_penalty": 9, "bad_words": ["e", "a"]},
+        {"prompt": "a longer one", "repetition_penalty": 3, "frequency_penalty": -1, "min_p": 0.1},
+        {"prompt": "x", "top_p": 0.3, "max_new_tokens": 12, "stop": ["q", "zz"]},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"temperature": 2.0, "json_lines": True}
+    together = run(model, prompt_file=str(file), **given)
+    for row, samples in zip(rows, together, strict=True):
+        [alone] = run(model, **{**given, **row})
+        assert [(g.text, g.tokens, g.finish_reason, g.seed) for g in samples] == [
+            (g.text, g.tokens, g.finish_reason, g.seed) for g in alone
+        ]
+    assert [len(samples) for samples in together] == [3, 1, 1, 1, 1, 1]
+    assert together[2][0].logprobs is not None
+    assert len(together[2][0].tokens) == 3
+
+
+def test_a_row_that_does_not_fit_is_named(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: a thousand rows and one word about one of them."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt_tokens": [1, 999]}\n')
+    with pytest.raises(ConfigError, match=r"prompts\.jsonl:3: prompt_tokens: 999 is not one"):
+        run(model, prompt_file=str(file))
+    file.write_text('{"prompt": "a"}\n{"prompt": "' + "x" * 30 + '"}\n')
+    with pytest.raises(ConfigError, match=r"prompts\.jsonl:2: the prompt has 31 tokens") as caught:
+        run(model, prompt_file=str(file), truncate="error")
+    assert "--truncate left" in str(caught.value.hint)
 
 
 def test_prompt_file_problems(model: LoadedModel, tmp_path: Path) -> None:
@@ -182,12 +220,44 @@ def test_a_random_seed_is_reported(model: LoadedModel, caplog: pytest.LogCapture
     assert again == first
 
 
+def test_seeds_of_rows(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Guards: a random seed that is told of but not used, or used but not told of."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "seed": 3}\n{"prompt": "b", "temperature": 0}\n')
+    with caplog.at_level(logging.INFO, logger="gptcli"):
+        run(model, prompt_file=str(file), seed=None)
+        assert "seed" not in caplog.text
+        file.write_text('{"prompt": "a", "seed": 3}\n{"prompt": "a"}\n{"prompt": "a"}\n')
+        [[own], [drawn], [same]] = run(model, prompt_file=str(file), seed=None)
+    assert own.seed == 3
+    assert f"seed {drawn.seed}" in caplog.text
+    assert same == drawn
+
+
+def test_speculation_is_told_and_changes_nothing(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: --speculate without effect, or with one on the text."""
+    given = {"prompt": "abcabcabcabc", "temperature": 0.0, "max_new_tokens": 40}
+    [[plain]] = run(model, **given)
+    with caplog.at_level(logging.INFO, logger="gptcli"):
+        [[drafted]] = run(model, **given, speculate="lookup")
+    assert (drafted.text, drafted.tokens) == (plain.text, plain.tokens)
+    assert drafted.drafted > 0
+    share = f"{drafted.accepted / drafted.drafted:.0%}"
+    counts = f"{drafted.accepted} of {drafted.drafted} drafted tokens accepted ({share})"
+    assert f"speculation: {counts}" in caplog.text
+
+
 def test_problems_are_raised_before_the_first_text(model: LoadedModel) -> None:
     """Guards: an error after half of the output, or only once somebody iterates."""
     with pytest.raises(ConfigError):
         generate(model, settings())
-    with pytest.raises(ConfigError, match="stop"):
-        generate(model, settings(prompt="a", stop=["", "x"]))
+    for key in ("stop", "bad_words"):
+        with pytest.raises(ValidationError, match="at least one character"):
+            settings(prompt="a", **{key: ["", "x"]})
 
 
 def test_callbacks_come_in_order(model: LoadedModel, tmp_path: Path) -> None:
@@ -207,6 +277,32 @@ def test_callbacks_come_in_order(model: LoadedModel, tmp_path: Path) -> None:
     for kind, text in seen:
         joined += text if kind == "text" else f"[{text}]"
     assert joined == f"[one]{got[0].text}[two]{got[1].text}"
+
+
+def test_texts_of_later_prompts_wait(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: a later prompt that ends first shown among the text of the first, or lost."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "one", "max_new_tokens": 30, "n": 2}\n'
+        '{"prompt": "two", "max_new_tokens": 1}\n{"prompt": "three"}\n'
+    )
+    model.model.head.weight.data[256:] = 0.0
+    seen: list[tuple[str, int, str]] = []
+    texts = generate(
+        model,
+        settings(prompt_file=str(file), temperature=0.0),
+        on_text=lambda sample, piece: seen.append(("text", sample, piece)),
+        on_prompt=lambda prompt: seen.append(("prompt", 0, prompt)),
+    )
+    got = []
+    for samples in texts:
+        got.append(samples)
+        for sample in samples:
+            pieces = [text for kind, n, text in seen if (kind, n) == ("text", sample.sample)]
+            assert "".join(pieces) == sample.text
+        assert seen[0] == ("prompt", 0, samples[0].prompt)
+        seen.clear()
+    assert [samples[0].prompt for samples in got] == ["one", "two", "three"]
 
 
 def test_a_stop_request_ends_the_iteration(model: LoadedModel, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from gptcli.data.special_tokens import SpecialTokens
 from gptcli.data.tiktoken_tables import PATTERNS, byte_characters
 from gptcli.data.tokenizer import Tokenizer, load_tokenizer_json, train_bpe
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
-from gptcli.generation.engine import Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt
+from gptcli.generation.sampling import Sampling
 from gptcli.interop.gguf_export import interleave, write_gguf
 from gptcli.interop.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
 from gptcli.model.gpt import GPT

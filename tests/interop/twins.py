@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptcli.generation.engine import Sampling, generate_samples
+from gptcli.generation.engine import generate_samples
+from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.runs.load import load_model
 

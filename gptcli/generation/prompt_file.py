@@ -1,0 +1,122 @@
+"""Prompt files: one prompt a line, or JSON lines whose rows have settings of their own."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gptcli.config.check import check
+from gptcli.config.fields import keys_of
+from gptcli.config.overrides import as_node
+from gptcli.config.schema import GenerateConfig
+from gptcli.config.tree import Origin, Place
+from gptcli.errors import ConfigError, DataError
+from gptcli.generation.sampling import Sampling
+
+# What a row may say; the rest of `GenerateConfig` is about all prompts together.
+_OWN = {"prompt", "prompt_tokens", "n", *(field.name for field in fields(Sampling))}
+_MOST_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """A prompt of a file: where it stands, as `file:line`, and all its settings.
+
+    Of `settings.prompt` and `settings.prompt_tokens` one is given.
+    """
+
+    where: str
+    settings: GenerateConfig
+
+
+def read_prompts(path: str, defaults: GenerateConfig) -> list[FilePrompt]:
+    """The prompts of a UTF-8 file, in order; `defaults` hold where a row says nothing else.
+
+    Each line that is not blank is a prompt. A file named *.jsonl, and any whose lines are all JSON
+    objects, has rows instead: `prompt` or `prompt_tokens`, and any of the settings in `_OWN`.
+    Raises ConfigError for a file that cannot be opened and for wrong rows (one problem each, with
+    file:line), DataError for one that holds no prompts, no UTF-8 or, named *.jsonl, no JSON.
+    """
+    lines = _lines(path)
+    try:
+        rows = [(place, _object(place, line)) for place, line in lines]
+    except DataError:
+        if path.lower().endswith(".jsonl"):
+            raise
+        alone = defaults.model_copy(update={"prompt_file": None})
+        return [
+            FilePrompt(_where(place), alone.model_copy(update={"prompt": line}))
+            for place, line in lines
+        ]
+    prompts, problems = [], list[str]()
+    for place, row in rows:
+        settings, found = _settings(place, row, defaults)
+        prompts.append(FilePrompt(_where(place), settings))
+        problems += found
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        raise ConfigError(
+            problems[:_MOST_PROBLEMS] + [f"{path}: and {more} more problems"] * (more > 0)
+        )
+    return prompts
+
+
+def read_bytes(path: str) -> bytes:
+    """What the file holds. Raises ConfigError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
+
+
+def _lines(path: str) -> list[tuple[Place, str]]:
+    """The lines that are not blank, without their ends."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    # Not splitlines(), which also cuts at U+2028 and other characters inside a prompt.
+    lines = [
+        (Place(Origin(path), number), line.removesuffix("\r"))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise DataError(f"{path}: no prompts in it (one a line)")
+    return lines
+
+
+def _object(place: Place, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{_where(place)}:{error.colno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{_where(place)}: not valid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{_where(place)}: not a JSON object such as {{"prompt": "Once"}}')
+    return row
+
+
+def _settings(
+    place: Place, row: dict[str, Any], defaults: GenerateConfig
+) -> tuple[GenerateConfig, list[str]]:
+    """The settings of a row, checked as the section generate: of a config, and what is wrong."""
+    shared = [key for key in row if key in keys_of(GenerateConfig) and key not in _OWN]
+    problems = [f"{place}: {key} is the same for all prompts: remove it here" for key in shared]
+    config, found = check(as_node({"generate": row}, place))
+    problems += map(str, found)
+    if problems or config is None:
+        return defaults, problems
+    own = config.generate
+    if (own.prompt is None) == (own.prompt_tokens is None):
+        problems.append(f"{place}: needs either prompt or prompt_tokens")
+    if own.logprobs and not defaults.json_lines:
+        problems.append(f"{place}: logprobs needs --json, which has room for them")
+    given: dict[str, Any] = {"prompt": None, "prompt_tokens": None, "prompt_file": None}
+    given |= {key: getattr(own, key) for key in row}
+    return defaults.model_copy(update=given), problems
+
+
+def _where(place: Place) -> str:
+    return f"{place.origin.label}:{place.line}"

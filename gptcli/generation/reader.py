@@ -1,0 +1,155 @@
+"""What the model reads: prompts into the cache of a batch, then the next tokens of every row."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gptcli import stop
+from gptcli.generation.graphs import GraphedSteps
+from gptcli.model.cache import KVCache
+from gptcli.model.gpt import GPT
+
+_LEAST_SHARED_TOKENS = 16  # shorter beginnings cost less to read again than to keep
+_MOST_PREFIXES = 4  # beginnings that are kept, each with its keys and values
+_READ_AT_ONCE_TOKENS = 4096  # of several texts, filled up to the longest of them
+
+
+class Reader:
+    """A model and its cache for a batch of texts, which `fill` and `step` keep in agreement.
+
+    Texts that begin alike are read once up to where they part; which these are is found among
+    `texts`, all that are to come. `decoder` is the model that takes the steps: the same weights,
+    where its linear layers are made for few rows.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        decoder: GPT,
+        rows: int,
+        capacity: int,
+        most_new: int,
+        texts: Sequence[Sequence[int]],
+    ) -> None:
+        self._model, self._decoder = model, decoder
+        self._cache = model.new_batch_cache(rows, capacity, most_new)
+        self._graphs = GraphedSteps(decoder, self._cache, capacity)
+        windows = [window for window in model.windows if window]
+        self._narrowest = min(windows, default=capacity)
+        self._prefixes = shared_prefixes(texts, _LEAST_SHARED_TOKENS, self._narrowest)
+        self._kept: dict[tuple[int, ...], KVCache] = {}
+
+    def fill(self, texts: Mapping[int, Sequence[int]]) -> None:
+        """Read the texts of the rows by whose numbers they go; equal ones are read once.
+
+        Ends early when a stop is requested; then the cache does not hold them.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, text in texts.items():
+            if text:
+                rows_of.setdefault(tuple(text), []).append(row)
+        for group in self._groups(list(rows_of)):
+            cache = self._read(group)
+            if stop.requested():
+                return
+            for source_row, text in enumerate(group):
+                for row in rows_of[text]:
+                    self._cache.insert(row, cache, source_row, len(text))
+
+    def step(self, tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+        """Logits (R, T, V) after each of the next `tokens` (R, T) of the first rows, which have
+        `lengths` tokens (R,) in the cache."""
+        if self._graphs.fit(lengths, len(tokens[0])):
+            return self._graphs.step(torch.tensor(tokens), lengths)
+        self._cache.begin(lengths, len(tokens[0]))
+        ids = torch.tensor(tokens, device=self._model.device)
+        logits: Tensor = self._decoder(ids, self._cache)
+        return logits
+
+    def read_again(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (R, 1, V) after whole texts, without a cache."""
+        logits: list[Tensor] = [torch.empty(0)] * len(texts)
+        for length in {len(text) for text in texts}:
+            rows = [row for row, text in enumerate(texts) if len(text) == length]
+            ids = torch.tensor([texts[row] for row in rows], device=self._model.device)
+            for row, last in zip(rows, self._model(ids, last_only=True), strict=True):
+                logits[row] = last
+        return torch.stack(logits)
+
+    def move(self, row: int, to: int) -> None:
+        """Let row `to` hold what `row` holds."""
+        self._cache.move(row, to)
+
+    def _groups(self, texts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Texts that are read together: they begin alike and are about as long.
+
+        A text is filled up to the longest of its group. That must not reach into a layer's window,
+        whose slots would be taken again.
+        """
+        groups: list[list[tuple[int, ...]]] = []
+        for text in sorted(texts, key=lambda text: (self._prefix(text), len(text))):
+            if groups:
+                first, size = groups[-1][0], len(groups[-1]) + 1
+                alike = self._prefix(first) == self._prefix(text)
+                near = len(text) <= min(1.5 * len(first) + 8, self._narrowest)
+                few = size * len(text) <= _READ_AT_ONCE_TOKENS
+                if alike and few and (near or len(text) == len(first)):
+                    groups[-1].append(text)
+                    continue
+            groups.append([text])
+        return groups
+
+    def _read(self, texts: list[tuple[int, ...]]) -> KVCache:
+        """A cache with the texts, which have one prefix; the longest is the last."""
+        length, prefix = len(texts[-1]), self._prefix(texts[0])
+        cache = self._model.new_cache(len(texts), length)
+        if prefix:
+            cache.take(self._beginning(prefix))
+        filled = [list(text[len(prefix) :]) + [0] * (length - len(text)) for text in texts]
+        self._advance(filled, cache)
+        return cache
+
+    def _beginning(self, prefix: tuple[int, ...]) -> KVCache:
+        cache = self._kept.get(prefix)
+        if cache is None:
+            if len(self._kept) == _MOST_PREFIXES:
+                del self._kept[next(iter(self._kept))]
+            cache = self._kept[prefix] = self._model.new_cache(1, len(prefix))
+            self._advance([list(prefix)], cache)
+        return cache
+
+    def _advance(self, tokens: list[list[int]], cache: KVCache) -> None:
+        ids = torch.tensor(tokens, device=self._model.device)
+        for chunk in torch.split(ids, self._model.config.block_size, dim=1):
+            if stop.requested() or not chunk.size(1):
+                return
+            self._model.hidden(chunk, cache)
+
+    def _prefix(self, text: tuple[int, ...]) -> tuple[int, ...]:
+        fitting = (p for p in self._prefixes if len(p) < len(text) and text[: len(p)] == p)
+        return max(fitting, key=len, default=())
+
+
+def shared_prefixes(texts: Sequence[Sequence[int]], least: int, most: int) -> list[tuple[int, ...]]:
+    """The beginnings of at least `least` tokens that neighbours in the order of the texts share,
+    cut to `most`: one for each run of texts that begin alike."""
+    found: list[tuple[int, ...]] = []
+    run: tuple[int, ...] = ()
+    ordered = sorted({tuple(text) for text in texts})
+    for before, text in pairwise(ordered):
+        shared = _common(before, text)[:most]
+        if run and len(common := _common(run, shared)) >= least:
+            run = common
+            continue
+        if run:
+            found.append(run)
+        run = shared if len(shared) >= least else ()
+    return [*found, run] if run else found
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """What both begin with."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return a[: min(len(a), len(b)) if length is None else length]

@@ -1,0 +1,170 @@
+"""Texts in the making: their tokens, how they are spelled, and how they end."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.generation.lookup import Lookup
+from gptcli.generation.sampling import Sampling
+from gptcli.generation.text import StopScanner, Utf8Stream
+
+FinishReason = Literal["length", "stop", "eot", "interrupted"]
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation of one prompt.
+
+    `text` ends before a stop text; `tokens` holds the generated ids that it takes to spell `text`,
+    none of the tokenizer's `ends` among them: finish_reason "eot" stands for whichever it was.
+    `logprobs` has one entry a token, `{"token", "text", "logprob", "top"}`, natural logarithms
+    under the model's own distribution; `top` holds [id, text, logprob], likeliest first. Of
+    `drafted` tokens that speculation guessed, `accepted` were right.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    seed: int
+    sample: int
+    logprobs: list[dict[str, Any]] | None
+    drafted: int = 0
+    accepted: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `gpt generate --json` prints; `logprobs` only when asked for, the counts
+        of speculation only where there are any."""
+        row: dict[str, Any] = {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "sample": self.sample,
+        }
+        if self.logprobs is not None:
+            row["logprobs"] = self.logprobs
+        if self.drafted:
+            row |= {"drafted": self.drafted, "accepted": self.accepted}
+        return row
+
+
+@dataclass(frozen=True)
+class Report:
+    """Log-probability of a token and of the likeliest ones."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Row:
+    """One sample in the making: its tokens, its text, and how it ended.
+
+    `context` holds the tokens that the model sees, the last of which it has not read yet. Those
+    before are in its cache, or with `unread` are not.
+    """
+
+    def __init__(
+        self,
+        request: int,
+        sample: int,
+        tokenizer: Tokenizer,
+        prompt_tokens: Sequence[int],
+        sampling: Sampling,
+        on_text: OnText | None,
+        speculate: bool = False,
+    ) -> None:
+        self.request, self.sample, self.sampling = request, sample, sampling
+        self.prompt_tokens, self.context = prompt_tokens, list(prompt_tokens)
+        self.tokens: list[int] = []
+        self.begun, self.unread = False, True
+        self.slot = 0  # of the sampler
+        self.draft: list[int] = []
+        self.drafted = self.accepted = 0
+        self.finish_reason: FinishReason | None = None
+        self._lookup = Lookup(prompt_tokens) if speculate else None
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._utf8, self._scanner = Utf8Stream(), StopScanner(sampling.stop)
+        self._pieces: list[str] = []
+        self._decoded = [0]  # characters complete after 0, 1, ... tokens
+        self._logprobs: list[dict[str, Any]] = []
+
+    @property
+    def left(self) -> int:
+        """How many tokens it may still take."""
+        return self.sampling.max_new_tokens - len(self.tokens)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next; kept as `draft`."""
+        most = min(most, self.left - 1)  # one comes without a guess
+        self.draft = self._lookup.draft(most) if self._lookup is not None and most > 0 else []
+        self.drafted += len(self.draft)
+        return self.draft
+
+    def accept(self, token: int, report: Report | None) -> None:
+        """Take the next token; sets `finish_reason` if it is the last. -1: there is none."""
+        if token < 0 or token in self._tokenizer.ends:
+            self.finish("stop" if token < 0 else "eot")
+            return
+        self.tokens.append(token)
+        self.context.append(token)
+        if self._lookup is not None:
+            self._lookup.extend([token])
+        if report is not None and self.sampling.logprobs:
+            self._logprobs.append(self._entry(token, report))
+        piece = self._utf8.feed(self._tokenizer.token_bytes(token))
+        self._decoded.append(self._decoded[-1] + len(piece))
+        self._emit(self._scanner.feed(piece))
+        if self._scanner.stopped:
+            self.finish("stop")
+        elif not self.left:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the text: nothing stays held back, and what spells the stop text is dropped."""
+        if not self._scanner.stopped:
+            self._emit(self._scanner.feed(self._utf8.flush()))
+            self._emit(self._scanner.flush())
+        self.finish_reason = "stop" if self._scanner.stopped else reason
+        if self._scanner.stopped:
+            needed = bisect_left(self._decoded, sum(map(len, self._pieces)))
+            self.tokens, self._logprobs = self.tokens[:needed], self._logprobs[:needed]
+
+    def result(self, prompt: str) -> Generated:
+        """The finished sample."""
+        assert self.finish_reason is not None
+        return Generated(
+            prompt=prompt,
+            text="".join(self._pieces),
+            tokens=self.tokens,
+            finish_reason=self.finish_reason,
+            seed=self.sampling.seed,
+            sample=self.sample,
+            logprobs=self._logprobs if self.sampling.logprobs else None,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
+
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            if self._on_text is not None:
+                self._on_text(self.sample, piece)
+
+    def _entry(self, token: int, report: Report) -> dict[str, Any]:
+        count = self.sampling.logprobs  # of the batch's, which may be more
+        top = zip(report.top_ids[:count], report.top_logprobs[:count], strict=True)
+        return {
+            "token": token,
+            "text": self._shown(token),
+            "logprob": report.logprob,
+            "top": [[i, self._shown(i), logprob] for i, logprob in top],
+        }
+
+    def _shown(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")

@@ -1,0 +1,218 @@
+"""Many texts in one batch: the same as one by one, whatever enters, leaves or is guessed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_engine import GREEDY, ROLLING, SHAPES, TOKENIZER, random_model
+
+from gptcli import stop
+from gptcli.config.model_schema import ModelConfig
+from gptcli.generation import engine
+from gptcli.generation.engine import Request, decode, generate_samples
+from gptcli.generation.reader import shared_prefixes
+from gptcli.generation.row import Generated
+from gptcli.generation.sampling import Sampling
+from gptcli.model.batch_cache import BatchCache
+from gptcli.model.gpt import GPT, initialise
+
+SAMPLED = Sampling(temperature=0.9, top_p=0.9, seed=5, max_new_tokens=30)
+
+
+@pytest.fixture(autouse=True)
+def _no_stop_request() -> Any:
+    stop.reset()
+    yield
+    stop.reset()
+
+
+def requests_for(model: GPT) -> list[Request]:
+    """Prompts of all lengths, some alike, some alike at the start, each with its own settings."""
+    block = model.config.block_size
+    start = [256, 72, 105, 32, 116]
+    prompts = [start, start[:1], [*start, 7, 8, 9], start, [*start, 7, 8, 10, 11], [256] * 30]
+    settings = [
+        SAMPLED,
+        GREEDY,
+        replace(SAMPLED, temperature=1.5, top_k=9, top_p=1.0, max_new_tokens=3),
+        replace(SAMPLED, repetition_penalty=1.3, seed=6),
+        replace(GREEDY, frequency_penalty=0.5, max_new_tokens=17),
+        replace(SAMPLED, stop=("e",), max_new_tokens=50),
+    ]
+    return [
+        Request(f"{i}", prompt[:block], sampling, n=1 + i % 3)
+        for i, (prompt, sampling) in enumerate(zip(prompts, settings, strict=True))
+    ]
+
+
+def one_by_one(model: GPT, requests: Sequence[Request]) -> list[list[Generated]]:
+    return [
+        generate_samples(model, TOKENIZER, r.tokens, r.n, r.sampling, prompt=r.prompt)
+        for r in requests
+    ]
+
+
+def together(model: GPT, requests: Sequence[Request], **how: Any) -> list[list[Generated]]:
+    found = list(decode(model, TOKENIZER, requests, **how))
+    assert [number for number, _ in found] == list(range(len(requests)))
+    return [samples for _, samples in found]
+
+
+@pytest.mark.parametrize("places", [1, 3, 64])
+@pytest.mark.parametrize("shape", [*SHAPES, *ROLLING])
+def test_a_batch_equals_one_by_one(
+    shape: str, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: keys of another row, positions of the longest row, a row that moved or entered
+    half-way, settings that spill over."""
+    monkeypatch.setattr(engine, "_MOST_ROWS", places)
+    model = random_model(shape)
+    requests = requests_for(model)
+    assert together(model, requests) == one_by_one(model, requests)
+
+
+def without_counts(found: list[list[Generated]]) -> list[list[Generated]]:
+    return [[replace(sample, drafted=0, accepted=0) for sample in samples] for samples in found]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *ROLLING])
+def test_speculation_changes_no_text(shape: str) -> None:
+    """Guards: keys of refused guesses that stay, a guess taken for a token, a window overrun by
+    guesses, sampling that draws another number for a guessed token."""
+    model = random_model(shape, std=0.3)  # narrower: it repeats itself, so guesses are right
+    requests = requests_for(model)
+    found = together(model, requests, speculate=True)
+    assert without_counts(found) == one_by_one(model, requests)
+    samples = [sample for part in found for sample in part]
+    assert all(sample.accepted <= sample.drafted for sample in samples)
+
+
+def test_speculation_takes_fewer_steps() -> None:
+    """Guards: guesses that are computed and never used."""
+    shape = {**SHAPES["modern"], "block_size": 128, "tie_embeddings": True}  # repeats itself
+    model = GPT(ModelConfig(**shape), 257).eval()
+    initialise(model, torch.Generator().manual_seed(1))
+    steps = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    model.register_forward_hook(counted)
+    settings = replace(GREEDY, max_new_tokens=100)
+    [[sample]] = together(model, [Request("", [256, 1, 2], settings)], speculate=True)
+    assert sample.accepted > 30
+    assert steps <= 100 - sample.accepted
+    row = sample.to_json()
+    assert (row["drafted"], row["accepted"]) == (sample.drafted, sample.accepted)
+
+
+def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a prompt read again for each sample, a common beginning for each prompt."""
+    model = random_model("modern")
+    read = 0
+    plain = GPT.hidden
+
+    def counted(self: GPT, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal read
+        read += tokens.numel()
+        return plain(self, tokens, *rest)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
+    beginning = list(range(18))
+    settings = replace(GREEDY, max_new_tokens=1)
+    prompts = [[*beginning, 40 + i, 60 + i] for i in range(4)]
+    monkeypatch.setattr(engine, "_MOST_ROWS", 2)  # they enter one after another
+    together(model, [Request("", prompt, settings, n=3) for prompt in prompts])
+    # The beginning, each prompt's own next to last token, and the last of every sample.
+    assert read <= 18 + 4 * 2 + 4 * 3
+
+
+@pytest.mark.parametrize("shape", ["modern", "gpt2", "banded", "rolling"])
+def test_steps_that_can_be_recorded(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: work that depends on how long the texts are, which a CUDA graph would not see."""
+    model = random_model(shape)
+    requests = [Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=12), n=2)]
+    expected = together(model, requests)
+    plain = BatchCache.begin
+
+    def begin(self: BatchCache, lengths: Sequence[int], count: int) -> None:
+        plain(self, lengths, count)
+        self.begin_at(self.positions, 15)
+
+    monkeypatch.setattr(BatchCache, "begin", begin)
+    assert together(model, requests) == expected
+
+
+def test_shared_prefixes() -> None:
+    """Guards: groups of prompts with different beginnings share none, or one too long."""
+    a, b = tuple(range(10)), tuple(range(50, 60))
+    texts = [[*a, 1, 2], [*b, 1], [*a, 1, 3], [*b, 2, 5], [*a[:6], 99, 99], [7]]
+    assert shared_prefixes(texts, 4, 100) == [a[:6], b]
+    assert shared_prefixes(texts, 4, 5) == [a[:5], b[:5]]
+    assert shared_prefixes(texts, 8, 100) == [(*a, 1), b]
+    assert shared_prefixes([], 1, 5) == shared_prefixes([[1, 2]], 1, 5) == []
+
+
+def test_streamed_pieces_of_a_batch_join_to_the_texts() -> None:
+    """Guards: pieces of one text told as another's."""
+    model = random_model("gpt2")
+    requests = requests_for(model)
+    told: dict[tuple[int, int], str] = {}
+
+    def on_text(request: int, sample: int, piece: str) -> None:
+        told[request, sample] = told.get((request, sample), "") + piece
+
+    for number, samples in decode(model, TOKENIZER, requests, on_text=on_text):
+        for sample in samples:
+            assert told.get((number, sample.sample), "") == sample.text
+
+
+def test_results_come_as_soon_as_they_are_done() -> None:
+    """Guards: the first prompt's texts wait for the last prompt's."""
+    model = random_model("gpt2")
+    short, long = (replace(GREEDY, max_new_tokens=n) for n in (2, 40))
+    seen: list[int] = []
+    requests = [Request("", [1], short), Request("", [2], long)]
+    results = decode(model, TOKENIZER, requests, on_text=lambda *told: seen.append(told[0]))
+    next(results)
+    assert seen.count(1) < 10
+    assert len(list(results)) == 1
+
+
+def test_a_stop_request_keeps_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: finished texts lost, texts that never began told as empty ones."""
+    monkeypatch.setattr(engine, "_MOST_ROWS", 2)
+    model = random_model("gpt2")
+    settings = [replace(GREEDY, max_new_tokens=n) for n in (3, 100, 100)]
+
+    def on_text(request: int, sample: int, piece: str) -> None:
+        if request == 1 and len(seen) > 10:
+            stop.request(2)
+        seen.append(piece)
+
+    seen: list[str] = []
+    requests = [Request("", [65 + i], s) for i, s in enumerate(settings)]
+    found = dict(decode(model, TOKENIZER, requests, on_text=on_text))
+    assert found[0][0].finish_reason == "length"
+    assert found[1][0].finish_reason == "interrupted"
+    assert found[1][0].tokens
+
+
+def test_the_cache_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: keys that are copied into a larger cache as texts grow."""
+    places: list[int] = []
+    plain = BatchCache.begin
+
+    def noted(self: BatchCache, *rest: Any) -> None:
+        places.append(self.k[1].data_ptr())
+        assert [kept.size(2) for kept in self.k] == [5, 9]  # the windows
+        plain(self, *rest)
+
+    monkeypatch.setattr(BatchCache, "begin", noted)
+    model = random_model("rolling")
+    together(model, [Request("", [1, 2], replace(GREEDY, max_new_tokens=60), 2)])
+    assert len(places) == 60
+    assert len(set(places)) == 1
