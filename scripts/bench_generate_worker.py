@@ -89,6 +89,21 @@ class Ours:
             raise SystemExit("a text ended early")
         return seconds, texts
 
+    def linear_seconds(self, prompt: list[int]) -> tuple[list[float], int]:
+        """Seconds of the linear layers of a step alone, again and again, and their number."""
+        import torch
+
+        from gptcli.generation.kernel_race import decode_threads
+
+        calls, found = self.linear_calls(prompt), list[float]()
+        with torch.inference_mode(), decode_threads(self.decoder(self._work.n), self._work.n):
+            for _ in range(LINEAR_REPEATS):
+                began = time.perf_counter()
+                for layer, x in calls:
+                    layer(x)
+                found.append(time.perf_counter() - began)
+        return found, len(calls)
+
     def linear_calls(self, prompt: list[int]) -> "list[tuple[Callable[[Tensor], Tensor], Tensor]]":
         """The linear layers of a step of decoding, each with the input that it had in one."""
         from torch import nn
@@ -218,21 +233,13 @@ def batch(work: Work, parent: Parent, ours: Ours) -> None:
 
 def linear(work: Work, parent: Parent, ours: Ours) -> None:
     """Answers with the seconds of a step of decoding, and those of its linear layers alone."""
-    import torch
-
     while count := parent.order():
         prompt = prompt_ids(count, 0, work.vocab_size)
         short, _ = ours.decode([prompt], 1)
         whole, _ = ours.decode([prompt], work.new_tokens)
-        calls, found = ours.linear_calls(prompt), []
-        with torch.inference_mode():
-            for _ in range(LINEAR_REPEATS):
-                began = time.perf_counter()
-                for layer, x in calls:
-                    layer(x)
-                found.append(time.perf_counter() - began)
+        alone, layers = ours.linear_seconds(prompt)
         step = (whole - short) / (work.new_tokens - 1)
-        parent.answer(step=step, linear=statistics.median(found), layers=len(calls))
+        parent.answer(step=step, linear=statistics.median(alone), layers=layers)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from gptcli.device import (
     free_memory_bytes,
     is_out_of_memory,
     resolve_device,
+    usable_memory_bytes,
 )
 
 CPU = Device("cpu", None, "a processor", 1, True)
@@ -72,6 +73,14 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**26 < free < 2**46
 
 
+def test_usable_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a run takes all that is free, or what it holds counts as taken by another."""
+    monkeypatch.setattr("gptcli.device.free_memory_bytes", lambda device: 1000)
+    assert usable_memory_bytes(CPU, 50) == 950
+    monkeypatch.setattr("gptcli.device.free_memory_bytes", lambda device: None)
+    assert usable_memory_bytes(CPU, 50) is None
+
+
 def test_out_of_memory_is_known_from_other_errors() -> None:
     """Bug: the CPU's allocator, whose error has no type, ends the run; or a bug is taken for it."""
     with pytest.raises(RuntimeError) as caught:
@@ -79,6 +88,8 @@ def test_out_of_memory_is_known_from_other_errors() -> None:
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(MemoryError())
+    for library in ("CUBLAS", "CUDNN"):
+        assert is_out_of_memory(RuntimeError(f"CUDA error: {library}_STATUS_ALLOC_FAILED when"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
 

@@ -116,6 +116,27 @@ def test_disk(monkeypatch, tmp_path) -> None:
     assert "--run-dir" in found.advice[0]
 
 
+def test_rows(tmp_path) -> None:
+    """Bug: a plan of a finetuning looks for text in its rows, and knows no epochs."""
+    made = pretrain(config(samples={"prompts": []}), run_dir=tmp_path / "made")
+    rows = [{"question": f"{n}?", "answer": "yes" * (1 + n % 3)} for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuning = {
+        "init": str(made.run_dir),
+        "data": {"train": str(tmp_path / "rows.jsonl"), "val_fraction": 0.1},
+        "finetune": {"fields": {"prompt": "question", "response": "answer"}},
+        "training": {"max_epochs": 2.0, "tokens_per_step": 128},
+        "schedule": {"warmup_steps": 0},
+    }
+    found = plan(Config.model_validate(tuning))
+    assert found.notes == []
+    assert found.text_tokens is not None
+    assert found.text_tokens % 32 == 0  # each row fills a block
+    assert 0.8 * 400 < found.text_tokens / 32 < 400
+    assert found.duration is not None
+    assert found.duration.steps == pytest.approx(2 * found.text_tokens / 128, abs=1)
+
+
 def test_recomputed_activations() -> None:
     """Bug: a run that keeps no activations is planned as if it did."""
     kept, again = (plan(config(training={"activation_checkpointing": how}))
@@ -174,6 +195,18 @@ def test_command(gpt, tmp_path) -> None:
     assert code == 0
     for word in ("parameters", "activations", "KV cache", "checkpoint", "tokens per parameter"):
         assert word in out
+
+
+def test_command_without_a_model_to_finetune(gpt, tmp_path) -> None:
+    """Bug: a finetuning is planned as training from nothing, on text that its rows lack."""
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        "data: {train: rows.jsonl}\nfinetune: {score_rows: 10}\ntraining: {max_epochs: 2}\n"
+    )
+    code, out, err = gpt("plan", str(path))
+    assert (code, out) == (2, "")
+    assert "finetuning starts from a model" in err
+    assert "--model MODEL" in err
 
 
 def test_command_misfit(gpt, tmp_path) -> None:

@@ -1,5 +1,8 @@
 """The choices for a text alone, on machines of made-up speed."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from gptcli import text_recipe
@@ -75,6 +78,34 @@ def test_limits_of_the_user_shorten_the_run() -> None:
     run = choice(10**6, 3600, asked=limited)
     assert run.steps <= 50
     assert run.tokens <= 70_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_time", "shown"),
+    [
+        (None, "5m", "until 5m"),
+        ("max_time=30s", "30s", "until 30s"),
+        ("max_steps=20", None, "until 20 steps"),
+        ("max_tokens=70000", None, "until 70,000 tokens"),
+        ("max_epochs=3", None, "until 3 epochs"),
+    ],
+)
+def test_the_usual_time_is_no_limit_beside_another(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str | None,
+    max_time: str | None,
+    shown: str,
+) -> None:
+    """A run of 20,000 steps that the user asked for must not end after five minutes."""
+    costs = UnitCosts(1 / SLOW, 24 / SLOW)
+    monkeypatch.setattr(text_recipe, "unit_costs", lambda *_, **__: costs)
+    (tmp_path / "book.txt").write_text("the sun and the moon sing of a river\n" * 1000)
+    given = [f"data.train={tmp_path / 'book.txt'}", "schedule.warmup_steps=0"]
+    given += [] if limit is None else [f"training.{limit}"]
+    plan = text_recipe.plan_text(load_config(None, given), given, time.monotonic())
+    assert plan.config.training.max_time == max_time
+    assert shown in plan.lines[3]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,7 @@ class BadWords:
 
     def __init__(self, words: Sequence[str], vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
         self.words = tuple(words)
-        # Arguments that are no UTF-8 come as lone surrogates: this makes them the bytes they were.
-        self._words = [word.encode("utf-8", "surrogateescape") for word in words]
+        self._words = [_bytes_of(word) for word in words]
         if b"" in self._words:
             raise ValueError("an empty bad word")
         self._vocabulary, self._tokenizer = vocabulary, tokenizer
@@ -68,3 +67,11 @@ class BadWords:
             if any(word.startswith(text[start:]) for word in self._words):
                 return text[start:]
         return b""
+
+
+def _bytes_of(word: str) -> bytes:
+    """UTF-8, or the bytes that an argument was before its invalid ones became lone surrogates."""
+    try:
+        return word.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a pair, from JSON: no text has it
+        return word.encode("utf-8", "surrogatepass")

@@ -58,7 +58,10 @@ def packed_for(model: GPT, rows: int, steps: int) -> GPT:
     try:
         with torch.inference_mode():
             for shape, layers in shapes.items():
-                if _room_for(layers) and _wins(_raced(shape, layers, rows), steps):
+                seconds = _raced(shape, layers, rows)
+                if seconds is None:
+                    return model
+                if _wins(seconds, steps) and _room_for(layers):
                     packed |= {layer: _pack(layer, rows) for layer in layers}
     except (RuntimeError, AttributeError) as error:  # no such kernel, or no memory after all
         log.debug(f"no packed layers: {error}")
@@ -89,6 +92,8 @@ def best_threads(model: GPT, rows: int, device: torch.device) -> int:
     found = _recall(place, ["threads"])
     if found is None or not 1 <= found["threads"] <= most:
         found = _race_threads(model, rows, most)
+        if found is None:
+            return most
         _remember(place, found)
     return int(found["threads"])
 
@@ -108,8 +113,9 @@ def _room_for(layers: Sequence[nn.Linear]) -> bool:
     return free is None or sum(layer.weight.nbytes for layer in layers) < _MEMORY_SHARE * free
 
 
-def _raced(shape: _Shape, layers: Sequence[nn.Linear], rows: int) -> dict[str, float]:
-    """Seconds of one layer as it is (`linear`) and `packed`, and of `packing` it."""
+def _raced(shape: _Shape, layers: Sequence[nn.Linear], rows: int) -> dict[str, float] | None:
+    """Seconds of one layer as it is (`linear`) and `packed`, and of `packing` it; None where others
+    use the processor too."""
     place = _place({"race": "linear", "shape": shape, "rows": rows})
     found = _recall(place, ["linear", "packed", "packing"])
     if found is None:
@@ -126,8 +132,10 @@ def _raced(shape: _Shape, layers: Sequence[nn.Linear], rows: int) -> dict[str, f
 
             return run
 
-        times = race({"linear": through(chosen), "packed": through(packed)}, "linear").seconds
-        times["packing"] = packing
+        result = race({"linear": through(chosen), "packed": through(packed)}, "linear")
+        if not result.fair:
+            return None
+        times = {**result.seconds, "packing": packing}
         found = {name: float(f"{s / len(chosen):.4g}") for name, s in times.items()}
         _remember(place, found)
     return found
@@ -152,7 +160,9 @@ def _with_layers(module: nn.Module, packed: dict[nn.Module, nn.Module]) -> nn.Mo
     return twin
 
 
-def _race_threads(model: GPT, rows: int, most: int) -> dict[str, Any]:
+def _race_threads(model: GPT, rows: int, most: int) -> dict[str, Any] | None:
+    """The winner and the seconds of each; None where others use the processor too."""
+
     def step_with(threads: int) -> Callable[[], None]:
         def step() -> None:
             torch.set_num_threads(threads)
@@ -161,17 +171,18 @@ def _race_threads(model: GPT, rows: int, most: int) -> dict[str, Any]:
         return step
 
     tokens = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
-    threads, seconds = most, dict[str, float]()
+    threads, seconds, fair = most, dict[str, float](), True
     with torch.inference_mode():
         while threads > 1 and seconds.get(str(threads), 0.0) < _SLOW_STEP_SECONDS:
             half = threads // 2
             found = race({str(n): step_with(n) for n in (threads, half)}, str(threads))
+            fair = fair and found.fair
             seconds |= found.seconds
             if found.winner == str(threads):
                 break
             threads = half
     torch.set_num_threads(most)
-    return {"threads": threads, "seconds": seconds}
+    return {"threads": threads, "seconds": seconds} if fair else None
 
 
 def _place(about: dict[str, Any]) -> Path:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from gptcli.config.check import check
 from gptcli.config.fields import keys_of
 from gptcli.config.overrides import as_node
@@ -104,11 +106,14 @@ def _settings(
     """The settings of a row, checked as the section generate: of a config, and what is wrong."""
     shared = [key for key in row if key in keys_of(GenerateConfig) and key not in _OWN]
     problems = [f"{place}: {key} is the same for all prompts: remove it here" for key in shared]
-    config, found = check(as_node({"generate": row}, place))
-    problems += map(str, found)
-    if problems or config is None:
+    try:
+        own = GenerateConfig.model_validate(row)
+    except ValidationError:  # the slower way also converts, as 1e3 to 1000, and finds words
+        config, found = check(as_node({"generate": row}, place))
+        problems += map(str, found)
+        own = defaults if config is None else config.generate
+    if problems:
         return defaults, problems
-    own = config.generate
     if (own.prompt is None) == (own.prompt_tokens is None):
         problems.append(f"{place}: needs either prompt or prompt_tokens")
     if own.logprobs and not defaults.json_lines:

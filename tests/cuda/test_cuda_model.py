@@ -12,7 +12,7 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
-from gptcli.generation.engine import generate_samples
+from gptcli.generation.engine import Request, decode, generate_samples
 from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT, initialise
 from gptcli.training.optimizers import Optimizer
@@ -145,6 +145,23 @@ def test_updates_are_those_of_double_precision(
         far = distance(torch.cat(moved), torch.cat(wanted))
         record_property("matrices" if hidden else "others", f"{far:.1e}")
         assert far < (0.05 if hidden and kind == "muon" and device.kind == "cuda" else 1e-4)
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "gpt3"])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_batch_is_that_of_the_cpu(preset: str, speculate: bool, device: Device) -> None:
+    """A recorded graph repeats the lengths, rows or keys of the step that it was made from."""
+    model = made(preset).eval()
+    tokenizer = Tokenizer("no-end", {bytes([b]): b for b in range(VOCAB)}, r"[\s\S]", None)
+    requests = [
+        Request("", list(range(5, 6 + 7 * i)), Sampling(temperature=0.0, max_new_tokens=10 + 9 * i))
+        for i in range(4)
+    ]
+    expected = list(decode(model, tokenizer, requests, speculate=speculate))
+    found = list(decode(model.to(device.torch), tokenizer, requests, speculate=speculate))
+    assert [[s.tokens for s in samples] for _, samples in found] == [
+        [s.tokens for s in samples] for _, samples in expected
+    ]
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt3"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptcli.config.model_schema import ModelConfig
+from gptcli.data.special_tokens import SpecialTokens
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.generation.bad_words import BadWords, Vocabulary
 from gptcli.generation.engine import Request, decode
@@ -82,6 +83,7 @@ def test_words_that_are_no_text() -> None:
     assert BadWords((b"\xff".decode("utf-8", "surrogateescape"),), vocabulary, tokenizer).banned(
         b""
     ).tolist() == [255]
+    assert BadWords(("\ud800",), vocabulary, tokenizer).banned(b"").tolist() == []
     with pytest.raises(ValueError, match="empty"):
         BadWords(("a", ""), vocabulary, tokenizer)
 
@@ -94,6 +96,9 @@ def test_tokens_without_text_and_ends_are_free() -> None:
     assert bad.banned(b"").tolist() == [ord("b"), 300]
     assert bad.banned(b"<|endoftext|").tolist() == [ord(">"), ord("b"), 300]
     assert Vocabulary(tokenizer, 256).containing(b"bad") == []  # beyond the model's vocabulary
+    ends = SpecialTokens({"<|endoftext|>": 260}, more_ends=(ord("b"),))
+    tokenizer = Tokenizer("ends", ranks, r"[\s\S]", 260, ends)
+    assert BadWords(("b",), Vocabulary(tokenizer, 301), tokenizer).banned(b"").tolist() == [300]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where races are remembered, with nothing in it."""
+    """Where races are remembered, with nothing in it; as if no other process ran."""
+    monkeypatch.setattr("gptcli.model.race._switches", lambda: 0)
     monkeypatch.setenv("GPT_CACHE", str(tmp_path))
     return tmp_path / "kernels"
 
@@ -157,3 +159,13 @@ def test_threads_of_packed_models(cache: Path, two_threads: None, kind: str) -> 
     quantize(model, kind)
     best_threads(model, 1, CPU)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_busy_machine(cache: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: what a race found while others ran is taken, and remembered for ever."""
+    switches = count(step=10**6)
+    monkeypatch.setattr("gptcli.model.race._switches", lambda: next(switches))
+    model = make()
+    assert packed_for(model, 2, 10**6) is model
+    assert best_threads(model, 2, CPU) == 2
+    assert not cache.exists()

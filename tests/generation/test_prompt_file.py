@@ -56,6 +56,12 @@ def test_rows_are_known_by_what_they_are(tmp_path, name):
     assert found.settings.prompt == "a\nb"
 
 
+def test_a_whole_number_may_be_written_with_an_exponent(tmp_path):
+    """Guards: 1e2, which a YAML config takes, refused in a row."""
+    [found] = read_prompts(rows(tmp_path, '{"prompt": "a", "max_new_tokens": 1e2}'), DEFAULTS)
+    assert found.settings.max_new_tokens == 100
+
+
 def test_text_that_looks_like_json(tmp_path):
     """Guards: prompts that begin with a brace refused, or some lines read as rows."""
     lines = ['{"prompt": "a"}', "{ int x; }", "[1]"]

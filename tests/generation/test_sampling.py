@@ -222,6 +222,7 @@ def test_a_text_does_not_depend_on_its_batch() -> None:
     texts: list[list[int]] = [[] for _ in MIXED]
     slots = {}
     waiting, free = list(range(count)), [0, 1, 2, 3]
+    places = np.zeros(4, dtype=np.int64)  # one array for all steps, as a caller may have it
     while waiting or slots:
         while waiting and free:
             i = waiting.pop()
@@ -231,7 +232,8 @@ def test_a_text_does_not_depend_on_its_batch() -> None:
         if rows:
             positions = np.array([len(texts[i]) for i in rows])
             x = torch.stack([logits[i, len(texts[i])] for i in rows])
-            ids = sampler.choose(x, np.array([slots[i] for i in rows]), positions)
+            places[: len(rows)] = [slots[i] for i in rows]
+            ids = sampler.choose(x, places[: len(rows)], positions)
             for i, token in zip(rows, ids.tolist(), strict=True):
                 texts[i].append(token)
                 if len(texts[i]) == steps:

@@ -21,6 +21,22 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(kernels.silu_gate, (drawn(3, 10),))
 
 
+def test_no_second_derivatives() -> None:
+    """Guards: a gradient of the gradient that is silently wrong."""
+    rope = torch.ones(2, 5, 4, dtype=torch.double)
+    x, qkv = drawn(3, 6), drawn(2, 5, 5 * 8)
+    weight, weights = drawn(6).detach(), drawn(4, 8).detach()
+    cases = [
+        (x, kernels.rms_norm(x, weight, 1e-6)),
+        (x, kernels.silu_gate(x)),
+        (qkv, kernels.norm_and_rotate(qkv, weights, rope, 1e-6)[0]),
+    ]
+    for start, y in cases:
+        (gradient,) = torch.autograd.grad(y.square().sum(), start, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("rows", [(), (2,)])  # one table for all rows of the batch, or one each
 def test_gradient_of_norm_and_rotate(rows: tuple[int, ...]) -> None:
     """Guards: heads, halves or angles mixed up, with grouped keys and with restarting positions."""

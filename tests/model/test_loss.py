@@ -75,6 +75,16 @@ def test_certain_and_impossible() -> None:
     assert by_hidden.flatten().tolist() == [0.0, 2.0]
 
 
+def test_no_second_derivative() -> None:
+    """Guards: a gradient of the gradient that is silently wrong."""
+    hidden, weight, targets = inputs(9, 6, 20)
+    x = hidden.requires_grad_()
+    total = linear_cross_entropy(x, weight, targets) * x.sum()  # so that its gradient needs one
+    (by_x,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        by_x.sum().backward()
+
+
 def test_frozen_head() -> None:
     """Guards: work for, or a crash on, a head that takes no gradient."""
     hidden, weight, targets = inputs(9, 6, 20)

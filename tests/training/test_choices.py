@@ -48,27 +48,42 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Config.model_validate({"training": training, "model": shape, "eval": few})
     two = footprint(settings, 64, 2, "fp32", recompute=False, device_kind="cpu").total_bytes
     free = int(two / 0.9) + 2**16
-    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: free)
+    monkeypatch.setattr("gptcli.device.free_memory_bytes", lambda device: free)
     found = choose(settings, CPU, 64)
     assert (found.micro_batch_size, found.activation_checkpointing) == (2, False)
-    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: 2**20)
+    monkeypatch.setattr("gptcli.device.free_memory_bytes", lambda device: 2**20)
     one = settings.training.model_copy(update={"micro_batch_size": 1})
     found = choose(settings.model_copy(update={"training": one}), CPU, 64)
     assert (found.micro_batch_size, found.activation_checkpointing) == (1, True)
-    monkeypatch.setattr("gptcli.training.choices.free_memory_bytes", lambda device: None)
+    monkeypatch.setattr("gptcli.device.free_memory_bytes", lambda device: None)
     found = choose(settings, CPU, 64)
     assert (found.micro_batch_size, found.activation_checkpointing) == (8, False)
 
 
-def test_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is installed that a compiler needs, here or not."""
+    monkeypatch.setattr("gptcli.training.choices.has_compiler", lambda device: True)
+
+
+def test_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compilers: None
+) -> None:
     """Bug: compiling where nothing can compile, without a word."""
     assert not choose(config(), CPU, 257).compile
     assert choose(config(compile="on"), CPU, 257).compile
     assert not choose(config(compile="off"), GPU, 257).compile
-    monkeypatch.setenv("PATH", "")
+    saved = choose(config(), CPU, 257).to_json()
     assert not caplog.records
+    monkeypatch.setattr("gptcli.training.choices.has_compiler", lambda device: False)
     assert not choose(config(compile="on"), CPU, 257).compile
     assert "no compiler" in caplog.text
+    caplog.clear()
+    again = choose_again(saved, config(compile="on"), CPU)  # a resume says it too
+    assert again is not None
+    assert not again.compile
+    assert "no compiler" in caplog.text
+    assert "bit-exact" not in caplog.text
 
 
 def test_precision() -> None:
@@ -84,14 +99,14 @@ def test_precision() -> None:
 def test_resume_keeps_them(caplog: pytest.LogCaptureFixture) -> None:
     """Bug: a resume chooses anew, and the rest of the run computes otherwise than its beginning."""
     saved = choose(config(), CPU, 257).to_json()
-    assert choose_again(saved, config(), CPU, 257).to_json() == saved
+    assert choose_again(saved, config(), CPU).to_json() == saved
     slow = {**saved, "precision": "bf16", "micro_batch_size": 4}
-    again = choose_again(slow, config(precision="auto"), CPU, 257)
+    again = choose_again(slow, config(precision="auto"), CPU)
     assert (again.precision, again.micro_batch_size) == ("bf16", 4)
-    fewer = choose_again({**saved, "threads": 1}, config(), CPU, 257)  # they won the race
+    fewer = choose_again({**saved, "threads": 1}, config(), CPU)  # they won the race
     assert fewer.threads == 1
     before_races = {k: saved[k] for k in list(saved)[:6]}  # of a checkpoint of an older version
-    assert choose_again(before_races, config(), CPU, 257).threads == 4
+    assert choose_again(before_races, config(), CPU).threads == 4
     assert not caplog.records
 
 
@@ -99,25 +114,71 @@ def test_changed_machine_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """Bug: a resume on other hardware claims to be bit-exact."""
     caplog.set_level(logging.WARNING, logger="gptcli")
     saved = choose(config(), CPU, 257).to_json()
-    choose_again(saved, config(), replace(CPU, threads=2), 257)
+    choose_again(saved, config(), replace(CPU, threads=2))
     assert caplog.messages == ["not bit-exact with the run so far: threads 4 -> 2"]
     caplog.clear()
-    moved = choose_again(saved, config(), GPU, 257)
-    assert moved.device == "cuda:1"
-    assert "device cpu -> cuda:1" in caplog.messages[0]
+    assert choose_again(saved, config(), GPU) is None
+    assert caplog.messages == ["not bit-exact with the run so far: device cpu -> cuda:1"]
     caplog.clear()
     changed = config(precision="bf16", micro_batch_size=8)
-    again = choose_again({**saved, "torch": "1.0"}, changed, CPU, 257)
-    assert again == replace(choose(config(), CPU, 257), precision="bf16", micro_batch_size=8)
+    again = choose_again({**saved, "torch": "1.0"}, changed, CPU)
+    expected = replace(choose(changed, CPU, 257), micro_batch_size=8)
+    assert again == expected
     (message,) = caplog.messages
     for reason in ("torch 1.0 ->", "precision fp32 -> bf16", "micro_batch_size 16 -> 8"):
         assert reason in message
 
 
+def test_another_device_of_the_kind(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: the second GPU of a machine gets a micro batch and a precision of its own."""
+    old = replace(choose(config(precision="auto"), GPU, 257), micro_batch_size=4, compile=True)
+    there = replace(GPU, index=0)
+    again = choose_again(old.to_json(), config(precision="auto"), there)
+    assert again == replace(old, device="cuda:0")
+    assert caplog.messages == ["not bit-exact with the run so far: device cuda:1 -> cuda:0"]
+    lesser = choose_again(old.to_json(), config(precision="auto"), OLD_GPU)
+    assert lesser == replace(old, precision="fp32")  # it has no bf16
+
+
+def test_a_halved_micro_batch_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a resume goes back to the size that did not fit, and says that the config changed."""
+    settings = config(micro_batch_size=16)
+    less = with_less_memory(choose(settings, CPU, 257), settings, 32)
+    assert less.micro_batch_size == 8
+    caplog.clear()
+    saved = less.to_json()
+    assert choose_again(saved, settings, CPU) == less
+    assert choose_again(saved, config(), CPU) == replace(less, given_micro_batch_size="auto")
+    same = choose_again(saved, config(micro_batch_size=8), CPU)
+    assert same == replace(less, given_micro_batch_size=8)
+    assert not caplog.records
+    other = choose_again(saved, config(micro_batch_size=4), CPU)
+    assert other == replace(less, micro_batch_size=4, given_micro_batch_size=4)
+    assert "micro_batch_size 8 -> 4" in caplog.messages[0]
+
+
+def test_switches_on_resume(caplog: pytest.LogCaptureFixture, compilers: None) -> None:
+    """Bug: what the config says now is passed over, or changes the run without a word."""
+    saved = choose(config(), CPU, 257).to_json()
+    compiled = choose_again(saved, config(compile="on"), CPU)
+    assert compiled is not None
+    assert compiled.compile
+    assert caplog.messages == ["not bit-exact with the run so far: compile off -> on"]
+    caplog.clear()
+    assert choose_again(compiled.to_json(), config(), CPU) == compiled  # auto keeps it
+    recomputing = choose_again(saved, config(activation_checkpointing="on"), CPU)
+    assert recomputing is not None
+    assert recomputing.activation_checkpointing
+    keeping = choose_again(recomputing.to_json(), config(activation_checkpointing="off"), CPU)
+    assert keeping is not None
+    assert not keeping.activation_checkpointing
+    assert not caplog.records  # it changes no bit
+
+
 def test_smaller_step_on_resume(caplog: pytest.LogCaptureFixture) -> None:
     """Bug: the saved micro batch does not divide the new step."""
     saved = choose(config(), CPU, 257).to_json()
-    again = choose_again(saved, config(tokens_per_step=2560), CPU, 257)
+    again = choose_again(saved, config(tokens_per_step=2560), CPU)
     assert again.micro_batch_size == 10
 
 

@@ -22,7 +22,7 @@ from gptcli.pretrain import pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
 from gptcli.training import loop, stability
-from gptcli.training.readings import Readings, reading_lag
+from gptcli.training.readings import Reading, Readings, reading_lag
 from gptcli.training.stability import Limits, Recent, Watch, applicable
 from gptcli.training.state import TrainState
 
@@ -58,6 +58,14 @@ def test_limit() -> None:
     assert after([3.0] * 50).limit(6.0) == pytest.approx(3.0 + 6.0 * 0.03)
     spread = after([2.0, 4.0] * 25)
     assert spread.limit(6.0) == pytest.approx(3.0 + 6.0 * 1.0)
+
+
+def test_a_loss_near_zero() -> None:
+    """Bug: where a text is learned by heart, a thousandth of a nat more is a spike."""
+    watch, _ = watch_over([0.0011, 0.0009] * 30)
+    limits = watch.limits(6.0)
+    assert limits.loss == pytest.approx(0.001 + 6.0 * 0.01, rel=1e-3)
+    assert limits.grad_norm == pytest.approx(1.0 + 6.0 * 0.01)  # of no unit, so of its mean
 
 
 def watch_over(losses: list[float]) -> tuple[Watch, list[bool]]:
@@ -154,8 +162,7 @@ def test_readings() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Four steps are enough to judge a step by, in the runs below; they write no reports."""
+def _no_reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
     yield
     stop.reset()
@@ -163,6 +170,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def judged_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps are enough to judge a step by."""
     monkeypatch.setattr(stability, "_RECENT_STEPS", 4)
     monkeypatch.setattr(stability, "_LEAST_DEVIATION", 0.1)
 
@@ -264,6 +272,26 @@ def test_late_figures_change_nothing(
         (r["event"], r["step"]) for r in read_metrics(tmp_path / "now") if r["step"] in (8, 10)
     ]
     assert spikes == ([("spike", 8)] if spike != "off" else []) + [("bad_step", 10)]
+
+
+def test_a_line_of_the_log_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a GPU idles after every logged step: its figures are read before the next begins."""
+    waited: list[int | None] = []
+    real = Readings.arrived
+
+    def arrived(self: Readings, lag: int | None = None) -> list[Reading]:
+        if lag == 0 and self.waiting:
+            waited.append(lag)
+        return real(self, lag)
+
+    monkeypatch.setattr(loop, "reading_lag", lambda *_: 1)
+    monkeypatch.setattr(Readings, "arrived", arrived)
+    given = config(tmp_path, log_every=1, save_every=5, max_steps=12)
+    pretrain(given, run_dir=tmp_path / "run")
+    assert [r["step"] for r in events(tmp_path / "run", "train")] == list(range(1, 13))
+    assert len(waited) == 3  # at 5, 10 and the end, where the step is saved
 
 
 def test_skip(tmp_path: Path, judged_soon: None) -> None:

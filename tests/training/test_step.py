@@ -171,9 +171,14 @@ def test_a_compiler_that_fails_is_told_and_left(
     assert "\n" not in line
 
 
-def test_errors_of_the_model_are_raised(tmp_path: Path) -> None:
-    """Bug: a step that fails for another reason is repeated for ever."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_errors_of_the_model_are_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compiled: bool
+) -> None:
+    """Bug: a step that fails for another reason is repeated for ever, or the compiler is blamed."""
     run = session(tmp_path, config(16, 2), 2)
+    run.choices = replace(run.choices, compile=compiled)
     run.model.loss = None  # type: ignore[assignment, method-assign]
     with pytest.raises(TypeError):
         step(run)
+    assert not caplog.records

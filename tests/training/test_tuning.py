@@ -81,6 +81,15 @@ def test_a_second_run_does_not_try_again(cache: Path, monkeypatch: pytest.Monkey
     assert len(list(cache.iterdir())) == 2
 
 
+def test_off_is_off(cache: Path) -> None:
+    """Bug: a run that is not to recompute activations recalls that one on auto had to."""
+    tuned(config())
+    (file,) = cache.iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "activation_checkpointing": True}))
+    assert tuned(config()).activation_checkpointing
+    assert not tuned(config(activation_checkpointing="off")).activation_checkpointing
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -193,7 +202,14 @@ def tracer(found: list[str], fails: bool) -> object:
     return torch.compile(Block.forward, backend=backend)
 
 
-def test_compile_on_is_kept(cache: Path) -> None:
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is installed that a compiler needs, here or not."""
+    for module in ("choices", "tuning"):
+        monkeypatch.setattr(f"gptcli.training.{module}.has_compiler", lambda device: True)
+
+
+def test_compile_on_is_kept(cache: Path, compilers: None) -> None:
     """Bug: the trials, which compile nothing, turn off what the user turned on."""
     for _ in range(2):  # tried, then recalled
         assert tuned(config(compile="on")).compile
@@ -201,7 +217,11 @@ def test_compile_on_is_kept(cache: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_long_run_races_compiled_code_once(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: bool
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    compilers: None,
+    fails: bool,
 ) -> None:
     """Bug: half a minute of compiling at every start; or a broken compiler ends the run."""
     found: list[str] = []

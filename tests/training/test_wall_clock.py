@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from gptcli import pretrain as pretrain_module
 from gptcli import stop
 from gptcli.config.schema import Config, TrainingConfig
+from gptcli.errors import ResourceError
 from gptcli.pretrain import pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
@@ -183,6 +185,40 @@ def test_ends_in_time_over_resumes(tmp_path: Path, stops: list[float]) -> None:
     assert result.status == "finished"
     assert spent == pytest.approx(LIMIT, rel=0.03)
     check_decayed(tmp_path / "run", config.optimizer.lr)
+
+
+def test_starts_without_a_step_count(tmp_path: Path) -> None:
+    """Bug: a job that is preempted again and again before its first step goes on beyond its limit;
+    or a save of nothing but the time ends the run on a full disk."""
+    config, spent = timed(tmp_path), 0.0
+    takes = {"step": 0.2, "evaluation": 0.5, "save": 0.1, "report": 0.9}
+    with clocked(**takes, stop_at=20.0) as clock:
+        pretrain(config, run_dir=tmp_path / "run")
+        spent += clock.now - clock.began
+    for full in (False, False, True):
+        with clocked(**takes) as clock, pytest.MonkeyPatch.context() as patch:
+            begin = pretrain_module.training_rows
+
+            def preempted(*arguments: Any, clock: Clock = clock, begin: Any = begin) -> Any:
+                rows = begin(*arguments)
+                clock.now += 5.0
+                stop.request(signal.SIGTERM)
+                return rows
+
+            def no_space(*arguments: Any) -> None:
+                raise ResourceError("the disk is full")
+
+            patch.setattr(pretrain_module, "training_rows", preempted)
+            if full:
+                patch.setattr(checkpoint, "publish", no_space)
+            result = pretrain(config, run_dir=tmp_path / "run", resume="resume")
+            assert result.status == "stopped"
+            spent += 0.0 if full else clock.now - clock.began
+    with clocked(**takes) as clock:
+        result = pretrain(config, run_dir=tmp_path / "run", resume="resume")
+        spent += clock.now - clock.began
+    assert result.status == "finished"
+    assert spent == pytest.approx(LIMIT, rel=0.03)
 
 
 def test_the_caller_may_have_begun_before(tmp_path: Path) -> None:
