@@ -73,7 +73,7 @@ class Plan:
     text_tokens: int | None
     paces: Paces
     duration: Duration | None
-    cost: float | None
+    price_per_hour: float | None
     notes: list[str]
     problems: list[str]
     advice: list[str]
@@ -82,6 +82,13 @@ class Plan:
     def tokens(self) -> int | None:
         """Tokens that the run trains on."""
         return None if self.duration is None else self.duration.steps * self.tokens_per_step
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of `price_per_hour`."""
+        if self.price_per_hour is None or self.duration is None:
+            return None
+        return self.price_per_hour * self.duration.total_seconds / 3600
 
     @property
     def tokens_per_parameter(self) -> float | None:
@@ -117,18 +124,15 @@ def plan(
     case = Case(config, vocabulary, device, chosen, text.memory_bytes)
     needed = case.need()
     problems, advice = misfits(case, needed, memory)
-    twin = needed.weights_bytes  # the probe works on a copy of the model
-    if problems or not _is_quick(case) or (memory or twin) < needed.total_bytes + twin:
-        paces = _computed(case, text, began)
-    else:
+    if not problems and _can_be_probed(case, needed, memory):
         case, paces = _probed(case, text, began, probe_seconds)
         needed = case.need()
+    else:
+        paces = _computed(case, text, began)
     saved = _saved_bytes(needed)
-    # Besides the last ones, the best, and the one before the decay if there is one.
-    kept = (config.training.keep_last + 1 + (config.schedule.kind == "wsd")) * saved
+    kept = _kept_checkpoints(config) * saved
     _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
     length = duration(config, paces, text.train_tokens)
-    hours = None if length is None else length.total_seconds / 3600
     return Plan(
         name=config.name,
         device=device.name if device.kind == "cuda" else device.kind,
@@ -149,7 +153,7 @@ def plan(
         text_tokens=text.train_tokens,
         paces=paces,
         duration=length,
-        cost=None if price_per_hour is None or hours is None else price_per_hour * hours,
+        price_per_hour=price_per_hour,
         notes=_notes(case, text, paces, length),
         problems=problems,
         advice=advice,
@@ -281,6 +285,11 @@ def _check_disk(size: int, free: int | None, problems: list[str], advice: list[s
         advice.append("free some disk, or write elsewhere: GPT_RUNS=DIR or --run-dir DIR")
 
 
+def _kept_checkpoints(config: Config) -> int:
+    """Besides the last ones, the best, and the one before the decay if there is one."""
+    return config.training.keep_last + 1 + (config.schedule.kind == "wsd")
+
+
 def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> list[str]:
     """What the plan does not know, and why."""
     notes = [] if text.note is None else [text.note]
@@ -296,8 +305,10 @@ def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> li
     return notes
 
 
-def _is_quick(case: Case) -> bool:
-    """Whether a micro batch is short enough to be run a few times."""
+def _can_be_probed(case: Case, needed: Footprint, memory: int | None) -> bool:
+    """Whether a micro batch is short enough to be run a few times, with a copy of the model."""
+    if memory is not None and memory < needed.total_bytes + needed.weights_bytes:
+        return False
     tokens = case.choices.micro_batch_size * case.config.model.block_size
     flops = tokens * flops_per_token(case.config.model, case.vocab_size)
     return flops <= _MOST_PROBED_FLOPS[case.device.kind]

@@ -81,6 +81,7 @@ def _as_object(plan: "Plan") -> dict[str, Any]:
     return {
         **asdict(plan),
         "tokens": plan.tokens,
+        "cost": plan.cost,
         "tokens_per_parameter": plan.tokens_per_parameter,
         "seconds": None if plan.duration is None else plan.duration.total_seconds,
         "fits": not plan.problems,

@@ -31,7 +31,8 @@ from gptcli.runs.run_dir import write_json_atomic
 
 log = logging.getLogger("gptcli")
 
-_LEAST_STEPS = 64  # fewer do not earn back the race, which takes as long as about three of them
+_LEAST_STEPS = 64  # fewer do not earn back the race, which takes as long as a few of them
+_LEAST_BYTES = 2**25  # of linear layers; smaller models stay in the processor's caches
 _RACED_PART = 4  # of the layers of a shape, one in so many races
 _MEMORY_SHARE = 0.5  # of what is free, for the packed copies
 _SLOW_STEP_SECONDS = 0.25  # a model that takes longer has work for every thread
@@ -46,22 +47,25 @@ def packed_for(model: GPT, rows: int, steps: int) -> GPT:
     They become oneDNN's packed ones, beside the weights that they are copies of, where these win a
     race by 20 %, save more time than packing takes, and fit in memory. Of a shape that raced before
     the result is read from the cache. Where nothing is won it is `model` itself: for few steps, in
-    training, on a GPU, in other types than fp32.
+    training, on a GPU, in other types than fp32, of a small model.
     """
-    if steps < _LEAST_STEPS or not _can_be_packed(model):
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    small = sum(layer.weight.nbytes for layer in linear) < _LEAST_BYTES
+    if steps < _LEAST_STEPS or small or not _can_be_packed(model):
         return model
     shapes: dict[_Shape, list[nn.Linear]] = {}
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            shapes.setdefault((layer.out_features, layer.in_features), []).append(layer)
+    for layer in linear:
+        shapes.setdefault((layer.out_features, layer.in_features), []).append(layer)
     packed: dict[nn.Module, nn.Module] = {}
     try:
         with torch.inference_mode():
             for shape, layers in shapes.items():
+                if not _room_for(layers):
+                    continue
                 seconds = _raced(shape, layers, rows)
                 if seconds is None:
                     return model
-                if _wins(seconds, steps) and _room_for(layers):
+                if _wins(seconds, steps):
                     packed |= {layer: _pack(layer, rows) for layer in layers}
     except (RuntimeError, AttributeError) as error:  # no such kernel, or no memory after all
         log.debug(f"no packed layers: {error}")

@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from gptcli.config.check import check
 from gptcli.config.fields import keys_of
 from gptcli.config.overrides import as_node
@@ -107,8 +105,9 @@ def _settings(
     shared = [key for key in row if key in keys_of(GenerateConfig) and key not in _OWN]
     problems = [f"{place}: {key} is the same for all prompts: remove it here" for key in shared]
     try:
+        json.dumps(row, ensure_ascii=False).encode()  # fails for halves of characters
         own = GenerateConfig.model_validate(row)
-    except ValidationError:  # the slower way also converts, as 1e3 to 1000, and finds words
+    except ValueError:  # the slower way also converts, as 1e3 to 1000, and finds words
         config, found = check(as_node({"generate": row}, place))
         problems += map(str, found)
         own = defaults if config is None else config.generate

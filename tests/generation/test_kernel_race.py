@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where races are remembered, with nothing in it; as if no other process ran."""
+    """Where races are remembered, with nothing in it; as if no other process ran, and as if tiny
+    models were worth it."""
+    monkeypatch.setattr("gptcli.generation.kernel_race._LEAST_BYTES", 0)
     monkeypatch.setattr("gptcli.model.race._switches", lambda: 0)
     monkeypatch.setenv("GPT_CACHE", str(tmp_path))
     return tmp_path / "kernels"
@@ -91,7 +93,7 @@ def test_one_race_a_shape(cache: Path) -> None:
     assert figures.keys() == {"linear", "packed", "packing"}
 
 
-def test_where_nothing_is_won(cache: Path) -> None:
+def test_where_nothing_is_won(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: packing costs more than it saves, or what cannot be packed is."""
     model = make()
     assert won(model, 2, 1000, cache) is not model
@@ -101,6 +103,9 @@ def test_where_nothing_is_won(cache: Path) -> None:
     assert packed_for(model, 2, 1000) is model
     assert packed_for(model, 2, 2000) is not model
     assert packed_for(model, 2, 10) is model
+    with monkeypatch.context() as patch:
+        patch.setattr("gptcli.generation.kernel_race._LEAST_BYTES", 2**25)
+        assert packed_for(model, 2, 2000) is model
     model.train()
     assert packed_for(model, 2, 2000) is model
     assert packed_for(make().to(torch.bfloat16), 2, 2000).dtype == torch.bfloat16
