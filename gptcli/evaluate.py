@@ -53,8 +53,9 @@ def evaluate(
     """Score MODEL on `data`, else on `config.eval.data`, else on its run's own validation part.
 
     With `config.eval.quantize` the model is scored as it is and then with its weights made smaller:
-    the report's scores are the latter, and what was before is under `quantized`. The report goes to
-    `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
+    the report's scores are the latter, and what was before is under `quantized`; both are computed
+    in fp32. The report goes to `run_dir`, else below the model's run. Raises GptError,
+    `stop.Stopped`.
     """
     settings = config.eval
     device = resolve_device(config.training.device)
@@ -77,7 +78,6 @@ def evaluate(
     quantized: dict[str, Any] = {}
     if settings.quantize is not None:
         scores, quantized = _quantized(loaded.model, encoded, device, settings, scores)
-        precision = "fp32"
     trained = read_run_json(loaded.run_dir) if loaded.run_dir is not None else {}
     report = {
         "run": {
@@ -175,9 +175,9 @@ def _documents(
 def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
     """The config's, else that of the model's training where the device is the same, else fp32.
 
-    Packed layers take nothing but fp32.
+    Packed layers take nothing but fp32, and so does what they are compared to.
     """
-    if is_quantized(loaded.model):
+    if config.eval.quantize is not None or is_quantized(loaded.model):
         return "fp32"
     if config.training.precision != "auto":
         return choose_precision(config.training.precision, device)

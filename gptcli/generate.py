@@ -12,7 +12,7 @@ from gptcli.config.schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import ConfigError, GptError
 from gptcli.generation.engine import BatchSize, Request, decode, restart_tokens
-from gptcli.generation.kernel_race import decode_threads, packed_for
+from gptcli.generation.kernel_race import best_threads, decode_threads, packed_for
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
 from gptcli.generation.prompt_file import read_bytes, read_prompts
 from gptcli.generation.row import Generated, OnText
@@ -44,8 +44,9 @@ def generate(
     Prompts are read and checked, and a random seed is drawn and logged, before this returns; the
     decoding, of all prompts together, happens as the result is iterated. `on_prompt(text)` is
     called before the first `on_text(sample, piece)` of each prompt, and those of the next prompt
-    wait until the samples of this one are taken. A stop request ends the iteration after the texts
-    of the prompt at hand ("interrupted"). Raises ConfigError, DataError, CheckpointError.
+    wait until the samples of this one are taken. After a stop request come the texts of the prompt
+    at hand ("interrupted") and those of later prompts that are done. Raises ConfigError, DataError,
+    CheckpointError.
     """
     prompts = resolve_prompts(model, config)
     return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt)
@@ -90,21 +91,34 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
     if as_bytes and config.prompt_tokens is None:
         return [_fitted(model, _bytes_prompt(model, config))]
     if config.prompt_file is None:
-        return [_prompt(model, config)]
-    prompts = []
+        return [_fitted(model, _prompt(model, config))]
+    prompts, cut = list[Prompt](), list[str]()
     for line in read_prompts(config.prompt_file, config):
         try:
-            prompts.append(_prompt(model, line.settings))
+            whole = _prompt(model, line.settings)
+            prompts.append(_fitted(model, whole, warn=False))
         except GptError as error:
             raise type(error)(f"{line.where}: {error.message}", error.hint) from error
+        if len(prompts[-1].tokens) < len(whole.tokens):
+            cut.append(line.where)
+    if cut:
+        log.warning(
+            "%s%s: the prompt is longer than the model's block_size, %d tokens:"
+            " its first ones are dropped",
+            cut[0],
+            f" and {len(cut) - 1} more" if len(cut) > 1 else "",
+            model.model.config.block_size,
+        )
     return prompts
 
 
 class _InTurn:
-    """Passes on the texts of the prompt whose turn it is; those of later prompts wait."""
+    """Passes on the prompt whose turn it is, and its texts; those of later prompts wait."""
 
-    def __init__(self, on_text: OnText) -> None:
-        self._on_text, self._turn = on_text, 0
+    def __init__(self, on_prompt: Callable[[str], None] | None, on_text: OnText | None) -> None:
+        self._on_prompt = on_prompt or (lambda text: None)
+        self._on_text = on_text or (lambda sample, piece: None)
+        self._turn = -1
         self._waiting: dict[int, list[tuple[int, str]]] = defaultdict(list)
 
     def piece(self, request: int, sample: int, text: str) -> None:
@@ -114,9 +128,10 @@ class _InTurn:
         else:
             self._waiting[request].append((sample, text))
 
-    def take(self, request: int) -> None:
-        """It is this prompt's turn: what waited of it is passed on."""
+    def begin(self, request: int, prompt: str) -> None:
+        """It is this prompt's turn: it and what waited of it are passed on."""
         self._turn = request
+        self._on_prompt(prompt)
         for sample, text in self._waiting.pop(request, []):
             self._on_text(sample, text)
 
@@ -130,36 +145,41 @@ def _generate(
     on_prompt: Callable[[str], None] | None,
 ) -> Iterator[list[Generated]]:
     speculate = config.speculate is not None
-    rows = BatchSize.of(model.model, requests, speculate).rows
-    texts = sum(request.n for request in requests)
-    steps = max(request.sampling.max_new_tokens for request in requests) * math.ceil(texts / rows)
-    decoder = packed_for(model.model, rows, steps)
-    turns = None if on_text is None else _InTurn(on_text)
+    size = BatchSize.of(model.model, requests, speculate)
+    rounds = math.ceil(sum(request.n for request in requests) / size.rows)
+    steps = max(request.sampling.max_new_tokens for request in requests) * rounds
+    decoder = packed_for(model.model, size.rows, steps)
+    threads = best_threads(decoder, size.rows, steps)
+    turns = _InTurn(on_prompt, on_text)
     decoded = decode(
         model.model,
         model.tokenizer,
         requests,
-        on_text=None if turns is None else turns.piece,
+        on_text=None if on_text is None else turns.piece,
         speculate=speculate,
         decoder=decoder,
+        size=size,
     )
+    if stop.requested():  # before anything has begun
+        return
     told, drafted, accepted = model.model.config.rolls, 0, 0
-    with decode_threads(decoder, rows):
-        for index, prompt in enumerate(prompts):
-            if stop.requested():
-                break
-            if on_prompt is not None:
-                on_prompt(prompt.text)
-            if turns is not None:
-                turns.take(index)
+    for index, prompt in enumerate(prompts):
+        stopped = stop.requested() is not None
+        if not stopped:
+            turns.begin(index, prompt.text)
+        with decode_threads(threads):
             _, samples = next(decoded, (index, []))  # none, where a stop came before it began
-            if not samples:
-                break
-            yield samples
-            drafted += sum(sample.drafted for sample in samples)
-            accepted += sum(sample.accepted for sample in samples)
-            # Only now, when the texts are shown to their end: a terminal gets both.
-            told = told or _tell_of_restart(model, prompt, samples)
+        if not samples:
+            break
+        if stopped:  # only what was done before the stop
+            if any(sample.finish_reason == "interrupted" for sample in samples):
+                continue
+            turns.begin(index, prompt.text)
+        yield samples
+        drafted += sum(sample.drafted for sample in samples)
+        accepted += sum(sample.accepted for sample in samples)
+        # Only now, when the texts are shown to their end: a terminal gets both.
+        told = told or _tell_of_restart(model, prompt, samples)
     if speculate:
         share = f" ({accepted / drafted:.0%})" if drafted else ""
         log.info("speculation: %d of %d drafted tokens accepted%s", accepted, drafted, share)
@@ -208,15 +228,15 @@ def _sampling(settings: GenerateConfig, seed: int) -> Sampling:
 def _prompt(model: LoadedModel, settings: GenerateConfig) -> Prompt:
     """The prompt of settings that hold one, as text or as ids."""
     if settings.prompt_tokens is not None:
-        return _fitted(model, _token_prompt(model, settings, settings.prompt_tokens))
-    return _fitted(model, _text_prompt(model, settings, str(settings.prompt)))
+        return _token_prompt(model, settings, settings.prompt_tokens)
+    return _text_prompt(model, settings, str(settings.prompt))
 
 
-def _fitted(model: LoadedModel, prompt: Prompt) -> Prompt:
+def _fitted(model: LoadedModel, prompt: Prompt, *, warn: bool = True) -> Prompt:
     if model.model.config.rolls:  # it reads prompts of any length
         return prompt
     size, how = model.model.config.block_size, prompt.settings.truncate
-    return replace(prompt, tokens=fit_prompt(prompt.tokens, size, how))
+    return replace(prompt, tokens=fit_prompt(prompt.tokens, size, how, warn=warn))
 
 
 def _text_prompt(model: LoadedModel, settings: GenerateConfig, text: str) -> Prompt:

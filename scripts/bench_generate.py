@@ -3,7 +3,7 @@
 
     python scripts/bench_generate.py                                   # all: a quarter of an hour
     python scripts/bench_generate.py --case n5-fp32 --rounds 7
-    python scripts/bench_generate.py --case n1-int8 --write README.md
+    python scripts/bench_generate.py --case n1-int8 --write docs/measured.md
 
 n1-fp32 n5-fp32 n5-half n1-int8 n5-int8   tokens per second of one prompt, continued n times
 batch64   64 prompts in a batch against the same prompts one by one
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,6 +285,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds is at least 1")
+    if given.write:
+        check_markers(parser, given.write, given.case or CASES)
     with tempfile.TemporaryDirectory() as directory:
         os.environ["GPT_CACHE"] = str(Path(directory) / "cache")
         os.environ["TMPDIR"] = tempfile.tempdir = directory
@@ -291,6 +294,18 @@ def main() -> None:
             run_cases(given, Path(directory))
         except Failed as failed:
             raise SystemExit(f"bench_generate: {failed}") from None
+
+
+def check_markers(parser: argparse.ArgumentParser, file: Path, cases: Sequence[str]) -> None:
+    """Ends the program where a table would have no place in the file, before it is measured."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--write {file}: {error}")
+    for case in cases:
+        markers = f"<!-- bench {case} -->", f"<!-- /bench {case} -->"
+        if [text.count(marker) for marker in markers] != [1, 1]:
+            parser.error(f"--write {file}: {' and '.join(markers)} are not there once each")
 
 
 def run_cases(given: argparse.Namespace, folder: Path) -> None:

@@ -70,6 +70,12 @@ class Ours:
             self._decoders[rows] = packed_for(self._model, rows, self._work.new_tokens)
         return self._decoders[rows]
 
+    def threads(self, rows: int) -> int:
+        """How many compute the steps of so many rows."""
+        from gptcli.generation.kernel_race import best_threads
+
+        return best_threads(self.decoder(rows), rows, self._work.new_tokens)
+
     def decode(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds, and the tokens of each text. SystemExit when one is too short."""
         from gptcli.generation.engine import Request, decode
@@ -80,7 +86,7 @@ class Ours:
         requests = [Request("", ids, sampling, self._work.n) for ids in prompts]
         rows = len(prompts) * self._work.n
         decoder = self.decoder(rows)
-        with decode_threads(decoder, rows):
+        with decode_threads(self.threads(rows)):
             began = time.perf_counter()
             made = list(decode(self._model, self._tokenizer, requests, decoder=decoder))
             seconds = time.perf_counter() - began
@@ -96,7 +102,7 @@ class Ours:
         from gptcli.generation.kernel_race import decode_threads
 
         calls, found = self.linear_calls(prompt), list[float]()
-        with torch.inference_mode(), decode_threads(self.decoder(self._work.n), self._work.n):
+        with torch.inference_mode(), decode_threads(self.threads(self._work.n)):
             for _ in range(LINEAR_REPEATS):
                 began = time.perf_counter()
                 for layer, x in calls:

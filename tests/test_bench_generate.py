@@ -181,3 +181,27 @@ def test_processes_take_turns(bench, models, monkeypatch):
     shown = bench.bench_speed(bench.Case(2, None, {"llama-f32": 1.0}), models, 2, (4,))
     assert "\n| gptcli, fp32 | 4 | " in shown
     assert shown.endswith("Not run: llama-f32: no_such_package is not installed.")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("<!-- bench n1-fp32 --><!-- /bench n1-fp32 -->", "bench start"),
+        ("<!-- bench n1-fp32 --><!-- /bench n1-fp32 -->" * 2, "bench n1-fp32"),
+        (None, "No such file"),
+    ],
+)
+def test_a_table_has_its_place(bench, monkeypatch, tmp_path, capsys, text, told):
+    """An hour of measuring, and then no place to put it."""
+    file = tmp_path / "measured.md"
+    if text is not None:
+        file.write_text(text)
+    command = ["bench_generate.py", "--case", "n1-fp32", "--case", "start", "--write", str(file)]
+    monkeypatch.setattr("sys.argv", command)
+    measured = []
+    monkeypatch.setattr(bench, "run_cases", lambda *_: measured.append(1))
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not measured

@@ -61,6 +61,20 @@ def test_before_and_after(model: str, tmp_path: Path, kind: str, share: float) -
     assert result.directory != plain.directory
 
 
+def test_both_are_scored_in_fp32(model: str, tmp_path: Path) -> None:
+    """Bug: the change is that of the precision as well, where the model was trained in bf16."""
+    text = [str(tmp_path / "text.txt")]
+    plain = evaluate(Config.model_validate({}), model=model, data=text)
+    bf16: dict[str, Any] = {"training": {"precision": "bf16"}}
+    settings = Config.model_validate({**bf16, "eval": {"quantize": "int8"}})
+    report = evaluate(settings, model=model, data=text).report
+    assert report["choices"]["precision"] == "fp32"
+    before = report["quantized"]["scores_before"]["perplexity"]
+    assert before == plain.scores.perplexity
+    half = evaluate(Config.model_validate(bf16), model=model, data=text)
+    assert half.scores.perplexity != before
+
+
 def test_command(model: str, tmp_path: Path, gpt: Any) -> None:
     """Bug: the change, or the memory, is not shown."""
     flags = ["--model", model, "--data", str(tmp_path / "text.txt"), "--quantize"]

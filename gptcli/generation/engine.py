@@ -66,13 +66,15 @@ class BatchSize:
     @classmethod
     def of(cls, model: GPT, requests: Sequence[Request], speculate: bool = False) -> "BatchSize":
         """As many rows as the memory for their keys and values holds."""
-        capacity = max(len(r.tokens) + r.sampling.max_new_tokens for r in requests)
+        most_new = 1 + (_MOST_DRAFTED if speculate else 0)
+        # Guesses, and what fills rows up to the longest of them, lie beyond a text's last token.
+        capacity = max(len(r.tokens) + r.sampling.max_new_tokens for r in requests) + most_new - 1
         if not model.config.rolls:
             capacity = min(capacity, model.config.block_size)
-        most_new = 1 + (_MOST_DRAFTED if speculate else 0)
         row_bytes = model.new_batch_cache(1, capacity, most_new).row_bytes
-        free = free_memory_bytes(Device(model.device.type, model.device.index, "", 1, True)) or 0
-        fitting = max(_CACHE_BYTES, free // 4) // row_bytes
+        free = free_memory_bytes(Device(model.device.type, model.device.index, "", 1, True))
+        room = _CACHE_BYTES if free is None else min(max(_CACHE_BYTES, free // 4), free // 2)
+        fitting = room // row_bytes
         texts = sum(request.n for request in requests)
         return cls(max(1, min(_MOST_ROWS, texts, fitting)), capacity, most_new)
 
@@ -86,51 +88,52 @@ def decode(
     speculate: bool = False,
     use_cache: bool = True,
     decoder: GPT | None = None,
+    size: BatchSize | None = None,
 ) -> Iterator[tuple[int, list[Generated]]]:
     """Continue all prompts; yields the number of each request and its samples, in their order.
 
     Sample k of a request depends on (sampling, k, its tokens) alone, up to rounding.
     `on_text(request, sample, piece)` receives the texts as they grow, in whole characters, those of
     later requests among them. `decoder` is a model of the same weights that takes the steps of one
-    token. When a stop is requested, the texts begun are yielded as they are, "interrupted". Raises
-    CheckpointError for non-finite logits, ValueError for tokens that do not fit.
+    token; `size` what `BatchSize.of` gave, if that was asked before. When a stop is requested, the
+    texts begun are yielded as they are, "interrupted". Raises CheckpointError for non-finite
+    logits, ValueError for tokens that do not fit.
     """
     for request in requests:
         _check(model, request)
+    if not use_cache:
+        size = BatchSize(sum(request.n for request in requests), 0, 1)
     with _evaluating(model):
-        yield from _decode(model, tokenizer, requests, on_text, speculate, use_cache, decoder)
+        size = size or BatchSize.of(model, requests, speculate)
+        yield from _decode(model, decoder or model, tokenizer, requests, on_text, speculate, size)
 
 
 def _decode(
     model: GPT,
+    decoder: GPT,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
     on_text: Callable[[int, int, str], None] | None,
     speculate: bool,
-    use_cache: bool,
-    decoder: GPT | None,
+    size: BatchSize,
 ) -> Iterator[tuple[int, list[Generated]]]:
-    rows = list(_rows(tokenizer, requests, on_text, speculate))
+    by_request = [list(rows) for rows in _rows(tokenizer, requests, on_text, speculate)]
     with torch.inference_mode():  # never across a yield: it would go on in the caller
-        size = BatchSize.of(model, requests, speculate) if use_cache else BatchSize(len(rows), 0, 1)
         texts = [request.tokens[:-1] for request in requests]  # the last token goes with the first
-        reader = Reader(model, decoder or model, size.rows, size.capacity, size.most_new, texts)
-        batch = _Batch(model, tokenizer, reader, rows, size)
-    by_request: list[list[Row]] = [[] for _ in requests]
-    for row in rows:
-        by_request[row.request].append(row)
-    done = 0
-    while done < len(requests):
-        while not all(row.finish_reason for row in by_request[done]):
+        reader = Reader(model, decoder, size.rows, size.capacity, size.most_new, texts)
+        waiting = deque(row for rows in by_request for row in rows)
+        batch = _Batch(model, tokenizer, reader, waiting, size)
+    for number, request in enumerate(requests):
+        rows, by_request[number] = by_request[number], []  # nobody keeps them when they are told
+        while not all(row.finish_reason for row in rows):
             with torch.inference_mode():
                 going_on = batch.step()
             if not going_on:
                 break
-        samples = [row.result(requests[done].prompt) for row in by_request[done] if row.begun]
+        samples = [row.result(request.prompt) for row in rows if row.begun]
         if not samples:
             return
-        yield done, samples
-        done += 1
+        yield number, samples
 
 
 def generate_samples(
@@ -167,13 +170,13 @@ def _rows(
     requests: Sequence[Request],
     on_text: Callable[[int, int, str], None] | None,
     speculate: bool,
-) -> Iterator[Row]:
+) -> Iterator[Iterator[Row]]:
+    """Those of each request."""
     for number, r in enumerate(requests):
         shown: OnText | None = None
         if on_text is not None:
             shown = lambda sample, piece, number=number: on_text(number, sample, piece)  # noqa: E731
-        for sample in range(r.n):
-            yield Row(number, sample, tokenizer, r.tokens, r.sampling, shown, speculate)
+        yield (Row(k, tokenizer, r.tokens, r.sampling, shown, speculate) for k in range(r.n))
 
 
 @contextmanager
@@ -195,18 +198,19 @@ class _Batch:
         model: GPT,
         tokenizer: Tokenizer,
         reader: Reader,
-        waiting: Sequence[Row],
+        waiting: deque[Row],
         size: BatchSize,
     ) -> None:
         self._model, self._reader, self._size = model, reader, size
-        self._waiting, self._rows = deque(waiting), list[Row]()
+        self._waiting, self._rows = waiting, list[Row]()
         self._vocab_size = min(tokenizer.vocab_size, model.vocab_size)  # the head may be padded
         self._sampler = Sampler(size.rows, tokenizer, self._vocab_size, model.device)
         self._free = list(range(size.rows))
 
     def step(self) -> bool:
         """One more token, with good guesses several, for every row; False when all is done."""
-        self._admit()
+        if not (stop.requested() and self._rows):
+            self._admit()
         self._renew()
         if stop.requested():
             for row in self._rows:
@@ -221,7 +225,7 @@ class _Batch:
     def _admit(self) -> None:
         while self._free and self._waiting:
             row = self._waiting.popleft()
-            row.begun, row.slot = True, self._free.pop()
+            row.begin(self._free.pop())
             self._sampler.begin(row.slot, row.sampling, row.prompt_tokens, row.sample)
             self._rows.append(row)
 
@@ -256,15 +260,18 @@ class _Batch:
             lengths = [len(row.context) - 1 for row in self._rows]
             for i in whole:
                 lengths[i] = 0  # computed for nothing, but in its own row
-            logits = self._reader.step(tokens, lengths)
+            left = min(row.left for row in self._rows)  # until one leaves
+            logits = self._reader.step(tokens, lengths, left)
             if whole:
                 logits[whole] = self._reader.read_again([self._rows[i].context for i in whole])
         return logits[..., : self._vocab_size].float()
 
     def _guesses(self, most: int) -> list[list[int]]:
         """The last token of each row and the guesses of what follows, filled up to one length."""
+        longest = max(len(row.context) for row in self._rows)
+        most = min(most, self._model.cacheable_tokens - longest)  # rotations change beyond
         if not self._model.config.rolls:  # there is room for the longest row's too
-            most = min(most, self._size.capacity - max(len(row.context) for row in self._rows))
+            most = min(most, self._size.capacity - longest)
         tokens = [[row.context[-1], *row.guess(most)] for row in self._rows]
         count = max(map(len, tokens))
         return [part + [0] * (count - len(part)) for part in tokens]

@@ -74,28 +74,34 @@ def packed_for(model: GPT, rows: int, steps: int) -> GPT:
 
 
 @contextmanager
-def decode_threads(model: GPT, rows: int) -> Iterator[None]:
-    """Inside, torch computes with the `best_threads`; afterwards with as many as before."""
+def decode_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads; afterwards with as many as before.
+
+    Not to be held across a `yield`, where it would go on in the caller.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(best_threads(model, rows, model.device))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def best_threads(model: GPT, rows: int, device: torch.device) -> int:
-    """How many threads to decode `rows` rows with: torch's number, or half of it as often as that
-    wins a race of steps by 20 %. What the user chose stays, and every thread of a slow model."""
+def best_threads(model: GPT, rows: int, steps: int) -> int:
+    """How many threads to decode `steps` steps of `rows` rows with: torch's number, or half of it
+    as often as that wins a race of steps by 20 %.
+
+    What the user chose stays, and every thread of a slow model. Few steps start no race.
+    """
     most = torch.get_num_threads()
-    if device.type != "cpu" or most == 1 or threads_are_given():
+    if model.device.type != "cpu" or most == 1 or threads_are_given():
         return most
     layer = type(model.get_submodule("blocks.0.mlp.up")).__name__
     shape = [model.config.model_dump(), model.vocab_size, layer]
-    place = _place({"race": "threads", "model": shape, "rows": rows})
+    place = _place({"race": "threads", "model": shape, "rows": _alike(rows)})
     found = _recall(place, ["threads"])
     if found is None or not 1 <= found["threads"] <= most:
-        found = _race_threads(model, rows, most)
+        found = _race_threads(model, rows, most) if steps >= _LEAST_STEPS else None
         if found is None:
             return most
         _remember(place, found)
@@ -120,7 +126,7 @@ def _room_for(layers: Sequence[nn.Linear]) -> bool:
 def _raced(shape: _Shape, layers: Sequence[nn.Linear], rows: int) -> dict[str, float] | None:
     """Seconds of one layer as it is (`linear`) and `packed`, and of `packing` it; None where others
     use the processor too."""
-    place = _place({"race": "linear", "shape": shape, "rows": rows})
+    place = _place({"race": "linear", "shape": shape, "rows": _alike(rows)})
     found = _recall(place, ["linear", "packed", "packing"])
     if found is None:
         chosen = layers[::_RACED_PART]
@@ -176,7 +182,7 @@ def _race_threads(model: GPT, rows: int, most: int) -> dict[str, Any] | None:
 
     tokens = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
     threads, seconds, fair = most, dict[str, float](), True
-    with torch.inference_mode():
+    with torch.inference_mode(), decode_threads(most):  # which also takes back what steps set
         while threads > 1 and seconds.get(str(threads), 0.0) < _SLOW_STEP_SECONDS:
             half = threads // 2
             found = race({str(n): step_with(n) for n in (threads, half)}, str(threads))
@@ -185,8 +191,12 @@ def _race_threads(model: GPT, rows: int, most: int) -> dict[str, Any] | None:
             if found.winner == str(threads):
                 break
             threads = half
-    torch.set_num_threads(most)
     return {"threads": threads, "seconds": seconds} if fair else None
+
+
+def _alike(rows: int) -> int:
+    """The power of two that `rows` come up to: one race serves all of those numbers."""
+    return 1 << (rows - 1).bit_length()
 
 
 def _place(about: dict[str, Any]) -> Path:

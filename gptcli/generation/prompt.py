@@ -40,14 +40,20 @@ def encode_prompt(
     return ids
 
 
-def fit_prompt(ids: list[int], block_size: int, truncate: Literal["left", "error"]) -> list[int]:
-    """The last `block_size` ids (with a warning), or a ConfigError when `truncate` is error."""
+def fit_prompt(
+    ids: list[int], block_size: int, truncate: Literal["left", "error"], *, warn: bool = True
+) -> list[int]:
+    """The last `block_size` ids, with a warning where `warn` says so.
+
+    Raises ConfigError for more of them when `truncate` is error.
+    """
     if len(ids) <= block_size:
         return ids
     counts = f"the prompt has {len(ids)} tokens, the model's block_size is {block_size}"
     if truncate == "error":
         raise ConfigError(counts, hint="shorten it, or let --truncate left drop its beginning")
-    log.warning("%s: its first %d tokens are dropped", counts, len(ids) - block_size)
+    if warn:
+        log.warning("%s: its first %d tokens are dropped", counts, len(ids) - block_size)
     return ids[-block_size:]
 
 

@@ -1,6 +1,7 @@
 """Prompt files: one prompt a line, or JSON lines whose rows have settings of their own."""
 
 import json
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from gptcli.config.tree import Origin, Place
 from gptcli.errors import ConfigError, DataError
 from gptcli.generation.sampling import Sampling
 
+log = logging.getLogger("gptcli")
+
 # What a row may say; the rest of `GenerateConfig` is about all prompts together.
 _OWN = {"prompt", "prompt_tokens", "n", *(field.name for field in fields(Sampling))}
+_ROW_NAMES = (".jsonl", ".ndjson")
 _MOST_PROBLEMS = 100
 
 
@@ -32,17 +36,31 @@ class FilePrompt:
 def read_prompts(path: str, defaults: GenerateConfig) -> list[FilePrompt]:
     """The prompts of a UTF-8 file, in order; `defaults` hold where a row says nothing else.
 
-    Each line that is not blank is a prompt. A file named *.jsonl, and any whose lines are all JSON
-    objects, has rows instead: `prompt` or `prompt_tokens`, and any of the settings in `_OWN`.
-    Raises ConfigError for a file that cannot be opened and for wrong rows (one problem each, with
-    file:line), DataError for one that holds no prompts, no UTF-8 or, named *.jsonl, no JSON.
+    Each line that is not blank is a prompt. A file named *.jsonl or *.ndjson, and any whose lines
+    are all JSON objects, has rows instead: `prompt` or `prompt_tokens`, and any of the settings in
+    `_OWN`. Where only some lines are objects, they are text, with a warning. Raises ConfigError for
+    a file that cannot be opened and for wrong rows (one problem each, with file:line), DataError
+    for one that holds no prompts, no UTF-8 or, named *.jsonl or *.ndjson, no JSON.
     """
     lines = _lines(path)
-    try:
-        rows = [(place, _object(place, line)) for place, line in lines]
-    except DataError:
-        if path.lower().endswith(".jsonl"):
-            raise
+    rows = list[tuple[Place, dict[str, Any]]]()
+    problem: DataError | None = None
+    for place, line in lines:
+        try:
+            rows.append((place, _object(place, line)))
+        except DataError as error:
+            problem = problem or error
+    if problem is not None:
+        if path.lower().endswith(_ROW_NAMES):
+            raise problem
+        if rows:
+            log.warning(
+                "%s: %d of %d lines are JSON objects, not all: every line is taken as text;"
+                " name it *.jsonl for rows",
+                path,
+                len(rows),
+                len(lines),
+            )
         alone = defaults.model_copy(update={"prompt_file": None})
         return [
             FilePrompt(_where(place), alone.model_copy(update={"prompt": line}))

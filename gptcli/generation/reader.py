@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptcli import stop
-from gptcli.generation.graphs import GraphedSteps
+from gptcli.generation.recorded import RecordedSteps
 from gptcli.model.cache import KVCache
 from gptcli.model.gpt import GPT
 
@@ -35,7 +35,7 @@ class Reader:
     ) -> None:
         self._model, self._decoder = model, decoder
         self._cache = model.new_batch_cache(rows, capacity, most_new)
-        self._graphs = GraphedSteps(decoder, self._cache, capacity)
+        self._recorded = RecordedSteps(decoder, self._cache, rows, capacity)
         windows = [window for window in model.windows if window]
         self._narrowest = min(windows, default=capacity)
         self._prefixes = shared_prefixes(texts, _LEAST_SHARED_TOKENS, self._narrowest)
@@ -58,11 +58,13 @@ class Reader:
                 for row in rows_of[text]:
                     self._cache.insert(row, cache, source_row, len(text))
 
-    def step(self, tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    def step(
+        self, tokens: Sequence[Sequence[int]], lengths: Sequence[int], steps: int = 1
+    ) -> Tensor:
         """Logits (R, T, V) after each of the next `tokens` (R, T) of the first rows, which have
-        `lengths` tokens (R,) in the cache."""
-        if self._graphs.fit(lengths, len(tokens[0])):
-            return self._graphs.step(torch.tensor(tokens), lengths)
+        `lengths` tokens (R,) in the cache. About so many `steps` of this kind are to come."""
+        if self._recorded.fit(lengths, len(tokens[0]), steps):
+            return self._recorded.step(torch.tensor(tokens), lengths)
         self._cache.begin(lengths, len(tokens[0]))
         ids = torch.tensor(tokens, device=self._model.device)
         logits: Tensor = self._decoder(ids, self._cache)
@@ -134,13 +136,15 @@ class Reader:
 
 def shared_prefixes(texts: Sequence[Sequence[int]], least: int, most: int) -> list[tuple[int, ...]]:
     """The beginnings of at least `least` tokens that neighbours in the order of the texts share,
-    cut to `most`: one for each run of texts that begin alike."""
+    cut to `most`: one for each run of texts that begin alike, for as long as that is at least half
+    of what the last two share."""
     found: list[tuple[int, ...]] = []
     run: tuple[int, ...] = ()
     ordered = sorted({tuple(text) for text in texts})
     for before, text in pairwise(ordered):
         shared = _common(before, text)[:most]
-        if run and len(common := _common(run, shared)) >= least:
+        common = _common(run, shared)
+        if run and len(common) >= least and 2 * len(common) >= max(len(run), len(shared)):
             run = common
             continue
         if run:

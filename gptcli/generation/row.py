@@ -71,7 +71,6 @@ class Row:
 
     def __init__(
         self,
-        request: int,
         sample: int,
         tokenizer: Tokenizer,
         prompt_tokens: Sequence[int],
@@ -79,7 +78,7 @@ class Row:
         on_text: OnText | None,
         speculate: bool = False,
     ) -> None:
-        self.request, self.sample, self.sampling = request, sample, sampling
+        self.sample, self.sampling = sample, sampling
         self.prompt_tokens, self.context = prompt_tokens, list(prompt_tokens)
         self.tokens: list[int] = []
         self.begun, self.unread = False, True
@@ -87,12 +86,18 @@ class Row:
         self.draft: list[int] = []
         self.drafted = self.accepted = 0
         self.finish_reason: FinishReason | None = None
-        self._lookup = Lookup(prompt_tokens) if speculate else None
+        self._speculate = speculate
+        self._lookup: Lookup | None = None
         self._tokenizer, self._on_text = tokenizer, on_text
         self._utf8, self._scanner = Utf8Stream(), StopScanner(sampling.stop)
         self._pieces: list[str] = []
         self._decoded = [0]  # characters complete after 0, 1, ... tokens
         self._logprobs: list[dict[str, Any]] = []
+
+    def begin(self, slot: int) -> None:
+        """Enter a batch, with `slot` of its sampler."""
+        self.begun, self.slot = True, slot
+        self._lookup = Lookup(self.prompt_tokens) if self._speculate else None
 
     @property
     def left(self) -> int:
@@ -131,6 +136,7 @@ class Row:
             self._emit(self._scanner.feed(self._utf8.flush()))
             self._emit(self._scanner.flush())
         self.finish_reason = "stop" if self._scanner.stopped else reason
+        self._lookup = None  # it is as large as the text
         if self._scanner.stopped:
             needed = bisect_left(self._decoded, sum(map(len, self._pieces)))
             self.tokens, self._logprobs = self.tokens[:needed], self._logprobs[:needed]

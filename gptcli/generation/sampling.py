@@ -49,11 +49,6 @@ class Sampling:
         """Whether it matters how often a text has a token."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether a token depends on the ones before it by more than the model's logits."""
-        return self.counts or self.repetition_penalty != 1.0 or bool(self.bad_words)
-
 
 def check_finite(logits: Tensor) -> None:
     """Raise CheckpointError if any of the logits is nan or infinite."""
@@ -117,9 +112,8 @@ class Sampler:
         """Token ids (R,) int64; row r of `logits` (R, V) fp32 is for the text in `slots[r]`.
 
         The id becomes token number `positions[r]` of that text (0 is the first after the prompt)
-        and counts from now on for its penalties and bad words. A slot may come twice unless its
-        settings look back. -1 (ids are on the CPU) stands where the bad words leave no token: there
-        the text is over.
+        and counts from now on for its penalties and bad words. -1 (ids are on the CPU) stands where
+        the bad words leave no token: there the text is over.
         """
         if self._rows is None or not np.array_equal(self._rows.slots, slots):
             settings = [self._settings[slot] for slot in slots]

@@ -41,6 +41,13 @@ class BatchCache:
         self.longest = 0  # tokens of the longest row, the new ones included
         self._alike = True  # whether all rows in use have one length
 
+    @classmethod
+    def over(cls, k: Sequence[Tensor], v: Sequence[Tensor]) -> "BatchCache":
+        """A cache that uses the keys and values of another one."""
+        cache = cls.__new__(cls)
+        cache.k, cache.v = list(k), list(v)
+        return cache
+
     @property
     def row_bytes(self) -> int:
         """Bytes that the keys and values of one row take."""
@@ -101,6 +108,6 @@ class BatchCache:
         if self._alike and start + count <= size:
             kept[:, :, start : start + count] = new
         else:
-            rows = torch.arange(len(kept), device=kept.device)[:, None]
+            rows = torch.arange(new.size(0), device=kept.device)[:, None]
             kept[rows, :, self.positions % size] = new.transpose(1, 2).to(kept.dtype)
         return kept[:, :, : min(self.longest, size)]

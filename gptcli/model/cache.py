@@ -62,13 +62,6 @@ class KVCache:
             self.tokens[:, : source.length] = source.tokens[:, : source.length]
         self.length = source.length
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep (or repeat) the batch rows whose indices are given, in that order."""
-        self.k = [k.index_select(0, rows) for k in self.k]
-        self.v = [v.index_select(0, rows) for v in self.v]
-        if self.tokens is not None:
-            self.tokens = self.tokens.index_select(0, rows)
-
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:
         slots, count = kept.size(2), new.size(2)
         stop = self.length + count

@@ -192,14 +192,23 @@ class OneDnnLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         """`weight` (O, I) and `bias` (O,) fp32 or bf16."""
         super().__init__()
-        self.dtype, self.bias = weight.dtype, bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.dtype, self.bias, self.outputs = weight.dtype, bias, len(weight)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.register_buffer("packed", packed, persistent=False)
         self.product = torch.ops.mkldnn._linear_pointwise.default
         self.packed_bytes = weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of x."""
-        y = self.product(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+        given = x.to(self.dtype)
+        # A recorded step has no place for the list of scalars.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            zeros = given.new_zeros(*x.shape[:-1], self.outputs)
+            y = torch.ops.mkldnn._linear_pointwise.binary(
+                given, zeros, self.packed, self.bias, "add"
+            )
+        else:
+            y = self.product(given, self.packed, self.bias, "none", [], "")
         return y.to(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """Many texts in one batch: the same as one by one, whatever enters, leaves or is guessed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,15 @@ from test_engine import GREEDY, ROLLING, SHAPES, TOKENIZER, random_model
 
 from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
-from gptcli.generation import engine
+from gptcli.generation import engine, recorded
 from gptcli.generation.engine import Request, decode, generate_samples
+from gptcli.generation.lookup import Lookup
 from gptcli.generation.reader import shared_prefixes
 from gptcli.generation.row import Generated
 from gptcli.generation.sampling import Sampling
 from gptcli.model.batch_cache import BatchCache
 from gptcli.model.gpt import GPT, initialise
+from gptcli.model.packed import OneDnnLinear, quantize
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.9, seed=5, max_new_tokens=30)
 
@@ -89,6 +92,49 @@ def test_speculation_changes_no_text(shape: str) -> None:
     assert all(sample.accepted <= sample.drafted for sample in samples)
 
 
+@pytest.mark.parametrize("shape", ["rolling", "rolling-linear", "dynamic", "modern"])
+def test_guesses_beyond_the_last_token(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a short row filled up to another's guesses past the cache's end or past the length
+    from which rotations change, where that overwrites or spoils its keys."""
+
+    def draft(self: Lookup, most: int) -> list[int]:  # many for some rows, few or none for others
+        return [7] * (most if self._tokens[0] % 2 else min(most, 1))
+
+    monkeypatch.setattr(Lookup, "draft", draft)
+    model = random_model(shape, std=0.3)
+    requests = [
+        Request("", [start, 5, 9], replace(SAMPLED, max_new_tokens=9 + start % 7), n=2)
+        for start in range(70, 76)
+    ]
+    found = together(model, requests, speculate=True)
+    assert without_counts(found) == one_by_one(model, requests)
+
+
+def test_speculation_leaves_the_distribution_as_it_is() -> None:
+    """Guards: guesses that are accepted more, or less, often than they are likely."""
+    shape = {**SHAPES["modern"], "block_size": 64, "n_layer": 1}
+    model = GPT(ModelConfig(**shape), 4).eval()
+    initialise(model, torch.Generator().manual_seed(1))
+    model.head.weight.data *= 20.0
+    prompt, draws = [0, 1, 0, 1, 0, 1], 3000
+    settings = Sampling(seed=3, max_new_tokens=3)
+    request = Request("", prompt, settings, n=draws)
+    [(_, samples)] = decode(model, TOKENIZER, [request], speculate=True)
+    assert sum(sample.accepted for sample in samples) > draws / 20
+    with torch.no_grad():
+        texts = [(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
+        logits = model(torch.tensor([[*prompt, *text] for text in texts]))[..., :4]
+    steps = logits.double().log_softmax(dim=-1)[:, len(prompt) - 1 : -1]
+    expected = steps.gather(2, torch.tensor(texts)[..., None]).sum((1, 2)).exp() * draws
+    counts = Counter(tuple(sample.tokens) for sample in samples)
+    found = torch.tensor([float(counts[text]) for text in texts])
+    common = expected >= 5
+    chi_square = float(((found - expected)[common] ** 2 / expected[common]).sum())
+    degrees = int(common.sum())
+    assert degrees >= 8
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5  # four deviations above its mean
+
+
 def test_speculation_takes_fewer_steps() -> None:
     """Guards: guesses that are computed and never used."""
     shape = {**SHAPES["modern"], "block_size": 128, "tie_embeddings": True}  # repeats itself
@@ -130,20 +176,42 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
     assert read <= 18 + 4 * 2 + 4 * 3
 
 
-@pytest.mark.parametrize("shape", ["modern", "gpt2", "banded", "rolling"])
-def test_steps_that_can_be_recorded(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: work that depends on how long the texts are, which a CUDA graph would not see."""
-    model = random_model(shape)
-    requests = [Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=12), n=2)]
-    expected = together(model, requests)
-    plain = BatchCache.begin
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("shape", ["modern-gqa", "gpt2", "banded", "dynamic", "rolling"])
+def test_recorded_steps(shape: str, speculate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: work recorded with the lengths, rows or keys of the step that it was made from."""
+    model = random_model(shape, std=0.3)
+    requests = requests_for(model)[::2]
+    expected = one_by_one(model, requests)
+    monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    monkeypatch.setitem(recorded._ROOM_TOKENS, "cpu", 10)
+    found = together(model, requests, speculate=speculate)
+    assert without_counts(found) == expected
+    assert recorded._traced[model]
+    assert together(model, requests, speculate=speculate) == found  # with other keys, recorded
 
-    def begin(self: BatchCache, lengths: Sequence[int], count: int) -> None:
-        plain(self, lengths, count)
-        self.begin_at(self.positions, 15)
 
-    monkeypatch.setattr(BatchCache, "begin", begin)
-    assert together(model, requests) == expected
+@pytest.mark.parametrize("kind", ["int8", "fp16", "onednn"])
+def test_recorded_packed_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: packed weights that a recorded step cannot hold, or that give other numbers there."""
+    model = random_model("gpt2", std=0.3)
+    if kind == "onednn":
+        for block in model.blocks:
+            block.mlp.up = OneDnnLinear(block.mlp.up.weight, block.mlp.up.bias, rows=2)
+    else:
+        quantize(model, kind)
+    request = Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=12), n=2)
+    expected = together(model, [request])
+    monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    assert together(model, [request]) == expected
+    assert recorded._traced[model]
+
+
+def test_few_steps_are_not_recorded() -> None:
+    """Guards: a short text that waits for a recording which it cannot earn back."""
+    model = random_model("gpt2")
+    together(model, [Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=60))])
+    assert model not in recorded._traced
 
 
 def test_shared_prefixes() -> None:
@@ -153,6 +221,9 @@ def test_shared_prefixes() -> None:
     assert shared_prefixes(texts, 4, 100) == [a[:6], b]
     assert shared_prefixes(texts, 4, 5) == [a[:5], b[:5]]
     assert shared_prefixes(texts, 8, 100) == [(*a, 1), b]
+    long = (*a[:4], *b, *b)
+    others = [[*a, 1], [*a, 2], [*long, 1], [*long, 2]]
+    assert {a, long} <= set(shared_prefixes(others, 4, 100))
     assert shared_prefixes([], 1, 5) == shared_prefixes([[1, 2]], 1, 5) == []
 
 
@@ -199,6 +270,12 @@ def test_a_stop_request_keeps_what_has_begun(monkeypatch: pytest.MonkeyPatch) ->
     assert found[0][0].finish_reason == "length"
     assert found[1][0].finish_reason == "interrupted"
     assert found[1][0].tokens
+    stop.reset()
+    monkeypatch.setattr(engine, "_MOST_ROWS", 1)
+    seen.clear()
+    requests = [requests[0], requests[2], requests[1]]
+    found = dict(decode(model, TOKENIZER, requests, on_text=on_text))
+    assert set(found) == {0, 1}  # the third had no place
 
 
 def test_the_cache_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

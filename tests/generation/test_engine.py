@@ -17,7 +17,7 @@ from gptcli.data.special_tokens import SpecialTokens
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.generation import engine
-from gptcli.generation.engine import generate_samples
+from gptcli.generation.engine import BatchSize, Request, generate_samples
 from gptcli.generation.row import Generated
 from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
@@ -217,7 +217,10 @@ def test_samples_decoded_in_turn_equal_samples_decoded_together(
     model = random_model("modern-gqa", std=0.3)
     settings = Sampling(seed=4, max_new_tokens=30)
     together = generate_samples(model, TOKENIZER, [256], 5, settings)
-    monkeypatch.setattr(engine, "_CACHE_BYTES", 2 * model.new_cache(0).row_bytes)
+    row_bytes = model.new_batch_cache(1, 24).row_bytes
+    monkeypatch.setattr(engine, "_CACHE_BYTES", 2 * row_bytes)
+    monkeypatch.setattr(engine, "free_memory_bytes", lambda _: 4 * row_bytes)
+    assert BatchSize.of(model, [Request("", [256], settings, 5)]).rows == 2
     assert generate_samples(model, TOKENIZER, [256], 5, settings) == together
 
 
@@ -414,7 +417,7 @@ def test_a_stop_request_returns_what_there_is() -> None:
             stop.request(2)
 
     model = Scripted(list(b"abcdefgh"))
-    settings = Sampling(temperature=0.0, max_new_tokens=100, stop=("fx",))
+    settings = Sampling(temperature=0.0, max_new_tokens=90, stop=("fx",))
     got = generate_samples(model, TOKENIZER, [256], 1, settings, on_text=interrupt)[0]
     assert (got.text, got.finish_reason) == ("abcde", "interrupted")
     again = generate_samples(model, TOKENIZER, [256], 2, settings)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gptcli.config.schema import Config, GenerateConfig
 from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import ConfigError, DataError
 from gptcli.generate import generate, generate_bytes, resolve_prompts
+from gptcli.generation.engine import BatchSize
 from gptcli.generation.row import Generated
 from gptcli.model.gpt import GPT
 from gptcli.runs.load import LoadedModel
@@ -157,6 +159,22 @@ def test_long_prompt_is_cut_or_refused(model: LoadedModel) -> None:
     assert cut.prompt == "x" * 10 + "y" * 16
     with pytest.raises(ConfigError, match="27 tokens"):
         run(model, prompt="x" * 26, truncate="error")
+
+
+def test_long_prompts_of_a_file_are_told_of_once(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Guards: a warning for each of a thousand prompts, and none that says which it is about."""
+    file = tmp_path / "prompts.txt"
+    for lines, places in ((["a", "x" * 30, "b", "y" * 30], ":2 and 1 more"), (["x" * 30], ":1")):
+        file.write_text("\n".join(lines))
+        caplog.clear()
+        run(model, prompt_file=str(file))
+        [told] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert told == (
+            f"{file}{places}: the prompt is longer than the model's block_size, 16 tokens:"
+            " its first ones are dropped"
+        )
 
 
 def test_a_long_prompt_of_a_model_that_rolls(model: LoadedModel) -> None:
@@ -320,6 +338,83 @@ def test_a_stop_request_ends_the_iteration(model: LoadedModel, tmp_path: Path) -
         stop.reset()
     assert only.finish_reason == "interrupted"
     assert only.text
+
+
+def test_a_stop_request_keeps_later_texts_that_are_done(model: LoadedModel, tmp_path: Path) -> None:
+    """Guards: Ctrl-C that throws finished texts away, or shows half a text of a later prompt."""
+    lengths = {"one": 30, "two": 2, "three": 30, "four": 2}
+    rows = [{"prompt": text, "max_new_tokens": count} for text, count in lengths.items()]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    model.model.head.weight.data[256:] = 0.0
+    seen: list[str] = []
+
+    def on_text(sample: int, piece: str) -> None:
+        seen[-1] += piece
+        if len(seen[-1]) > len("one") + 3:  # more than two steps
+            stop.request(2)
+
+    texts = generate(
+        model,
+        settings(prompt_file=str(file), temperature=0.0),
+        on_text=on_text,
+        on_prompt=seen.append,
+    )
+    got = [samples[0] for samples in texts]
+    assert [(g.prompt, g.finish_reason) for g in got] == [
+        ("one", "interrupted"),
+        ("two", "length"),
+        ("four", "length"),
+    ]
+    assert seen == [g.prompt + g.text for g in got]
+
+
+def test_a_stop_request_before_the_start(model: LoadedModel) -> None:
+    """Guards: a prompt that is shown, or read, after Ctrl-C."""
+    seen: list[str] = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append("read"))
+    run(model, prompt="a")
+    assert "read" in seen
+    seen.clear()
+    stop.request(2)
+    assert list(generate(model, settings(prompt="a"), on_prompt=seen.append)) == []
+    assert seen == []
+
+
+def test_threads_are_set_only_while_decoding(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: two iterators in turn that leave the process with the fewer threads of one."""
+    monkeypatch.setattr("gptcli.generate.best_threads", lambda *_: 1)
+    torch.set_num_threads(2)
+    inside: list[int] = []
+
+    def texts() -> Iterator[list[Generated]]:
+        told = lambda sample, piece: inside.append(torch.get_num_threads())  # noqa: E731
+        return generate(model, settings(prompt="a"), on_text=told)
+
+    first, second = texts(), texts()
+    for iterator in (first, second, first, second):
+        next(iterator, None)
+        assert torch.get_num_threads() == 2
+    assert set(inside) == {1}
+
+
+def test_the_size_of_the_batch_is_found_once(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: kernels and threads that raced for other rows than there are, since the packed
+    weights have taken memory meanwhile."""
+    found, of = list[BatchSize](), BatchSize.of
+
+    def noted(*given: Any) -> BatchSize:
+        found.append(replace(of(*given), rows=4 - len(found)))
+        return found[-1]
+
+    monkeypatch.setattr(BatchSize, "of", noted)
+    [samples] = run(model, prompt="a", n=5)
+    assert len(samples) == 5
+    assert [size.rows for size in found] == [4]
 
 
 def test_bytes_are_those_of_the_tokens(model: LoadedModel, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_row_changes_only_itself(tmp_path):
     assert [first.where, second.where] == [f"{file}:1", f"{file}:3"]
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "PROMPTS.JSONL"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "PROMPTS.JSONL", "p.ndjson"])
 def test_rows_are_known_by_what_they_are(tmp_path, name):
     """Guards: JSON continued as text because of the file's name."""
     [found] = read_prompts(rows(tmp_path, {"prompt": "a\nb"}, name=name), DEFAULTS)
@@ -62,12 +62,21 @@ def test_a_whole_number_may_be_written_with_an_exponent(tmp_path):
     assert found.settings.max_new_tokens == 100
 
 
-def test_text_that_looks_like_json(tmp_path):
-    """Guards: prompts that begin with a brace refused, or some lines read as rows."""
+def test_text_that_looks_like_json(tmp_path, caplog):
+    """Guards: prompts that begin with a brace refused, some lines read as rows, or rows continued
+    as text with no word about it."""
     lines = ['{"prompt": "a"}', "{ int x; }", "[1]"]
     found = read_prompts(rows(tmp_path, *lines, name="p.txt"), DEFAULTS)
     assert [prompt.settings.prompt for prompt in found] == lines
     assert found[1].where.endswith("p.txt:2")
+    [told] = caplog.messages
+    assert told.endswith(
+        "p.txt: 1 of 3 lines are JSON objects, not all: every line is taken as text;"
+        " name it *.jsonl for rows"
+    )
+    caplog.clear()
+    read_prompts(rows(tmp_path, *lines[1:], name="p.txt"), DEFAULTS)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -81,8 +90,9 @@ def test_text_that_looks_like_json(tmp_path):
 )
 def test_jsonl_without_json(tmp_path, line, told):
     """Guards: a typing error in one row that turns all rows into prompts."""
-    with pytest.raises(DataError, match=told):
-        read_prompts(rows(tmp_path, {"prompt": "a"}, line), DEFAULTS)
+    for name in ("p.jsonl", "p.ndjson"):
+        with pytest.raises(DataError, match=told.replace("jsonl", name[2:])):
+            read_prompts(rows(tmp_path, {"prompt": "a"}, line, name=name), DEFAULTS)
 
 
 def test_all_problems_at_once_with_their_lines(tmp_path):

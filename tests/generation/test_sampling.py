@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -253,18 +252,6 @@ def test_a_new_text_begins_afresh(asked: Sampling) -> None:
     assert texts[1] == texts[2]
 
 
-def test_a_slot_comes_twice() -> None:
-    """Guards: guesses checked in one call that differ from tokens chosen one after the other."""
-    logits = torch.randn(6, 257, generator=torch.Generator().manual_seed(6))
-    for asked in MIXED:
-        sampler = Sampler(1, TOKENIZER, 257, CPU)
-        sampler.begin(0, asked, PROMPT, 0)
-        slots = np.zeros(6, dtype=np.int64)
-        together = None if asked.looks_back else sampler.choose(logits, slots, np.arange(6))
-        each = [sampler.choose(logits[i : i + 1], slots[:1], np.array([i])) for i in range(6)]
-        assert together is None or torch.equal(together, torch.cat(each))
-
-
 def test_the_logits_stay_as_they_are() -> None:
     """Guards: log-probabilities reported after a penalty that was applied in place."""
     logits = torch.randn(len(MIXED), 257, generator=torch.Generator().manual_seed(7))
@@ -355,15 +342,3 @@ def test_non_finite_logits_are_a_checkpoint_error() -> None:
             check_finite(logits)
     check_finite(torch.tensor(ROWS))
     check_finite(torch.full((5, 5), 3e38))  # their sum is not finite
-
-
-def test_settings_that_look_back() -> None:
-    """Guards: guesses checked at once although a penalty depends on the ones before."""
-    assert not Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, stop=("a",)).looks_back
-    for changed in (
-        {"repetition_penalty": 1.1},
-        {"presence_penalty": -0.1},
-        {"frequency_penalty": 0.1},
-        {"bad_words": ("a",)},
-    ):
-        assert replace(Sampling(), **changed).looks_back

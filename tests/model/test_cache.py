@@ -67,25 +67,9 @@ def test_starting_again_forgets_the_ring() -> None:
     assert torch.equal(cache.append(0, given, given)[0], given)
 
 
-def test_keep_rows_drops_repeats_and_reorders() -> None:
-    """Guards: a finished row leaves its keys, or its tokens, to another row."""
-    cache = filled()
-    cache.keep_rows(torch.tensor([2, 0, 0, 1]))
-    assert cache.k[1][:, 1, 2, 3].tolist() == [12.0, 10.0, 10.0, 11.0]
-    assert cache.v[0][:, 1, 2, 3].tolist() == [-2.0, 0.0, 0.0, -1.0]
-    assert cache.length == 3
-    cache = new([0], 4, keeps_tokens=True)
-    assert cache.tokens is not None
-    cache.tokens[:, 0] = torch.tensor([7, 8, 9])
-    cache.keep_rows(torch.tensor([2, 0]))
-    assert cache.tokens[:, 0].tolist() == [9, 7]
-
-
 def test_row_bytes_is_what_a_row_takes() -> None:
     """Guards: batches sized by a wrong memory estimate, or by none for an empty batch."""
     cache = filled(capacity=7)
-    assert cache.row_bytes == 2 * 2 * 2 * 7 * 4 * 4
-    cache.keep_rows(torch.tensor([], dtype=torch.long))
     assert cache.row_bytes == 2 * 2 * 2 * 7 * 4 * 4
     unequal = new([0, 3, 100], 7, batch=0, keeps_tokens=True)
     assert unequal.row_bytes == 2 * 2 * (7 + 3 + 7) * 4 * 4 + 7 * 8

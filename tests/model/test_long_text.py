@@ -94,19 +94,6 @@ def test_a_cache_serves_again_after_its_length_is_put_back(name: str) -> None:
     torch.testing.assert_close(got, model(some_tokens())[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_rows_leave_in_the_middle(name: str) -> None:
-    """Guards: a row that goes on with another row's past."""
-    model, tokens = random_model(VARIANTS[name]), some_tokens(batch=3)
-    cache = model.new_cache(3)
-    model(tokens[:, :14], cache)
-    kept = torch.tensor([2, 0])
-    cache.keep_rows(kept)
-    for place in range(14, T):
-        got = model(tokens[kept, place : place + 1], cache)
-    torch.testing.assert_close(got, model(tokens[kept])[:, -1:], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("chunks", LONG_CHUNKS, ids=lambda c: f"{len(c)}-chunks")
 @pytest.mark.parametrize("name", ROLLING)
 def test_a_rolling_config_reads_on_beyond_the_block(name: str, chunks: list[int]) -> None:
