@@ -160,8 +160,6 @@ def _generate(
         decoder=decoder,
         size=size,
     )
-    if stop.requested():  # before anything has begun
-        return
     told, drafted, accepted = model.model.config.rolls, 0, 0
     for index, prompt in enumerate(prompts):
         stopped = stop.requested() is not None

@@ -3,7 +3,7 @@
 
     python scripts/bench_train.py --nanogpt CLONE --text FILE                  # all: half an hour
     python scripts/bench_train.py --nanogpt CLONE --case 13m --rounds 7        # minutes
-    python scripts/bench_train.py --nanogpt CLONE --case 124m --write README.md
+    python scripts/bench_train.py --nanogpt CLONE --case 124m --write docs/measured.md
 
 13m, 124m   tokens per second, share of the fp32 GEMM peak, peak memory
 memory      peak memory of two AdamW steps at 124M, T 1024, B 4
