@@ -40,7 +40,7 @@ def main() -> None:
     keep_freed_memory()
     model = GPT(ModelConfig(**{**PRESETS["gpt2"], **SIZES}), VOCAB)
     initialise(model, torch.Generator().manual_seed(0))
-    optimizer = Optimizer(model, OptimizerConfig(kind="adamw", lr=1e-4))
+    optimizer = Optimizer(model, OptimizerConfig(kind="adamw", lr=1e-4, weight_decay=0.1))
     tokens = torch.randint(VOCAB, (ROWS, SIZES["block_size"] + 1))
 
     def step() -> None:
