@@ -94,10 +94,11 @@ def decode(
 
     Sample k of a request depends on (sampling, k, its tokens) alone, up to rounding.
     `on_text(request, sample, piece)` receives the texts as they grow, in whole characters, those of
-    later requests among them. `decoder` is a model of the same weights that takes the steps of one
-    token; `size` what `BatchSize.of` gave, if that was asked before. When a stop is requested, the
-    texts begun are yielded as they are, "interrupted". Raises CheckpointError for non-finite
-    logits, ValueError for tokens that do not fit.
+    later requests among them. `decoder` is a model of the same weights, or `model` itself, that is
+    there to take steps: they are recorded where many come. `size` is what `BatchSize.of` gave, if
+    that was asked before. When a stop is requested, the texts begun are yielded as they are,
+    "interrupted". Raises CheckpointError for non-finite logits, ValueError for tokens that do not
+    fit.
     """
     for request in requests:
         _check(model, request)
@@ -105,12 +106,12 @@ def decode(
         size = BatchSize(sum(request.n for request in requests), 0, 1)
     with _evaluating(model):
         size = size or BatchSize.of(model, requests, speculate)
-        yield from _decode(model, decoder or model, tokenizer, requests, on_text, speculate, size)
+        yield from _decode(model, decoder, tokenizer, requests, on_text, speculate, size)
 
 
 def _decode(
     model: GPT,
-    decoder: GPT,
+    decoder: GPT | None,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
     on_text: Callable[[int, int, str], None] | None,

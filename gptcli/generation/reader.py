@@ -20,22 +20,25 @@ class Reader:
     """A model and its cache for a batch of texts, which `fill` and `step` keep in agreement.
 
     Texts that begin alike are read once up to where they part; which these are is found among
-    `texts`, all that are to come. `decoder` is the model that takes the steps: the same weights,
-    where its linear layers are made for few rows.
+    `texts`, all that are to come. `decoder` is the model that takes the steps, which may be
+    recorded: the same weights, where its linear layers are made for few rows. None: `model`,
+    unrecorded, as one in training may be compiled.
     """
 
     def __init__(
         self,
         model: GPT,
-        decoder: GPT,
+        decoder: GPT | None,
         rows: int,
         capacity: int,
         most_new: int,
         texts: Sequence[Sequence[int]],
     ) -> None:
-        self._model, self._decoder = model, decoder
+        self._model, self._decoder = model, decoder or model
         self._cache = model.new_batch_cache(rows, capacity, most_new)
-        self._recorded = RecordedSteps(decoder, self._cache, rows, capacity)
+        self._recorded: RecordedSteps | None = None
+        if decoder is not None:
+            self._recorded = RecordedSteps(decoder, self._cache, rows, capacity)
         windows = [window for window in model.windows if window]
         self._narrowest = min(windows, default=capacity)
         self._prefixes = shared_prefixes(texts, _LEAST_SHARED_TOKENS, self._narrowest)
@@ -63,7 +66,7 @@ class Reader:
     ) -> Tensor:
         """Logits (R, T, V) after each of the next `tokens` (R, T) of the first rows, which have
         `lengths` tokens (R,) in the cache. About so many `steps` of this kind are to come."""
-        if self._recorded.fit(lengths, len(tokens[0]), steps):
+        if self._recorded is not None and self._recorded.fit(lengths, len(tokens[0]), steps):
             return self._recorded.step(torch.tensor(tokens), lengths)
         self._cache.begin(lengths, len(tokens[0]))
         ids = torch.tensor(tokens, device=self._model.device)

@@ -6,6 +6,7 @@ than they do; on a CPU Python itself takes a third of a step of GPT-2 124M in in
 9.3 recorded, one row, two AVX2 cores). The GPU part is written to PyTorch's documentation.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _ROOM_TOKENS = {"cuda": 256, "cpu": 512}
 # Steps of one kind still to come from which on recording pays: it takes about as long as 50 steps
 # save on a CPU, and milliseconds on a GPU.
 _LEAST_STEPS = {"cuda": 16, "cpu": 100}
+_CAN_TRACE = sys.version_info < (3, 14)  # which torch.jit does not know
 _WARM_UP_STEPS = 3  # of a CUDA graph, as its documentation has it
 
 _Shape = tuple[int, int, int]  # rows, tokens a row, room
@@ -43,7 +45,7 @@ class RecordedSteps:
     def fit(self, lengths: Sequence[int], count: int, steps: int) -> bool:
         """Whether `steps` steps like this one are worth recording, and can be: with rotations from
         the model's table, as others are copied from the host."""
-        if self._kind not in _LEAST_STEPS:
+        if self._kind not in _LEAST_STEPS or (self._kind == "cpu" and not _CAN_TRACE):
             return False
         table = self._model.positions.size(1) if self._model.config.position == "rope" else None
         room = self._room(lengths, count)

@@ -185,10 +185,11 @@ def test_recorded_steps(shape: str, speculate: bool, monkeypatch: pytest.MonkeyP
     expected = one_by_one(model, requests)
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
     monkeypatch.setitem(recorded._ROOM_TOKENS, "cpu", 10)
-    found = together(model, requests, speculate=speculate)
+    found = together(model, requests, speculate=speculate, decoder=model)
     assert without_counts(found) == expected
     assert recorded._traced[model]
-    assert together(model, requests, speculate=speculate) == found  # with other keys, recorded
+    again = together(model, requests, speculate=speculate, decoder=model)
+    assert again == found  # with the keys of another cache
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16", "onednn"])
@@ -203,14 +204,21 @@ def test_recorded_packed_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     request = Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=12), n=2)
     expected = together(model, [request])
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
-    assert together(model, [request]) == expected
+    assert together(model, [request], decoder=model) == expected
     assert recorded._traced[model]
 
 
 def test_few_steps_are_not_recorded() -> None:
     """Guards: a short text that waits for a recording which it cannot earn back."""
     model = random_model("gpt2")
-    together(model, [Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=60))])
+    together(model, [Request("", [1, 2], replace(SAMPLED, max_new_tokens=60))], decoder=model)
+    assert model not in recorded._traced
+
+
+def test_a_model_in_training_is_not_recorded() -> None:
+    """Guards: compiled blocks, which a recording does not go through."""
+    model = random_model("gpt2")
+    generate_samples(model, TOKENIZER, [1, 2], 1, replace(SAMPLED, max_new_tokens=130))
     assert model not in recorded._traced
 
 
