@@ -24,7 +24,10 @@ from gptcli.model.gpt import GPT
 _ROOM_TOKENS = {"cuda": 256, "cpu": 512}
 # Steps of one kind still to come from which on recording pays: it takes about as long as 50 steps
 # save on a CPU, and milliseconds on a GPU.
-_LEAST_STEPS = {"cuda": 16, "cpu": 100}
+_LEAST_STEPS = {"cuda": 16, "cpu": 80}
+# Steps of one kind in a row before it is recorded: where texts end one after another, the number of
+# rows changes with nearly every step, and none would be used again.
+_FIRST_STEPS = 8
 _CAN_TRACE = sys.version_info < (3, 14)  # which torch.jit does not know
 _WARM_UP_STEPS = 3  # of a CUDA graph, as its documentation has it
 
@@ -40,19 +43,25 @@ class RecordedSteps:
         self._model, self._cache, self._rows, self._capacity = model, cache, rows, capacity
         self._kind = model.device.type
         self._graphs: dict[_Shape, _Graph] = {}
+        self._shape, self._in_a_row = (0, 0, 0), 0
         self._pool: Any = None  # one memory for all graphs: they never run together
 
     def fit(self, lengths: Sequence[int], count: int, steps: int) -> bool:
-        """Whether `steps` steps like this one are worth recording, and can be: with rotations from
-        the model's table, as others are copied from the host."""
+        """Whether this step and `steps` more like it are worth recording, after some that were not,
+        and can be: with rotations from the model's table, as others are copied from the host. To be
+        asked once a step."""
         if self._kind not in _LEAST_STEPS or (self._kind == "cpu" and not _CAN_TRACE):
             return False
         table = self._model.positions.size(1) if self._model.config.position == "rope" else None
         room = self._room(lengths, count)
         if table is not None and room > table:
             return False
-        known = (len(lengths), count, room) in _traced.get(self._model, {})
-        return known or steps >= _LEAST_STEPS[self._kind]
+        shape = (self._recorded_rows(len(lengths)), count, room)
+        self._in_a_row = self._in_a_row + 1 if shape == self._shape else 1
+        self._shape = shape
+        if shape in self._graphs or shape in _traced.get(self._model, {}):
+            return True
+        return self._in_a_row > _FIRST_STEPS and steps >= _LEAST_STEPS[self._kind]
 
     def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (R, T, V) after `tokens` (R, T), valid until the next step of that shape."""
@@ -73,10 +82,13 @@ class RecordedSteps:
         longest = max(lengths) + count
         return min(longest + -longest % _ROOM_TOKENS[self._kind], max(self._capacity, longest))
 
+    def _recorded_rows(self, rows: int) -> int:
+        """On a GPU, where more rows take no longer, up to the next power of two: few graphs."""
+        return rows if self._kind == "cpu" else min(1 << (rows - 1).bit_length(), self._rows)
+
     def _replay(self, tokens: Tensor, lengths: Sequence[int], room: int) -> Tensor:
         rows, count = tokens.shape
-        # Few graphs: rows up to the next power of two, whose texts in the rows above are no one's.
-        more = min(1 << (rows - 1).bit_length(), self._rows) - rows
+        more = self._recorded_rows(rows) - rows  # what is in the cache above is no one's
         tokens = torch.cat([tokens, tokens[:1].expand(more, -1)])
         positions = _positions([*lengths, *[0] * more], count)
         shape = (rows + more, count, room)

@@ -184,6 +184,7 @@ def test_recorded_steps(shape: str, speculate: bool, monkeypatch: pytest.MonkeyP
     requests = requests_for(model)[::2]
     expected = one_by_one(model, requests)
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
     monkeypatch.setitem(recorded._ROOM_TOKENS, "cpu", 10)
     found = together(model, requests, speculate=speculate, decoder=model)
     assert without_counts(found) == expected
@@ -204,6 +205,7 @@ def test_recorded_packed_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     request = Request("", [1, 2, 3], replace(SAMPLED, max_new_tokens=12), n=2)
     expected = together(model, [request])
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
     assert together(model, [request], decoder=model) == expected
     assert recorded._traced[model]
 
@@ -213,6 +215,14 @@ def test_few_steps_are_not_recorded() -> None:
     model = random_model("gpt2")
     together(model, [Request("", [1, 2], replace(SAMPLED, max_new_tokens=60))], decoder=model)
     assert model not in recorded._traced
+
+
+def test_a_changing_batch_is_not_recorded() -> None:
+    """Guards: a recording for each number of rows, where texts end one after another."""
+    model = random_model("gpt2")
+    settings = [replace(SAMPLED, max_new_tokens=100 + 4 * i) for i in range(12)]
+    together(model, [Request("", [1, 2], s) for s in settings], decoder=model)
+    assert len(recorded._traced.get(model, {})) <= 1  # of the first hundred steps
 
 
 def test_a_model_in_training_is_not_recorded() -> None:
