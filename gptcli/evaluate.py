@@ -150,7 +150,7 @@ def _documents(
             hint=f"name a text: gpt eval --model {loaded.path} --data FILE",
         )
     finetuned = state["job"] == "finetune"
-    fields = tuple(config.finetune.fields.values()) if finetuned else None
+    fields = tuple(config.finetune.names.values()) if finetuned else None
     corpus = open_corpus(
         config.data,
         fields,

@@ -104,7 +104,7 @@ def _begin(config: Config, start: Start, device: Device, allow_data_change: bool
     tokenizer = starting_tokenizer(start, initial)
     assert tokenizer is not None  # config.init is set
     required_eot(tokenizer, config.init or "")
-    fields = tuple(config.finetune.fields.values())
+    fields = tuple(config.finetune.names.values())
     saved = start.saved_fingerprint
     corpus = open_corpus(config.data, fields, known=saved, val_tokens=config.eval.max_tokens)
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
@@ -147,7 +147,7 @@ def describe(config: Config) -> str:
     start = load_model(config.init, torch.device("cpu"))
     required_eot(start.tokenizer, config.init)
     config = with_shape(config, start.config.model)
-    corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
+    corpus = open_corpus(config.data, fields=tuple(config.finetune.names.values()))
     encoder = ExampleEncoder(config.finetune, start.tokenizer, config.model.block_size)
     held_out = encoder.encode_all(corpus.val_rows)
     held_out_skipped = encoder.skipped

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gptcli import stop
-from gptcli.config.schema import Config, FinetuneConfig
+from gptcli.config.finetune_schema import FinetuneConfig
+from gptcli.config.schema import Config
 from gptcli.data import extras
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.duplicates import Duplicates
@@ -103,7 +104,7 @@ def finetuning_fields(config: Config) -> tuple[str, ...] | None:
             return None
         if any(file.kind not in ("rows", "table") for file in resolve(config.data.train)):
             return None
-    return tuple(config.finetune.fields.values())
+    return tuple(config.finetune.names.values())
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
         if size > _MOST_READ_BYTES:
             return _Text(note=f"the text has {gib(size)} of files: it is not counted")
         finetuning = "finetune" in config.model_fields_set
-        fields = tuple(config.finetune.fields.values()) if finetuning else None
+        fields = tuple(config.finetune.names.values()) if finetuning else None
         corpus = open_corpus(config.data, fields, val_tokens=config.eval.max_tokens)
         next(corpus.train_records())
         memory = _resident_bytes() - resident

@@ -17,6 +17,7 @@ from gptcli.config.data_schema import (
     Written,
     as_sources,
 )
+from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.section import Fraction, NonNegative, PositiveFloat, PositiveInt, Section
 from gptcli.config.units import parse_seconds
@@ -198,28 +199,6 @@ class GenerateConfig(Section):
         if "" in texts:
             raise ValueError("an empty text is part of every text; write at least one character")
         return texts
-
-
-class FinetuneConfig(Section):
-    """Supervised finetuning on rows of prompt and response."""
-
-    task: Literal["completion"] = "completion"
-    fields: dict[str, str] = Field(
-        default_factory=lambda: {"prompt": "prompt", "response": "response"},
-        description="names in the rows: {prompt: question, response: answer}",
-    )
-    template: str = Field(
-        default="{{ prompt }}", description="Jinja, from the row's fields to the prompt"
-    )
-    method: Literal["full"] = "full"
-    score_rows: PositiveInt = Field(default=200, description="held-out rows for exact match")
-    max_new_tokens: PositiveInt = Field(default=64, description="length limit of a scored answer")
-
-    @model_validator(mode="after")
-    def _fields_known(self) -> "FinetuneConfig":
-        if set(self.fields) != {"prompt", "response"}:
-            raise ValueError("fields names exactly two fields: prompt and response")
-        return self
 
 
 class Config(Section):

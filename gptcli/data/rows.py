@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -29,12 +29,15 @@ class Row:
 class Rows:
     """`inputs` and `targets` (n, T) int64, padding and masked targets IGNORED; `starts` (n, T)
     bool, True where a document's piece begins and at each row's beginning, or None; `count` tokens
-    in all, padding left out."""
+    in all, padding left out. `ends` and `labels` are those of a StepBatch, with inputs and targets
+    (n, S, T)."""
 
     inputs: Array
     targets: Array
     starts: Array | None
     count: int
+    ends: Array | None = None
+    labels: Array | None = None
 
 
 class RowSource(Protocol):
@@ -63,6 +66,10 @@ class StepBatch:
     (R, T) int64 numbers the documents of a row 0, 1, 2, ... where attention must stay inside them.
     `count` is the number of tokens, padding left out. `epochs` counts passes over the training
     data so far, as a fraction by bytes.
+
+    Where a row is an example of several texts (a task head's, a preference's), tokens and targets
+    are (R, S, T), and `ends` (R, S) int64 is the place of each text's last token. `labels` (R,)
+    int64 is what a task head learns, or the key of a preference pair.
     """
 
     tokens: Tensor
@@ -71,6 +78,23 @@ class StepBatch:
     count: int
     position: dict[str, Any]
     epochs: float
+    ends: Tensor | None = None
+    labels: Tensor | None = None
+
+    def part(self, rows: slice, device: torch.device) -> "StepBatch":
+        """Some of the rows, on `device`; nothing waits for a copy from page-locked memory."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows].to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=self.tokens[rows].to(device, non_blocking=True),
+            targets=self.targets[rows].to(device, non_blocking=True),
+            segments=moved(self.segments),
+            ends=moved(self.ends),
+            labels=moved(self.labels),
+        )
 
 
 def step_batches(source: RowSource, rows: int, *, pin: bool = False) -> Iterator[StepBatch]:
@@ -84,6 +108,9 @@ def step_batches(source: RowSource, rows: int, *, pin: bool = False) -> Iterator
         made = torch.from_numpy(array)
         return made.pin_memory() if pin else made
 
+    def maybe(array: Array | None) -> Tensor | None:
+        return None if array is None else tensor(array)
+
     while True:
         batch = source.take(rows)
         segments = None
@@ -96,6 +123,8 @@ def step_batches(source: RowSource, rows: int, *, pin: bool = False) -> Iterator
             batch.count,
             source.state(),
             source.epochs,
+            maybe(batch.ends),
+            maybe(batch.labels),
         )
 
 

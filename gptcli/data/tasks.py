@@ -9,7 +9,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptcli import stop
-from gptcli.config.schema import FinetuneConfig
+from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.data.readers import read_shards
 from gptcli.data.rows import Row, Rows, collate
 from gptcli.data.shards import Shard, row_place
@@ -40,12 +40,12 @@ class ExampleEncoder:
             raise DataError("finetuning needs a tokenizer with an end-of-text token")
         self.tokenizer, self.eot, self.block_size = tokenizer, tokenizer.eot, block_size
         self.skipped = self.shortened = 0
-        self._fields = config.fields
+        self._fields = config.names
         environment = ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True
         )
         try:
-            self._template = environment.from_string(config.template)
+            self._template = environment.from_string(config.template or "{{ prompt }}")
         except jinja2.TemplateError as error:
             raise ConfigError(f"finetune.template: {error}") from error
 

@@ -23,6 +23,7 @@ from gptcli.runs.run_dir import read_run_json
 from gptcli.training.choices import apply, choose, choose_again
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
+from gptcli.training.objective import language_model_loss
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
 from gptcli.training.start import LIMITS, Start, machine, resume_command
@@ -97,6 +98,7 @@ def build_session(
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=start.state,
+        loss_of=language_model_loss(model),
         score_validation=_scorer(model, validation, device, config, choices.precision),
         data_fingerprint=corpus.fingerprint,
         job=start.job,

@@ -52,7 +52,7 @@ def train(session: Session, batches: Prefetch) -> None:
             session.save(must=False)
             raise
         got = time.perf_counter()
-        loss, grad_norm = forward_backward(session, batch, session.model.loss)
+        loss, grad_norm = forward_backward(session, batch)
         computed = time.perf_counter()
         limits = _limits(session, readings)
         applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())

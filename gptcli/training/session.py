@@ -26,6 +26,7 @@ from gptcli.runs.metrics import METRICS, SAMPLES, MetricsLog
 from gptcli.runs.run_dir import update_run_json
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
+from gptcli.training.objective import LossOf
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.schedule import is_decaying
 from gptcli.training.state import (
@@ -52,8 +53,9 @@ class Due:
 
 @dataclass
 class Session:
-    """A run in memory. `score_validation` scores the validation part, at every evaluation. The logs
-    `metrics` and `samples` are opened to append when they are first used.
+    """A run in memory. `loss_of` is what a step minimises; `score_validation` scores the validation
+    part, at every evaluation. The logs `metrics` and `samples` are opened to append when they are
+    first used.
 
     `clock` is the moment (time.monotonic()) up to which elapsed_seconds counts, at first the one
     where this process's work began.
@@ -67,6 +69,7 @@ class Session:
     tokenizer: Tokenizer
     optimizer: Optimizer
     state: TrainState
+    loss_of: LossOf
     score_validation: Callable[[], Scores]
     data_fingerprint: dict[str, Any]
     job: str = "pretrain"

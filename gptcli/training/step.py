@@ -1,7 +1,6 @@
 """One step's gradients: micro batches through the model, clipped."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from gptcli.data.rows import StepBatch
 from gptcli.device import autocast, is_out_of_memory, release_memory
-from gptcli.model.loss import IGNORED
 from gptcli.training.choices import apply, with_less_memory
 from gptcli.training.clipping import clip_gradients
 from gptcli.training.compiling import failure
@@ -18,23 +16,19 @@ from gptcli.training.session import Session
 log = logging.getLogger("gptcli")
 
 
-def forward_backward(
-    session: Session,
-    batch: StepBatch,
-    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean loss over the step's unmasked targets, clipped.
+def forward_backward(session: Session, batch: StepBatch) -> tuple[Tensor, Tensor]:
+    """Gradients of the step's loss, which is `session.loss_of`'s, clipped.
 
-    Micro batches add up to exactly that mean, whatever their number; with dropout each number has
-    masks of its own. Returns the loss (nats per token) and the gradient norm before clipping, fp32
-    scalars on the device, for which nothing waits. Where memory or the compiler fail,
-    `session.choices` change and the step is computed again; ResourceError when one row does not fit
-    in memory.
+    Micro batches add up to exactly that loss, whatever their number; with dropout each number has
+    masks of its own. Returns the loss (of a language model in nats per token) and the gradient norm
+    before clipping, fp32 scalars on the device, for which nothing waits. Where memory or the
+    compiler fail, `session.choices` change and the step is computed again; ResourceError when one
+    row does not fit in memory.
     """
     blamed = None  # a failure of compiled code: the compiler's, if the step then does without it
     while True:
         try:
-            found = _gradients(session, batch, loss_of)
+            found = _gradients(session, batch)
             if blamed is not None:
                 log.warning(blamed)
             return found
@@ -53,26 +47,16 @@ def forward_backward(
         apply(session.choices, session.model)
 
 
-def _gradients(
-    session: Session,
-    batch: StepBatch,
-    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, Tensor]:
+def _gradients(session: Session, batch: StepBatch) -> tuple[Tensor, Tensor]:
     """The attempt with the choices of now."""
     seed_step(session.config.seed, session.state.step)
     device, size = session.device.torch, session.choices.micro_batch_size
-    count = max(int((batch.targets != IGNORED).sum()), 1)  # on the CPU
     scale = session.state.loss_scale if session.choices.precision == "fp16" else 1.0
     total = torch.zeros((), device=device)
     for first in range(0, len(batch.tokens), size):
-        rows = slice(first, first + size)
-        tokens = batch.tokens[rows].to(device, non_blocking=True)
-        targets = batch.targets[rows].to(device, non_blocking=True)
-        segments = None
-        if batch.segments is not None:
-            segments = batch.segments[rows].to(device, non_blocking=True)
+        rows = batch.part(slice(first, first + size), device)
         with autocast(session.device, session.choices.precision):
-            loss = loss_of(tokens, targets, segments) / count
+            loss = session.loss_of(rows, batch)
         torch.autograd.backward(loss * scale)
         total += loss.detach()
     parameters = list(session.model.parameters())

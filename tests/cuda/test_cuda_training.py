@@ -78,12 +78,12 @@ def test_a_step_waits_for_nothing(
 
     def step(session: Session, batches: Prefetch) -> None:
         batch = batches.next()
-        loss, norm = forward_backward(session, batch, session.model.loss)
+        loss, norm = forward_backward(session, batch)
         session.optimizer.step(0.1, torch.isfinite(loss) & torch.isfinite(norm))
         session.optimizer.zero_grad()
         first = float(loss)
         with waiting_is_an_error(device):
-            loss, norm = forward_backward(session, batch, session.model.loss)
+            loss, norm = forward_backward(session, batch)
             session.optimizer.step(0.1, torch.isfinite(loss) & torch.isfinite(norm))
             session.optimizer.zero_grad()
         assert loss.device == norm.device == session.device.torch
@@ -234,7 +234,7 @@ def test_memory_is_what_the_plan_says(
     def measure(session: Session, batches: Prefetch) -> None:
         for _ in range(2):  # the second has the optimizer's state from the beginning
             torch.cuda.reset_peak_memory_stats()
-            forward_backward(session, batches.next(), session.model.loss)
+            forward_backward(session, batches.next())
             session.optimizer.step(0.1)
             session.optimizer.zero_grad()
         peak.append(torch.cuda.max_memory_allocated())

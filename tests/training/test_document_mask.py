@@ -15,6 +15,7 @@ from gptcli.model.gpt import GPT, initialise
 from gptcli.model.loss import IGNORED
 from gptcli.training.choices import Choices
 from gptcli.training.loop import forward_backward
+from gptcli.training.objective import language_model_loss
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
 from gptcli.training.state import TrainState
@@ -47,6 +48,7 @@ def session(directory: Path, micro_batch_size: int) -> Session:
         tokenizer=tokenizer,
         optimizer=Optimizer(model, CONFIG.optimizer),
         state=TrainState(),
+        loss_of=language_model_loss(model),
         score_validation=never,
         data_fingerprint={},
     )
@@ -68,7 +70,7 @@ def some_segments() -> Tensor:
 def step(directory: Path, given: StepBatch, micro_batch_size: int) -> tuple[float, list[Tensor]]:
     """The loss and the gradients of one step."""
     run = session(directory, micro_batch_size)
-    loss, _ = forward_backward(run, given, run.model.loss)
+    loss, _ = forward_backward(run, given)
     return loss, [p.grad for p in run.model.parameters() if p.grad is not None]
 
 

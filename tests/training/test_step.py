@@ -20,6 +20,7 @@ from gptcli.errors import ResourceError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.model.gpt import GPT, Block, initialise
 from gptcli.training.choices import Choices, apply
+from gptcli.training.objective import language_model_loss
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
 from gptcli.training.state import TrainState
@@ -54,6 +55,7 @@ def session(directory: Path, settings: Config, micro_batch_size: int) -> Session
         tokenizer=tokenizer,
         optimizer=Optimizer(model, settings.optimizer),
         state=TrainState(),
+        loss_of=language_model_loss(model),
         score_validation=never,
         data_fingerprint={},
     )
@@ -65,7 +67,7 @@ def step(run: Session) -> tuple[Tensor, list[Tensor]]:
     shape = (rows, run.config.model.block_size)
     tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(2))
     batch = StepBatch(tokens, tokens.roll(-1, dims=1), None, tokens.numel(), {}, 0.0)
-    loss, norm = forward_backward(run, batch, run.model.loss)
+    loss, norm = forward_backward(run, batch)
     assert isinstance(norm, Tensor)
     assert loss.shape == norm.shape == ()
     return loss, [p.grad.clone() for p in run.model.parameters() if p.grad is not None]

@@ -1,0 +1,122 @@
+"""The YAML's section `finetune`. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gptcli.config.section import NonNegative, PositiveFloat, PositiveInt, Section
+
+Task = Literal[
+    "completion",
+    "chat",
+    "instruction",
+    "classification",
+    "pairs",
+    "multiple_choice",
+    "preference",
+    "text",
+]
+
+# The fields of a task's rows, under the names that templates use; `finetune.fields` says what they
+# are called in the data. Those in OPTIONAL_FIELDS may be missing from a row or null.
+TASK_FIELDS: dict[Task, tuple[str, ...]] = {
+    "completion": ("prompt", "response"),
+    "chat": ("messages",),
+    "instruction": ("instruction", "input", "output"),
+    "classification": ("text", "label"),
+    "pairs": ("text1", "text2", "label"),
+    "multiple_choice": ("prompt", "choices", "label"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "text": ("text",),
+}
+OPTIONAL_FIELDS = frozenset({"input"})
+HEAD_TASKS: tuple[Task, ...] = ("classification", "pairs", "multiple_choice")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021): W x + (alpha / rank) B A x, of which A and B learn."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    layers: list[Literal["attn.qkv", "attn.proj", "mlp.up", "mlp.proj"]] = Field(
+        default=["attn.qkv", "attn.proj", "mlp.up", "mlp.proj"], min_length=1
+    )
+    quantize: Literal["int8"] | None = Field(
+        default=None, description="the frozen matrices of the blocks in a quarter of the memory"
+    )
+
+
+class FinetuneConfig(Section):
+    """Supervised finetuning: what the rows are, what of the model learns, how it is scored."""
+
+    task: Task = "completion"
+    fields: dict[str, str] = Field(
+        default={}, description="names in the rows: {prompt: question, response: answer}"
+    )
+    template: str | None = Field(
+        default=None,
+        description="Jinja, from the row's fields to the prompt, or the name of a shipped template",
+    )
+    loss_on: Literal["response", "all"] = "response"
+    packing: bool = Field(default=True, description="several examples in a row of block_size")
+    too_long: Literal["truncate", "skip"] = Field(
+        default="truncate", description="what becomes of rows whose prompt does not fit the block"
+    )
+    method: Literal["full", "lora", "head"] = Field(
+        default="full", description="what learns: all weights, adapters, or the task head alone"
+    )
+    lora: LoraConfig = LoraConfig()
+    freeze_embeddings: bool = False
+    freeze_layers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="blocks, counted from the embeddings, that do not learn"
+    )
+    head: bool = Field(
+        default=True,
+        description="labels by a linear head on the last token, as GPT-1; false: as text",
+    )
+    lm_weight: NonNegative = Field(
+        default=0.5, description="of the language-model loss beside the head's"
+    )
+    labels: list[str] | None = Field(default=None, description="null: those of the training rows")
+    class_weights: Literal["none", "balanced"] = "none"
+    max_train_rows_per_label: PositiveInt | None = None
+    dpo_beta: PositiveFloat = 0.1
+    patience: PositiveInt | None = Field(
+        default=None, description="evaluations without a better task score that end the run"
+    )
+    score_rows: PositiveInt = Field(default=200, description="held-out rows for the task's scores")
+    max_new_tokens: PositiveInt = Field(default=64, description="length limit of a scored answer")
+    scores: list[Literal["exact_match", "token_f1", "bleu", "chrf", "rouge", "code_runs"]] = Field(
+        default=["exact_match", "token_f1"], description="of generated answers"
+    )
+    reference: str | None = Field(
+        default=None, description="a text on which perplexity is taken before and after"
+    )
+    reference_tokens: PositiveInt = 20_000
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Every field of the task -> its name in the rows."""
+        return {name: self.fields.get(name, name) for name in TASK_FIELDS[self.task]}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether labels are learned by a task head."""
+        return self.head and self.task in HEAD_TASKS
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "FinetuneConfig":
+        known = TASK_FIELDS[self.task]
+        if unknown := sorted(set(self.fields) - set(known)):
+            raise ValueError(
+                f"fields: task {self.task} has {', '.join(known)}, not {', '.join(unknown)}"
+            )
+        if self.method == "head" and not self.has_head:
+            raise ValueError(
+                f"method head trains a task head alone, which {', '.join(HEAD_TASKS)} have with"
+                " head: true"
+            )
+        if self.method != "full" and (self.freeze_embeddings or self.freeze_layers):
+            raise ValueError(f"method {self.method} freezes all weights of the model already")
+        return self
