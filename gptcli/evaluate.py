@@ -12,14 +12,15 @@ from typing import Any
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config, EvalConfig
 from gptcli.data.corpus import open_corpus, read_documents
-from gptcli.data.tasks import ExampleEncoder
+from gptcli.data.task_data import open_task
+from gptcli.data.task_formats import row_fields
 from gptcli.device import Device, choose_precision, resolve_device
-from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluation.perplexity import (
     EncodedDocument,
     Scores,
     encode_documents,
-    encode_examples,
+    encode_rows,
     perplexity,
 )
 from gptcli.model.empty import empty_model
@@ -60,7 +61,7 @@ def evaluate(
     settings = config.eval
     device = resolve_device(config.training.device)
     loaded = load_model(model if model is not None else settings.model, device.torch)
-    block_size, vocab_size = loaded.model.config.block_size, loaded.model.vocab_size
+    block_size = loaded.model.config.block_size
     if settings.stride is not None and settings.stride > block_size:
         raise ConfigError(
             f"--stride {settings.stride} is above the model's block_size {block_size}"
@@ -72,14 +73,29 @@ def evaluate(
         )
     sources = [SourceConfig(path=path) for path in data] if data else settings.data
     encoded, name = _documents(loaded, sources, settings.max_tokens)
-    precision = _precision(config, loaded, device)
+    precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
     scores = perplexity(loaded.model, encoded, device, stride=settings.stride, precision=precision)
     quantized: dict[str, Any] = {}
     if settings.quantize is not None:
         scores, quantized = _quantized(loaded.model, encoded, device, settings, scores)
+    report = {**described(loaded, name, device, precision, command), **quantized}
+    sizes = {"documents": scores.documents, "bytes": scores.bytes}
+    report["data"] = {"eval": {"source": name, **sizes}}
+    report["scores"] = asdict(scores)
+    directory = eval_directory(loaded, run_dir, name, settings)
+    if directory is not None:
+        write_eval_report(directory, report)
+    return EvaluateResult(report, directory, scores)
+
+
+def described(
+    loaded: LoadedModel, name: str, device: Device, precision: str, command: str
+) -> dict[str, Any]:
+    """What the report of an evaluation on `name` says beside its scores."""
     trained = read_run_json(loaded.run_dir) if loaded.run_dir is not None else {}
-    report = {
+    vocab_size = loaded.model.vocab_size
+    return {
         "run": {
             "name": f"{loaded.name}, step {loaded.step}, on {name}",
             "job": "eval",
@@ -93,23 +109,14 @@ def evaluate(
             "parameters": empty_model(loaded.model.config, vocab_size).parameter_count(),
             "vocab_size": vocab_size,
         },
-        "data": {"eval": {"source": name, "documents": scores.documents, "bytes": scores.bytes}},
-        "scores": asdict(scores),
-        **quantized,
+        "data": {},
+        "scores": {},
         "tasks": {},
         "training": trained.get("training") or dict.fromkeys(TRAINING_KEYS),
         "choices": {"device": device.kind, "precision": precision},
         "machine": machine(device),
         "versions": versions(),
     }
-    directory = _directory(loaded, run_dir, name, settings)
-    if directory is not None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_eval_report(directory, report)
-        except OSError as error:
-            raise ResourceError(f"{directory}: cannot write the report: {error}") from error
-    return EvaluateResult(report, directory, scores)
 
 
 def _quantized(
@@ -150,7 +157,7 @@ def _documents(
             hint=f"name a text: gpt eval --model {loaded.path} --data FILE",
         )
     finetuned = state["job"] == "finetune"
-    fields = tuple(config.finetune.names.values()) if finetuned else None
+    fields = row_fields(config.finetune) if finetuned else None
     corpus = open_corpus(
         config.data,
         fields,
@@ -168,11 +175,14 @@ def _documents(
         return encode_documents(corpus.val_documents, loaded.tokenizer, most), "validation"
     if max_tokens is not None:
         raise ConfigError("--max-tokens cuts texts; this model was finetuned on rows")
-    encoder = ExampleEncoder(config.finetune, loaded.tokenizer, config.model.block_size)
-    return encode_examples(encoder.encode_all(corpus.val_rows)), "validation"
+    settings, block_size = config.finetune, config.model.block_size
+    task = open_task(
+        config, loaded.tokenizer, corpus, block_size=block_size, labels=settings.labels
+    )
+    return encode_rows(task.held_out), "validation"
 
 
-def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
+def eval_precision(config: Config, loaded: LoadedModel, device: Device) -> str:
     """The config's, else that of the model's training where the device is the same, else fp32.
 
     Packed layers take nothing but fp32, and so does what they are compared to.
@@ -188,7 +198,7 @@ def _precision(config: Config, loaded: LoadedModel, device: Device) -> str:
     return str(choices["precision"]) if same else "fp32"
 
 
-def _directory(
+def eval_directory(
     loaded: LoadedModel, run_dir: Path | None, name: str, settings: EvalConfig
 ) -> Path | None:
     """`run_dir`, else evals/NAME-HASH of the run; the hash tells text, step and settings apart."""

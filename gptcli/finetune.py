@@ -1,25 +1,39 @@
-"""Supervised finetuning: a pretrained model learns to answer, scored before and after."""
+"""Supervised finetuning: a pretrained model learns a task, scored before and after."""
 
+import json
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gptcli import stop
+from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
-from gptcli.data.corpus import Corpus, open_corpus
-from gptcli.data.stream import RecordStream, ShardReader
-from gptcli.data.tasks import Example, ExampleEncoder, ExampleRows
+from gptcli.data.corpus import Corpus, open_corpus, read_documents
+from gptcli.data.examples import Example, HeadExample, PreferencePair
+from gptcli.data.task_data import TaskData, open_task
+from gptcli.data.task_formats import row_fields
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, resolve_device
-from gptcli.errors import ConfigError, DataError
-from gptcli.evaluation.exact_match import exact_match
-from gptcli.evaluation.perplexity import encode_examples
+from gptcli.errors import ConfigError
+from gptcli.evaluation.perplexity import (
+    EncodedDocument,
+    encode_documents,
+    encode_rows,
+    perplexity,
+)
+from gptcli.evaluation.task_scores import TaskScores, check_scores, score_task
+from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
+from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
-from gptcli.runs.run_dir import read_run_json, update_run_json
+from gptcli.runs.run_dir import read_run_json, update_run_json, write_atomic
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -29,13 +43,21 @@ from gptcli.training.build import (
     run_session,
 )
 from gptcli.training.initial import (
+    load_trained,
     required_eot,
     starting_point,
     starting_tokenizer,
     with_shape,
 )
-from gptcli.training.session import Session
-from gptcli.training.start import Resume, Start, check_fingerprint, starting
+from gptcli.training.objective import (
+    LossOf,
+    head_loss,
+    language_model_loss,
+    preference_loss,
+)
+from gptcli.training.reference import reference_log_probabilities
+from gptcli.training.session import Session, TaskScore
+from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
 
 log = logging.getLogger("gptcli")
 
@@ -48,13 +70,15 @@ def finetune(
     resume: Resume = "no",
     overwrite: bool = False,
     allow_data_change: bool = False,
+    allow_code: bool = False,
     command: str = "",
     began: float | None = None,
 ) -> RunResult:
-    """Finetune `model` (else `config.init`) on rows of prompt and response.
+    """Finetune `model` (else `config.init`) on the rows of a task.
 
-    The loss is on the response and eot. Held-out perplexity of the responses and exact match of
-    greedy answers are measured before and after. Otherwise as `pretrain`.
+    The task's scores, the perplexity of held-out responses and, with `finetune.reference`, that of
+    a text on which nothing is trained are measured before and after. Otherwise as `pretrain`.
+    `allow_code` runs generated programs, where these are scored by that.
     """
     config = config if model is None else config.model_copy(update={"init": model})
     if config.init is None:
@@ -62,6 +86,7 @@ def finetune(
     began = time.monotonic() if began is None else began
     check_limits(config)
     _check_data(config)
+    check_scores(config.finetune, allow_code)
     device = resolve_device(config.training.device)
     with starting(
         "finetune",
@@ -74,54 +99,196 @@ def finetune(
     ) as start:
         if start.done:
             return nothing_to_do(start)
-        run = _begin(config, start, device, allow_data_change)
-        session, held_out = run.session, run.held_out
-        tasks = read_run_json(start.directory).get("tasks", {})
+        run = _begin(config, start, device, allow_data_change, allow_code)
         if start.contents is None:
             scoring = time.monotonic()
-            tasks = _tasks({}, "before", session, held_out)
-            session.state.finish_seconds = time.monotonic() - scoring  # as long as "after", about
-            update_run_json(start.directory, tasks=tasks)
-        result = run_session(
-            session, run.rows, lambda: {"tasks": _tasks(tasks, "after", session, held_out)}
-        )
+            run.score("before")
+            # "after" takes about as long, for which max_time keeps time back.
+            run.session.state.finish_seconds = time.monotonic() - scoring
+        task, position = run.task, run.session.state.position
+        rows = task.rows(config.seed, config.data.shuffle_window, position)
+        result = run_session(run.session, rows, run.finish)
         write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What a run in memory is: the session, its rows, and the examples that score it."""
+    """A run in memory: the session, the task's rows, and what scores them."""
 
     session: Session
-    rows: ExampleRows
-    held_out: list[Example]
+    task: TaskData
+    allow_code: bool
+    reference_text: list[EncodedDocument]
+    reference: dict[int, tuple[float, float]] = field(default_factory=dict)
+    scored: tuple[tuple[int, int], TaskScores] | None = None  # the last, and of when
+
+    @property
+    def scored_rows(self) -> Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair]:
+        """The held-out rows that the task's scores are of: to generate answers takes long."""
+        settings, rows = self.session.config.finetune, self.task.held_out
+        generated = bool(rows) and isinstance(rows[0], Example)
+        return rows[: settings.score_rows] if generated else rows
+
+    def task_scores(self) -> TaskScores:
+        """The scores of the model as it is now, taken once a step."""
+        session = self.session
+        now = (session.state.step, session.state.skipped_steps)  # a rollback repeats steps
+        if self.scored is not None and self.scored[0] == now:
+            return self.scored[1]
+        found = score_task(
+            session.model,
+            session.tokenizer,
+            session.config.finetune.task,
+            self.scored_rows,
+            session.config.finetune,
+            self.task.labels,
+            session.device,
+            session.choices.precision,
+            allow_code=self.allow_code,
+            reference=self.reference or None,
+        )
+        self.scored = now, found
+        return found
+
+    def headline(self) -> TaskScore:
+        """The score by which checkpoints are compared."""
+        found = self.task_scores()
+        return TaskScore(found.headline, found.values[found.headline])
+
+    def score(self, when: str) -> None:
+        """Take all scores as those of `when` (before, after) into run.json."""
+        session, directory = self.session, self.session.directory
+        log.info(f"scoring {len(self.scored_rows)} held-out rows {when} finetuning")
+        found = self.task_scores()
+        stop.raise_if_requested()
+        response = session.score_validation()
+        entries = found.entries(when)
+        entries["response_perplexity"] = {when: response.perplexity, "rows": response.documents}
+        if self.reference_text:
+            text = perplexity(
+                session.model,
+                self.reference_text,
+                session.device,
+                precision=session.choices.precision,
+            )
+            entries["reference_perplexity"] = {when: text.perplexity, "rows": text.documents}
+        tasks = read_run_json(directory).get("tasks", {})
+        merged = {name: {**tasks.get(name, {}), **entry} for name, entry in entries.items()}
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.predictions)
+        write_atomic(directory / f"predictions-{when}.jsonl", lines.encode("utf-8", "replace"))
+        update_run_json(directory, tasks={**tasks, **merged}, task=found.to_json())
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.values.items())
+        log.info(f"{when}: {shown}, response perplexity {response.perplexity:.3f}")
+
+    def finish(self) -> dict[str, Any]:
+        """Score what the run leaves behind: its best checkpoint. Nothing is left for run.json."""
+        state = self.session.state
+        if state.best_step is not None and state.best_step != state.step:
+            path = checkpoint.checkpoint_dir(self.session.directory, state.best_step)
+            log.info(f"scoring the best checkpoint, step {state.best_step}")
+            load_trained(self.session.model, checkpoint.read(path, with_optimizer=False).model)
+            self.scored = None
+        self.score("after")
+        return {}
 
 
-def _begin(config: Config, start: Start, device: Device, allow_data_change: bool) -> _Run:
+def _begin(
+    config: Config, start: Start, device: Device, allow_data_change: bool, allow_code: bool
+) -> _Run:
     """The run in memory. The model that `init` names does not outlive this call."""
     config, initial = starting_point(config, start)
     tokenizer = starting_tokenizer(start, initial)
     assert tokenizer is not None  # config.init is set
     required_eot(tokenizer, config.init or "")
-    fields = tuple(config.finetune.names.values())
     saved = start.saved_fingerprint
-    corpus = open_corpus(config.data, fields, known=saved, val_tokens=config.eval.max_tokens)
+    fields, most = row_fields(config.finetune), config.eval.max_tokens
+    corpus = open_corpus(config.data, fields, known=saved, val_tokens=most)
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
-    encoder = ExampleEncoder(config.finetune, tokenizer, config.model.block_size)
-    held_out = encoder.encode_all(corpus.val_rows)
-    if not held_out:
-        raise DataError("no held-out row fits the model's block_size; add rows, or data.val")
-    if not corpus.remote:
-        encoder.check(corpus.train)
-    if encoder.skipped or encoder.shortened:
-        log.warning(
-            f"{encoder.skipped} training rows do not fit and are skipped,"
-            f" {encoder.shortened} prompts lose their beginning"
+    task = _task(config, tokenizer, corpus, start)
+    if task.labels:
+        kept = config.finetune.model_copy(update={"labels": task.labels})
+        config = config.model_copy(update={"finetune": kept})
+        write_config(start.directory, config)
+    run: _Run
+    reference: dict[int, tuple[float, float]] = {}
+    session = build_session(
+        config,
+        start,
+        device,
+        tokenizer,
+        corpus,
+        encode_rows(task.held_out),
+        initial,
+        outputs=_outputs(config, task),
+        objective=partial(_objective, config, task, start, device, reference),
+    )
+    reference_text = _reference_text(config, tokenizer)
+    run = _Run(session, task, allow_code, reference_text, reference)
+    settings = config.finetune
+    # The loss on responses says little about labels and preferences, whose scores are cheap.
+    if settings.has_head or settings.task == "preference" or settings.patience is not None:
+        session.score_task = run.headline
+    session.write_run_json(task_data=task.facts())
+    return run
+
+
+def _task(config: Config, tokenizer: Tokenizer, corpus: Corpus, start: Start | None) -> TaskData:
+    """The rows of the task, with the labels that the config or the resumed run has."""
+    labels = config.finetune.labels
+    if start is not None and start.contents is not None:
+        labels = start.saved_config.get("finetune", {}).get("labels")
+    block_size = config.model.block_size
+    return open_task(config, tokenizer, corpus, block_size=block_size, labels=labels)
+
+
+def _outputs(config: Config, task: TaskData) -> int | None:
+    """Outputs of the task head: one for each label, or one for any choice; None without a head."""
+    if not config.finetune.has_head:
+        return None
+    return 1 if config.finetune.task == "multiple_choice" else len(task.labels)
+
+
+def _objective(
+    config: Config,
+    task: TaskData,
+    start: Start,
+    device: Device,
+    reference: dict[int, tuple[float, float]],
+    model: GPT,
+) -> LossOf:
+    """What a step of the task minimises. Of preferences `reference` is filled, by `model` as it is
+    before the training or from what the run kept."""
+    settings = config.finetune
+    if settings.has_head:
+        return head_loss(
+            model,
+            settings.lm_weight,
+            task.class_weights,
+            choice=settings.task == "multiple_choice",
+            cache_features=settings.method == "head",
         )
-    validation = encode_examples(held_out)
-    session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-    return _Run(session, _example_rows(session, corpus, encoder), held_out)
+    if settings.task == "preference":
+        held_out = [row for row in task.held_out if isinstance(row, PreferencePair)]
+        found = reference_log_probabilities(
+            model,
+            lambda: chain(task.pairs(), held_out),
+            device,
+            start.directory,
+            resumed=start.contents is not None,
+        )
+        reference.update(found)
+        return preference_loss(model, settings.dpo_beta, reference)
+    return language_model_loss(model)
+
+
+def _reference_text(config: Config, tokenizer: Tokenizer) -> list[EncodedDocument]:
+    """The text on which forgetting shows; empty where none is named."""
+    settings = config.finetune
+    if settings.reference is None:
+        return []
+    source, most = SourceConfig(path=settings.reference), settings.reference_tokens
+    return encode_documents(read_documents([source], most), tokenizer, most)
 
 
 def _check_data(config: Config) -> None:
@@ -133,9 +300,14 @@ def _check_data(config: Config) -> None:
         "weight": any(source.weight is not None for source in data.train),
         "text_field": any(source.text_field != "text" for source in data.train),
     }
+    hints = {
+        "data.packing: best_fit": "finetune.packing packs whole examples",
+        "data.document_mask": "attention always stays inside an example",
+        "text_field": "finetune.fields names the fields of the rows",
+    }
     for name, given in asked.items():
         if given:
-            raise ConfigError(f"{name} is for pretraining; finetuning has one row an example")
+            raise ConfigError(f"{name} is for pretraining", hint=hints.get(name))
 
 
 def describe(config: Config) -> str:
@@ -144,48 +316,21 @@ def describe(config: Config) -> str:
         raise ConfigError("finetuning starts from a model", hint="add --model RUN, or init: RUN")
     check_limits(config)
     _check_data(config)
-    start = load_model(config.init, torch.device("cpu"))
-    required_eot(start.tokenizer, config.init)
-    config = with_shape(config, start.config.model)
-    corpus = open_corpus(config.data, fields=tuple(config.finetune.names.values()))
-    encoder = ExampleEncoder(config.finetune, start.tokenizer, config.model.block_size)
-    held_out = encoder.encode_all(corpus.val_rows)
-    held_out_skipped = encoder.skipped
-    if not corpus.remote:
-        encoder.check(corpus.train)
+    loaded = load_model(config.init, torch.device("cpu"))
+    required_eot(loaded.tokenizer, config.init)
+    config = with_shape(config, loaded.config.model)
+    corpus = open_corpus(config.data, row_fields(config.finetune))
+    task = _task(config, loaded.tokenizer, corpus, None)
     documents = "uncounted" if corpus.documents is None else f"{corpus.documents:,}"
+    left_out = task.counts.skipped_empty + task.counts.skipped_long
     lines = {
-        "model": f"{start.path}, {start.model.parameter_count():,} parameters",
-        "rows": f"{documents} ({encoder.skipped} to train on do not fit)",
-        "held out": f"{len(held_out):,} rows ({held_out_skipped} more do not fit)",
+        "model": f"{loaded.path}, {loaded.model.parameter_count():,} parameters",
+        "task": f"{config.finetune.task}, method {config.finetune.method}",
+        "rows": f"{documents} ({left_out} to train on are empty or do not fit,"
+        f" {task.counts.shortened} are cut)",
+        "held out": f"{len(task.held_out):,} rows",
+        **({"labels": ", ".join(task.labels)} if task.labels else {}),
         "tokens per step": f"{config.training.tokens_per_step:,}",
         "limits": describe_limits(config),
     }
     return "".join(f"{name:<16} {value}\n" for name, value in lines.items())
-
-
-def _example_rows(session: Session, corpus: Corpus, encoder: ExampleEncoder) -> ExampleRows:
-    """The training rows from where the session stands."""
-    config, position = session.config, session.state.position
-    saved = position["stream"] if position else None
-    reader, window = ShardReader(corpus.train), config.data.shuffle_window
-    stream = RecordStream(reader, corpus.train_bytes, config.seed, window, saved)
-    return ExampleRows(stream, encoder)
-
-
-def _tasks(
-    tasks: dict[str, Any], when: str, session: Session, held_out: list[Example]
-) -> dict[str, Any]:
-    """The task scores with those of now under `when`."""
-    settings = session.config.finetune
-    rows = held_out[: settings.score_rows]
-    log.info(f"scoring {len(rows)} held-out answers {when} finetuning")
-    share = exact_match(session.model, session.tokenizer, rows, settings.max_new_tokens)
-    stop.raise_if_requested()
-    scores = session.score_validation()
-    found = {
-        "exact_match": {when: share, "rows": len(rows)},
-        "response_perplexity": {when: scores.perplexity, "rows": len(held_out)},
-    }
-    log.info(f"{when}: exact match {share:.3f}, response perplexity {scores.perplexity:.3f}")
-    return {name: {**tasks.get(name, {}), **values} for name, values in found.items()}

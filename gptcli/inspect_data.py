@@ -19,11 +19,13 @@ from gptcli.data.findings import Finding, judge
 from gptcli.data.overlap import N_GRAM, Overlap
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
 from gptcli.data.privacy import KINDS, available_kinds, find
+from gptcli.data.row_fields import RowFields
 from gptcli.data.rows import RowSource
 from gptcli.data.shown_rows import ShownRow, show_rows
-from gptcli.data.stream import RecordStream, ShardReader
+from gptcli.data.shown_task import show_task_rows, task_facts
 from gptcli.data.survey import EXACT_DOCUMENTS, Probes, Survey
-from gptcli.data.tasks import ExampleEncoder, ExampleRows
+from gptcli.data.task_data import open_task
+from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer, build_tokenizer
 from gptcli.data.unicode_scripts import language_of, main_script
 from gptcli.errors import ConfigError, DataError
@@ -67,7 +69,8 @@ def check_data(
     if corpus.remote and max_bytes is None:
         max_bytes = REMOTE_BYTES
     held_out = [(d.name, d.text) for d in corpus.val_documents if isinstance(d.text, str)]
-    held_out += [(name, _row_text(row, fields)) for name, row in corpus.val_rows]
+    if fields is not None:
+        held_out += [(name, fields.text_of(row)) for name, row in corpus.val_rows]
     overlap = Overlap(held_out) if held_out else None
     probes, missing = _probes(overlap)
     survey = Survey(tokenizer, block_size, probes)
@@ -79,8 +82,8 @@ def check_data(
         if max_bytes is not None and survey.bytes >= max_bytes:
             complete = False
             break
-        if "row" in record:
-            record = {**record, "text": _row_text(record["row"], fields)}
+        if fields is not None:
+            record = {**record, "text": fields.text_of(record["row"])}
         survey.add(record)
         if progress is not None:
             progress(min(survey.bytes, goal), goal)
@@ -93,7 +96,7 @@ def check_data(
     return DataCheck(report, findings)
 
 
-def finetuning_fields(config: Config) -> tuple[str, ...] | None:
+def finetuning_fields(config: Config) -> RowFields | None:
     """The rows' fields where `config` is one for finetuning: it says how rows become prompts, or
     starts from a model and has rows of which no field is named as the text. None for pretraining.
     """
@@ -104,7 +107,7 @@ def finetuning_fields(config: Config) -> tuple[str, ...] | None:
             return None
         if any(file.kind not in ("rows", "table") for file in resolve(config.data.train)):
             return None
-    return tuple(config.finetune.names.values())
+    return row_fields(config.finetune)
 
 
 @dataclass(frozen=True)
@@ -140,22 +143,23 @@ def show_data(
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"block_size": block_size})}
     )
-    source: RowSource
-    if fields is None:
-        source = training_rows(config, corpus, tokenizer)
-    else:
-        stream = RecordStream(
-            ShardReader(corpus.train), corpus.train_bytes, config.seed, config.data.shuffle_window
-        )
-        encoder = ExampleEncoder(config.finetune, tokenizer, block_size)
-        source = ExampleRows(stream, encoder)
-    _skip(source, step * max(1, config.training.tokens_per_step // block_size))
-    taken = source.take(rows)
     facts = {
         "data": ", ".join(s.path for s in config.data.train),
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
-        "packing": config.data.packing if fields is None else "one example a row",
-        "document_mask": "on" if config.data.document_mask and fields is None else "off",
+    }
+    before = step * max(1, config.training.tokens_per_step // block_size)
+    if fields is not None:
+        task = open_task(config, tokenizer, corpus, block_size=block_size)
+        source = task.rows(config.seed, config.data.shuffle_window)
+        _skip(source, before)
+        shown = show_task_rows(task, source.take(rows))
+        return DataRows(shown, step, block_size, {**facts, **task_facts(task)})
+    source = training_rows(config, corpus, tokenizer)
+    _skip(source, before)
+    taken = source.take(rows)
+    facts |= {
+        "packing": config.data.packing,
+        "document_mask": "on" if config.data.document_mask else "off",
     }
     shown = show_rows(tokenizer, taken.inputs, taken.targets, taken.starts)
     return DataRows(shown, step, block_size, facts)
@@ -168,7 +172,7 @@ def _skip(source: RowSource, rows: int) -> None:
         rows -= 64
 
 
-def _open(config: Config, fields: tuple[str, ...] | None) -> tuple[Corpus, Tokenizer, int]:
+def _open(config: Config, fields: RowFields | None) -> tuple[Corpus, Tokenizer, int]:
     """The corpus, the tokenizer that training would use, and its block size."""
     most = config.eval.max_tokens
     if config.init is not None:
@@ -178,20 +182,16 @@ def _open(config: Config, fields: tuple[str, ...] | None) -> tuple[Corpus, Token
     tokenizer = ready_tokenizer(config.tokenizer)
     eot = tokenizer.eot if tokenizer is not None else None
     corpus = open_corpus(config.data, fields, eot=eot, val_tokens=most)
-    if tokenizer is None and fields is None:
-        tokenizer = corpus_tokenizer(config, corpus)
-    elif tokenizer is None:
-        tokenizer = build_tokenizer(config.tokenizer, _row_texts(corpus, fields or ()))
+    if tokenizer is None:
+        if fields is None:
+            tokenizer = corpus_tokenizer(config, corpus)
+        else:
+            tokenizer = build_tokenizer(config.tokenizer, _row_texts(corpus, fields))
     return corpus, tokenizer, config.model.block_size
 
 
-def _row_texts(corpus: Corpus, fields: tuple[str, ...]) -> Iterator[str]:
-    return (_row_text(record["row"], fields) for record in corpus.train_records())
-
-
-def _row_text(row: Mapping[str, Any], fields: tuple[str, ...] | None) -> str:
-    """The texts of a finetuning row, one below the other."""
-    return "\n".join(str(row[name]) for name in fields or ())
+def _row_texts(corpus: Corpus, fields: RowFields) -> Iterator[str]:
+    return (fields.text_of(record["row"]) for record in corpus.train_records())
 
 
 def _probes(overlap: Overlap | None) -> tuple[Probes, list[str]]:

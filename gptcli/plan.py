@@ -14,13 +14,15 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.config.units import parse_bytes
 from gptcli.data.corpus import VAL_TOKENS, Corpus, open_corpus
+from gptcli.data.examples import Example
 from gptcli.data.files import resolve
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
-from gptcli.data.tasks import ExampleEncoder
+from gptcli.data.task_data import open_task
+from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, allow_tf32, resolve_device, usable_memory_bytes
 from gptcli.errors import CheckpointError, ConfigError, DataError
-from gptcli.evaluation.perplexity import encode_documents, encode_examples
+from gptcli.evaluation.perplexity import encode_documents, encode_rows
 from gptcli.interop.hf_folder import open_folder
 from gptcli.model.cache import KVCache
 from gptcli.model.empty import empty_model
@@ -246,7 +248,7 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
         if size > _MOST_READ_BYTES:
             return _Text(note=f"the text has {gib(size)} of files: it is not counted")
         finetuning = "finetune" in config.model_fields_set
-        fields = tuple(config.finetune.names.values()) if finetuning else None
+        fields = row_fields(config.finetune) if finetuning else None
         corpus = open_corpus(config.data, fields, val_tokens=config.eval.max_tokens)
         next(corpus.train_records())
         memory = _resident_bytes() - resident
@@ -267,13 +269,16 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
 
 
 def _rows(config: Config, tokenizer: Tokenizer, corpus: Corpus, memory_bytes: int) -> _Text:
-    """The rows to finetune on. How many of them do not fit a block is not looked at."""
-    length = config.model.block_size
-    held_out = ExampleEncoder(config.finetune, tokenizer, length).encode_all(corpus.val_rows)
-    own = 0 if config.data.val is not None else len(corpus.val_rows)
+    """The rows to finetune on: one fills a block, unless they are packed."""
+    length, settings = config.model.block_size, config.finetune
+    task = open_task(config, tokenizer, corpus, block_size=length, labels=settings.labels)
+    held_out = encode_rows(task.held_out)
+    tokens = sum(len(d.tokens) for d in held_out)
+    packed = settings.packing and isinstance(task.held_out[0], Example)
+    row_tokens = tokens / len(held_out) + 1 if packed else length
     return _Text(
-        train_tokens=None if corpus.documents is None else (corpus.documents - own) * length,
-        val_tokens=sum(len(d.tokens) for d in encode_examples(held_out)),
+        train_tokens=None if corpus.remote else int(task.counts.rows * row_tokens),
+        val_tokens=tokens,
         train_bytes=corpus.train_bytes,
         memory_bytes=memory_bytes,
     )

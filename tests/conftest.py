@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,14 @@ def _no_hub(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("HF_HUB_CACHE", cache)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """A shell starts what runs in the background with SIGINT ignored, which the commands under test
+    would inherit and leave ignored: tests of Ctrl-C would wait for ever."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

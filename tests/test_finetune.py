@@ -16,6 +16,7 @@ import torch
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.corpus import open_corpus
+from gptcli.data.task_formats import row_fields
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.finetune import describe, finetune
 from gptcli.pretrain import pretrain
@@ -152,7 +153,9 @@ def test_score_is_of_the_response(base: Path, rows: Path, tmp_path: Path) -> Non
             logprobs = model(torch.tensor([ids]))[0].double().log_softmax(-1)
         places = range(len(prompt), len(ids))
         nats[line["id"]] = [-logprobs[t - 1, ids[t]].item() for t in places]
-    corpus = open_corpus(settings(rows).data, ("q", "a"))  # tells which rows are held out
+    corpus = open_corpus(
+        settings(rows).data, row_fields(settings(rows).finetune)
+    )  # tells which rows are held out
     assert len(corpus.val_rows) == held_out
     scored = [n for _, row in corpus.val_rows for n in nats[row["id"]]]
     expected = math.exp(sum(scored) / len(scored))
@@ -170,7 +173,7 @@ def test_resume(base: Path, rows: Path, tmp_path: Path) -> None:
                 config, model=str(base), run_dir=run_dir, resume="resume" if number else "no"
             )
         assert result.status == "stopped", place
-        assert list(result.tasks["exact_match"]) == ["before", "rows"]
+        assert "after" not in result.tasks["exact_match"]
     result = finetune(config, model=str(base), run_dir=run_dir, resume="resume")
     assert result.status == "finished"
     assert outcome(run_dir) == outcome(tmp_path / "straight")
@@ -179,10 +182,10 @@ def test_resume(base: Path, rows: Path, tmp_path: Path) -> None:
 def test_stop_while_scoring(base: Path, rows: Path, tmp_path: Path) -> None:
     """Bug: a stop during the last scoring leaves a run that counts as finished without it."""
     config, run_dir = settings(rows), tmp_path / "run"
-    with stopping_at("answers before finetuning"), pytest.raises(stop.Stopped):
+    with stopping_at("rows before finetuning"), pytest.raises(stop.Stopped):
         finetune(config, model=str(base), run_dir=tmp_path / "early")
     assert read_run_json(tmp_path / "early")["status"] == "stopped"
-    with stopping_at("answers after finetuning"):
+    with stopping_at("rows after finetuning"):
         result = finetune(config, model=str(base), run_dir=run_dir)
     assert (result.status, result.signal, result.step) == ("stopped", signal.SIGTERM, 12)
     assert "after" not in result.tasks["exact_match"]
@@ -221,7 +224,7 @@ def test_describe(base: Path, rows: Path) -> None:
     """Bug: --dry-run of a finetuning fails, or counts other rows than the run uses."""
     text = describe(settings(rows).model_copy(update={"init": str(base)}))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
-    assert lines["rows"] == "60 (0 to train on do not fit)"
+    assert lines["rows"] == "60 (0 to train on are empty or do not fit, 0 are cut)"
     assert "max_steps 12" in lines["limits"]
     wrong = settings(rows, finetune={"fields": {"prompt": "q", "response": "answer"}})
     with pytest.raises(DataError, match="no field 'answer'"):
@@ -241,13 +244,13 @@ def test_rows_that_do_not_fit(
     result = finetune(settings(rows), model=str(base), run_dir=tmp_path / "run")
     assert result.status == "finished"
     assert all(r["loss"] is not None for r in read_metrics(tmp_path / "run"))
-    (line,) = [line for line in caplog.messages if "training rows do not fit" in line]
+    (line,) = [line for line in caplog.messages if "training rows" in line and "cut" in line]
     config = settings(rows)
-    corpus = open_corpus(config.data, fields=tuple(config.finetune.fields.values()))
+    corpus = open_corpus(config.data, fields=row_fields(config.finetune))
     kept = [record["row"] for record in corpus.train_records()]
-    assert line.startswith(f"{sum(len(row['a']) > 60 for row in kept)} training rows")
+    assert f" {sum(len(row['a']) > 60 for row in kept)} that do not fit" in line
     rows.write_text("".join(json.dumps({**row, "a": "x" * 99}) + "\n" for row in long))
-    with pytest.raises(DataError, match="no held-out row fits"):
+    with pytest.raises(DataError, match="no training row fits"):
         finetune(settings(rows), model=str(base), run_dir=tmp_path / "none")
 
 
@@ -257,7 +260,7 @@ def test_no_row_to_train_on_fits(base: Path, rows: Path, tmp_path: Path) -> None
     val.write_text(rows.read_text())
     rows.write_text('{"id": 1, "q": "cat", "a": "much longer than a block of thirty-two"}\n')
     config = settings(rows, data={"val": str(val)})
-    with pytest.raises(DataError, match="no row fits"):
+    with pytest.raises(DataError, match="no training row fits"):
         finetune(config, model=str(base), run_dir=tmp_path / "run")
     assert read_run_json(tmp_path / "run")["status"] == "failed"
 

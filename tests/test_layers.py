@@ -18,6 +18,7 @@ FLOORS = [
         "finetune",
         "generate",
         "evaluate",
+        "evaluate_task",
         "export",
         "import_model",
         "plan",

@@ -146,7 +146,8 @@ def rows_text(data: "DataRows", width: int, colours: bool) -> str:
     facts = [f"step {data.step}, rows of {data.block_size} tokens", *facts]
     parts = ["".join(visible(fact) + "\n" for fact in facts), _LEGEND]
     for number, row in enumerate(data.rows):
-        title = _styled(f"row {number}: {_row_facts(row, data.block_size)}", "1", colours)
+        name = row.name or f"row {number}"
+        title = _styled(visible(f"{name}: {_row_facts(row, data.block_size)}"), "1", colours)
         parts.append(f"{title}\n{_row_lines(row, width, colours)}")
     return "\n".join(parts)
 
@@ -234,6 +235,8 @@ def _row_facts(row: "ShownRow", block_size: int) -> str:
         facts.append(f"{row.segments} segments")
     if row.padding:
         facts.append(f"{row.padding} padding")
+    if row.label is not None:
+        facts.append(f"label {row.label}")
     return ", ".join(facts)
 
 
@@ -282,6 +285,8 @@ def _rows_json(data: "DataRows") -> dict[str, Any]:
             "targets": row.targets,
             "padding": row.padding,
             "segments": row.segments,
+            "name": row.name,
+            "label": row.label,
             "tokens": [vars(token) for token in row.tokens],
         }
         for row in data.rows

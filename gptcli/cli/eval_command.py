@@ -1,4 +1,4 @@
-"""`gpt eval`: score a model on held-out text."""
+"""`gpt eval`: score a model on held-out text, or on the rows of a task."""
 
 import json
 import logging
@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from gptcli.cli.invocation import invocation
-from gptcli.cli.run_flags import ModelOption
+from gptcli.cli.run_flags import AllowCodeOption, ModelOption
 from gptcli.cli.terminal import columns, write_out
+from gptcli.errors import ConfigError
 
 log = logging.getLogger("gptcli")
+
+MOST_LABELS = 12  # of a confusion matrix in a terminal; reports have larger ones
 
 
 def evaluate(
@@ -22,7 +25,7 @@ def evaluate(
     model: ModelOption = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="SOURCE", help="Text to score. [the held-out part]"),
+        typer.Option("--data", metavar="SOURCE", help="What to score. [the held-out part]"),
     ] = None,
     stride: Annotated[
         int | None, typer.Option("--stride", metavar="N", help="Tokens between windows.")
@@ -38,15 +41,22 @@ def evaluate(
             help="Score with smaller weights too, and show what that changes.",
         ),
     ] = None,
+    task: Annotated[
+        bool,
+        typer.Option(
+            "--task", help="Score the finetuning task of CONFIG, else that of the model's own run."
+        ),
+    ] = False,
+    allow_code: AllowCodeOption = False,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the report here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report.")] = False,
 ) -> int:
-    """Score a model: loss, perplexity, bits per byte, accuracy.
+    """Score a model: loss, perplexity, bits per byte, accuracy; with --task what it answers.
 
-    Without --data the model's own held-out text is scored. Reports go below the model's run
-    directory; bits per byte compare across tokenizers.
+    Without --data the model's own held-out part is scored. Reports, and with --task all
+    predictions, go below the model's run directory; bits per byte compare across tokenizers.
     """
     from gptcli.cli.section_flags import with_flags
     from gptcli.config.load import load_config
@@ -55,13 +65,31 @@ def evaluate(
     flags = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
     section = with_flags(base.eval, flags)
     settings = base.model_copy(update={"eval": section})
-    from gptcli.evaluate import evaluate as run
-
     call = invocation(context)
-    with call.display.live():
-        result = run(settings, data=data, run_dir=run_dir, command=call.command)
+    if task:
+        _refuse(stride=stride, max_tokens=max_tokens, quantize=quantize)
+        from gptcli.evaluate_task import evaluate_task
+
+        with call.display.live():
+            result = evaluate_task(
+                None if config is None else settings,
+                model=model,
+                data=data,
+                run_dir=run_dir,
+                allow_code=allow_code,
+                command=call.command,
+            )
+    else:
+        if allow_code:
+            raise ConfigError("--allow-code-execution is for --task")
+        from gptcli.evaluate import evaluate as run
+
+        with call.display.live():
+            result = run(settings, data=data, run_dir=run_dir, command=call.command)
     if as_json:
         write_out(json.dumps(result.report, indent=2) + "\n")
+    elif task:
+        write_out("\n".join(task_tables(result.report)))
     elif "quantized" in result.report:
         write_out(columns(comparison_rows(result.report), right=frozenset({1, 2, 3})))
     else:
@@ -69,6 +97,30 @@ def evaluate(
     if result.directory is not None:
         log.info(f"report: {result.directory}")
     return 0
+
+
+def _refuse(**flags: Any) -> None:
+    """ConfigError for flags that only scores of text have."""
+    for name, value in flags.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for text, not for --task")
+
+
+def task_tables(report: dict[str, Any]) -> list[str]:
+    """What a terminal shows of an evaluation on a task: the scores with their intervals, and where
+    there are labels the confusion matrix."""
+    rows = [["", "", "95 % interval", "baseline", "rows"]]
+    for name, entry in report["tasks"].items():
+        interval = " to ".join(f"{v:.4f}" for v in entry.get("value_ci95") or []) or "-"
+        baseline = f"{entry['baseline']:.4f}" if "baseline" in entry else "-"
+        rows.append([name, f"{entry['value']:.4f}", interval, baseline, str(entry["rows"])])
+    tables = [columns(rows, right=frozenset({1, 3, 4}))]
+    labels, confusion = report["task"]["labels"], report["task"]["confusion"]
+    if confusion is not None and len(labels) <= MOST_LABELS:
+        head = ["label, predicted as:", *labels]
+        counts = [[label, *map(str, row)] for label, row in zip(labels, confusion, strict=True)]
+        tables.append(columns([head, *counts], right=frozenset(range(1, len(head)))))
+    return tables
 
 
 def comparison_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""`gpt export`: a model for transformers or llama.cpp, or with int8 weights."""
+"""`gpt export`: a model for transformers, llama.cpp or peft, with int8 weights, or merged."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,11 @@ def export_model(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or file (gguf).")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="hf|gguf", help="For transformers, or for llama.cpp."),
+        typer.Option(
+            "--to",
+            metavar="hf|gguf|peft",
+            help="For transformers, for llama.cpp, or (an adapter alone) for peft.",
+        ),
     ] = None,
     model: ModelOption = None,
     dtype: Annotated[
@@ -32,15 +36,20 @@ def export_model(
             "--quantize", metavar="int8", help="For gpt itself: a quarter of the size, faster."
         ),
     ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="An adapter and its base as one model that needs neither."),
+    ] = False,
 ) -> int:
     """Write a model so that transformers (hf) or llama.cpp (gguf) runs it, with no code of ours.
 
     hf writes weights, config, tokenizer and a model card into a new folder. --quantize int8 writes
-    a checkpoint that gpt generate and gpt eval load faster. The path is printed.
+    a checkpoint that gpt generate and gpt eval load faster. Adapters are merged into their base,
+    but for --to peft; --merge alone writes that as a checkpoint. The path is printed.
     """
     from gptcli.export import export
 
     with invocation(context).display.live():
-        result = export(model, out, to, dtype, quantize)
+        result = export(model, out, to, dtype, quantize, merge)
     write_out(f"{result.path}\n")
     return 0

@@ -1,4 +1,4 @@
-"""`gpt finetune`: train a model further on prompts and responses."""
+"""`gpt finetune`: train a model further on the rows of a task."""
 
 from typing import Annotated
 
@@ -41,8 +41,15 @@ def finetune(
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
     dry_run: DryRunOption = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run the programs that the model writes, where finetune.scores has code_runs.",
+        ),
+    ] = False,
 ) -> int:
-    """Train a model further on rows of prompt and response.
+    """Train a model further on the rows of a task.
 
     The model is --model, else the config's init. Prints the run directory, its report, and the
     scores on held-out rows before and after.
@@ -64,6 +71,7 @@ def finetune(
             resume=flags.mode,
             overwrite=flags.overwrite,
             allow_data_change=flags.allow_data_change,
+            allow_code=allow_code,
             command=call.command,
         )
     return end_run(result)

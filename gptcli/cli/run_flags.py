@@ -58,6 +58,13 @@ OverwriteOption = Annotated[
 DataChangeOption = Annotated[
     bool, typer.Option("--allow-data-change", help="Resume although the data have changed.")
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Run the programs that the model writes, where finetune.scores has code_runs.",
+    ),
+]
 MaxTimeOption = Annotated[
     str | None,
     typer.Option("--max-time", metavar="TIME", help="Stop after this long, as 8h or 30m."),

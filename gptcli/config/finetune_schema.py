@@ -30,6 +30,7 @@ TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL_FIELDS = frozenset({"input"})
+LABELLED_TASKS: tuple[Task, ...] = ("classification", "pairs")  # whose labels have names
 HEAD_TASKS: tuple[Task, ...] = ("classification", "pairs", "multiple_choice")
 
 
@@ -79,6 +80,9 @@ class FinetuneConfig(Section):
         default=0.5, description="of the language-model loss beside the head's"
     )
     labels: list[str] | None = Field(default=None, description="null: those of the training rows")
+    pair_order: Literal["one", "both"] = Field(
+        default="one", description="both: a head reads two texts in either order, for similarity"
+    )
     class_weights: Literal["none", "balanced"] = "none"
     max_train_rows_per_label: PositiveInt | None = None
     dpo_beta: PositiveFloat = 0.1
@@ -88,7 +92,9 @@ class FinetuneConfig(Section):
     score_rows: PositiveInt = Field(default=200, description="held-out rows for the task's scores")
     max_new_tokens: PositiveInt = Field(default=64, description="length limit of a scored answer")
     scores: list[Literal["exact_match", "token_f1", "bleu", "chrf", "rouge", "code_runs"]] = Field(
-        default=["exact_match", "token_f1"], description="of generated answers"
+        default=["exact_match", "token_f1"],
+        min_length=1,
+        description="of generated answers; the first decides which checkpoint is the best",
     )
     reference: str | None = Field(
         default=None, description="a text on which perplexity is taken before and after"
@@ -110,7 +116,7 @@ class FinetuneConfig(Section):
         known = TASK_FIELDS[self.task]
         if unknown := sorted(set(self.fields) - set(known)):
             raise ValueError(
-                f"fields: task {self.task} has {', '.join(known)}, not {', '.join(unknown)}"
+                f"fields of task {self.task} are {', '.join(known)}, not {', '.join(unknown)}"
             )
         if self.method == "head" and not self.has_head:
             raise ValueError(
@@ -119,4 +125,22 @@ class FinetuneConfig(Section):
             )
         if self.method != "full" and (self.freeze_embeddings or self.freeze_layers):
             raise ValueError(f"method {self.method} freezes all weights of the model already")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "FinetuneConfig":
+        named = self.task in LABELLED_TASKS
+        asked = {
+            "labels": (self.labels is not None, named),
+            "max_train_rows_per_label": (self.max_train_rows_per_label is not None, named),
+            "class_weights": (self.class_weights != "none", named and self.has_head),
+            "pair_order: both": (self.pair_order == "both", self.task == "pairs" and self.has_head),
+        }
+        for name, (given, fits) in asked.items():
+            if given and not fits:
+                what = "a head of " if name.startswith(("class", "pair")) else ""
+                tasks = "pairs" if name.startswith("pair") else " and ".join(LABELLED_TASKS)
+                raise ValueError(f"{name} is for {what}{tasks}")
+        if self.labels is not None and (len(set(self.labels)) < max(2, len(self.labels))):
+            raise ValueError("labels names at least two, each of them once")
         return self

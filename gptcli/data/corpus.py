@@ -15,6 +15,7 @@ from gptcli.data.cleaning import CleaningReport
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.pretokenised import PIECE_TOKENS
 from gptcli.data.readers import file_tail_start, read_shards
+from gptcli.data.row_fields import RowFields
 from gptcli.data.scan import WHOLE, Contents, Document, FileScan, SourceFacts, SourceScan
 from gptcli.data.shards import (
     PIECE_BYTES,
@@ -84,7 +85,7 @@ class Corpus:
 
 def open_corpus(
     data: DataConfig,
-    fields: tuple[str, ...] | None = None,
+    fields: RowFields | None = None,
     *,
     eot: int | None = None,
     known: dict[str, Any] | None = None,
@@ -92,7 +93,7 @@ def open_corpus(
 ) -> Corpus:
     """What `data` names: every file and row checked and hashed, the validation part chosen.
 
-    With `fields` rows stay whole (finetuning), and each must hold text in them. `eot` tells where
+    With `fields` rows stay whole (finetuning), and each must have these. `eot` tells where
     documents begin in tokenised files; `known` is the fingerprint of the run that goes on, whose
     revision of a hub corpus is used again; `val_tokens` bounds what an endless stream holds out.
     A corpus that has not changed since it was last opened is not read again (`data.cache`).
@@ -101,7 +102,8 @@ def open_corpus(
     files = resolve(data.train, known)
     val_files = resolve(data.val, known) if data.val is not None else []
     states = corpus_index.file_states(files + val_files)
-    entry = corpus_index.entry(data, files + val_files, [fields, eot, val_tokens])
+    kinds = fields.kinds if fields is not None else None
+    entry = corpus_index.entry(data, files + val_files, [kinds, eot, val_tokens])
     contents = corpus_index.load(entry, files, val_files)
     if contents is None:
         contents = _read(data, files, val_files, fields, eot, val_tokens)
@@ -152,11 +154,24 @@ def read_documents(sources: list[SourceConfig], max_tokens: int | None = None) -
     return documents
 
 
+def read_rows(sources: list[SourceConfig], fields: RowFields) -> list[tuple[str, dict[str, Any]]]:
+    """All rows of the sources with their places, for evaluation. Each must have the `fields`."""
+    problems = Problems()
+    scans, _ = _scan(sources, resolve(sources), fields, None, problems)
+    if any(scan.documents is None for scan in scans):
+        raise DataError("an endless stream cannot be scored whole; name a file of rows")
+    rows = _collect([s for scan in scans for s in _shards(scan, WHOLE, fields, None)], None)[1]
+    _warn(problems)
+    if not rows:
+        raise DataError(f"no rows in {', '.join(source.path for source in sources)}")
+    return rows
+
+
 def _read(
     data: DataConfig,
     files: list[SourceFile],
     val_files: list[SourceFile],
-    fields: tuple[str, ...] | None,
+    fields: RowFields | None,
     eot: int | None,
     val_tokens: int | None,
 ) -> Contents:
@@ -212,7 +227,7 @@ def _cleaning(source: SourceConfig, report: CleaningReport) -> dict[str, Any]:
 def _scan(
     sources: list[SourceConfig],
     files: list[SourceFile],
-    fields: tuple[str, ...] | None,
+    fields: RowFields | None,
     eot: int | None,
     problems: Problems,
 ) -> tuple[list[FileScan], list[CleaningReport]]:
@@ -230,9 +245,7 @@ def _scan(
     return scans, [scanner.report for scanner in scanners]
 
 
-def _shards(
-    scan: FileScan, split: Split, fields: tuple[str, ...] | None, eot: int | None
-) -> list[Shard]:
+def _shards(scan: FileScan, split: Split, fields: RowFields | None, eot: int | None) -> list[Shard]:
     """The file's shards for one part of the split."""
     file = scan.file
     if not scan.documents and scan.documents is not None:

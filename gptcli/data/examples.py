@@ -10,7 +10,8 @@ class Example:
     `tokens` are document start, prompt, response and eot; `trained` says of each whether it is a
     target with loss, the first never is. An answer is generated from `tokens[:prompt]`, whose text
     is `prompt_text`, and compared with `references`, of which the first is the response that is
-    trained on (of a chat the last one). `where` names the row.
+    trained on (of a chat the last one). `where` names the row. `choices` are the texts that an
+    answer may be, where these are given.
     """
 
     tokens: list[int]
@@ -19,6 +20,7 @@ class Example:
     prompt_text: str
     references: list[str]
     where: str
+    choices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def training_rows(
     Tokens come from the token cache or are made on the way; the rows are the same.
     """
     data = config.data
-    groups = _groups(corpus)
+    groups = source_groups(corpus)
     states = position["mixture"]["streams"] if position else [None] * len(groups)
     cached = should_cache(
         data.cache, corpus.train_bytes, corpus.remote, _expected_tokens(config, corpus)
@@ -128,7 +128,7 @@ def training_rows(
     )
 
 
-def _groups(corpus: Corpus) -> list[tuple[list[Shard], int]]:
+def source_groups(corpus: Corpus) -> list[tuple[list[Shard], int]]:
     """Shards and size of each stream: one a source where they have weights, else one in all."""
     if corpus.weights is None:
         return [(corpus.train, corpus.train_bytes)]

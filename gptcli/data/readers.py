@@ -214,12 +214,11 @@ def _row_records(
 def _whole_row(
     shard: Shard, number: int, row: dict[str, Any], problems: Problems
 ) -> Iterator[dict[str, Any]]:
-    for name in shard.fields or ():
-        problem = _no_field(row, name) if name not in row else _not_text(row[name], name, row)
-        if problem is not None:
-            hint = "name the fields in finetune.fields: {prompt: ..., response: ...}"
-            bad_row(problem, shard.file, number, problems, hint)
-            return
+    problem = shard.fields.problem(row) if shard.fields is not None else None
+    if problem is not None:
+        hint = "finetune.fields names the task's fields; on_bad_row: skip leaves such rows out"
+        bad_row(problem, shard.file, number, problems, hint)
+        return
     digest = content_hash(row)
     if shard.split.kind == "none" or shard.split.has(digest):
         yield {

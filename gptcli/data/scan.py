@@ -18,6 +18,7 @@ from gptcli.data.files import SourceFile
 from gptcli.data.layout import layout
 from gptcli.data.pretokenised import PIECE_TOKENS, token_bytes
 from gptcli.data.readers import content_hash, read_shards
+from gptcli.data.row_fields import RowFields
 from gptcli.data.shards import PIECE_BYTES, Problems, Shard, Split
 from gptcli.errors import ConfigError, DataError
 
@@ -53,7 +54,7 @@ class FileScan:
             return -(-self.size // PIECE_BYTES)
         return -(-self.size // PIECE_TOKENS) if self.file.kind == "tokens" else None
 
-    def whole(self, fields: tuple[str, ...] | None, eot: int | None) -> Shard:
+    def whole(self, fields: RowFields | None, eot: int | None) -> Shard:
         """The file as one shard."""
         stop_at = self.size if self.pieces is None else self.pieces
         return Shard(self.file, 0, stop_at, WHOLE, high=self.size, fields=fields, eot=eot)
@@ -113,7 +114,7 @@ class _Document:
 class SourceScan:
     """Scans the files of one source in order: filters, duplicates and `limit` are the source's."""
 
-    def __init__(self, source: SourceConfig, fields: tuple[str, ...] | None) -> None:
+    def __init__(self, source: SourceConfig, fields: RowFields | None) -> None:
         if source.filters.active and fields is not None:
             raise ConfigError(f"{source.path}: filters are for text, not for finetuning rows")
         filters = source.filters

@@ -5,6 +5,7 @@ from typing import Literal
 
 from gptcli.data.files import SourceFile
 from gptcli.data.opening import byte_order_mark, open_utf8
+from gptcli.data.row_fields import RowFields
 from gptcli.errors import DataError
 
 PIECE_BYTES = 64 * 1024
@@ -34,9 +35,9 @@ class Shard:
     text, binary and tokens; bytes [start, stop) for lines, rows and .csv; row numbers for .parquet,
     .arrow and builtins.
 
-    With `fields`, rows stay whole (finetuning) and hold text in each of them. Rows and lines whose
-    numbers are in `dropped` are left out; `judged` says that filters have chosen these already.
-    `eot` tells where documents begin (kind tokens).
+    With `fields`, rows stay whole (finetuning) and have these. Rows and lines whose numbers are in
+    `dropped` are left out; `judged` says that filters have chosen these already. `eot` tells
+    where documents begin (kind tokens).
     """
 
     file: SourceFile
@@ -45,7 +46,7 @@ class Shard:
     split: Split
     low: int = 0
     high: int = 0
-    fields: tuple[str, ...] | None = None
+    fields: RowFields | None = None
     dropped: frozenset[int] = frozenset()
     eot: int | None = None
     judged: bool = True

@@ -15,12 +15,12 @@ from gptcli.model.loss import IGNORED
 class ShownToken:
     """One token of a row.
 
-    `text` has control characters and parts of characters as escapes; `completes` are the characters
-    that end with this token and began in earlier ones, control characters as escapes too.
-    `position` is what the model is told; None for a target that is no input, such as a row's last
-    one. `target` is the token to be predicted here, None without loss. `loss` tells whether this
-    token itself is a target with loss; `begins`, whether a segment (what attends to itself only:
-    the row, or a document of it) begins here.
+    `text` has control characters and parts of characters as escapes, special tokens as ⟨name⟩;
+    `completes` are the characters that end with this token and began in earlier ones, control
+    characters as escapes too. `position` is what the model is told; None for a target that is no
+    input, such as a row's last one. `target` is the token to be predicted here, None without loss.
+    `loss` tells whether this token itself is a target with loss; `begins`, whether a segment (what
+    attends to itself only: the row, or a document of it) begins here.
     """
 
     id: int
@@ -35,12 +35,17 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row: its tokens, and how many of the block are padding, are trained on, begin segments."""
+    """A row: its tokens, and how many of the block are padding, are trained on, begin segments.
+
+    `name` tells rows apart that are texts of one example; `label` is what a task head learns of it.
+    """
 
     tokens: list[ShownToken]
     padding: int
     targets: int
     segments: int
+    name: str = ""
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,20 @@ def show_rows(
     inputs: np.ndarray[Any, Any],
     targets: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any] | None,
+    lengths: Sequence[int] | None = None,
 ) -> list[ShownRow]:
     """Rows of inputs and targets (n, T); `starts` (n, T) tells where segments begin, None: rows
-    are one segment each."""
+    are one segment each. What is behind `lengths` inputs is padding, by default what is behind the
+    last one with a target."""
+    trained = targets != IGNORED
     return [
-        _row(tokenizer, inputs[i], targets[i], starts[i] if starts is not None else None)
+        _row(
+            tokenizer,
+            inputs[i],
+            targets[i],
+            starts[i] if starts is not None else None,
+            lengths[i] if lengths is not None else _length(trained[i]),
+        )
         for i in range(len(inputs))
     ]
 
@@ -72,9 +86,9 @@ def _row(
     inputs: np.ndarray[Any, Any],
     targets: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any] | None,
+    length: int,
 ) -> ShownRow:
     trained = targets != IGNORED
-    length = _length(trained)
     cells: list[_Cell] = []
     for i in range(length + 1):
         # A target is shown as the next input, or by itself where another token stands there.
@@ -86,6 +100,7 @@ def _row(
             begins = i == 0 or (starts is not None and bool(starts[i]))
             cells.append(_Cell(here, i, before == here, begins))
     texts = token_texts(tokenizer, [c.id for c in cells], [c.begins for c in cells])
+    names = {i: name for name, i in tokenizer.special.ids.items() if i != tokenizer.eot}
     tokens = []
     position = -1
     for cell, (text, completes) in zip(cells, texts, strict=True):
@@ -95,7 +110,7 @@ def _row(
         tokens.append(
             ShownToken(
                 id=cell.id,
-                text=text,
+                text=text or (f"⟨{names[cell.id]}⟩" if cell.id in names else ""),
                 completes=completes,
                 kind="eot" if cell.id == tokenizer.eot else "text",
                 position=position if place is not None else None,

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcli import stop
+from gptcli.data.examples import Example, HeadExample, PreferencePair
 from gptcli.data.scan import Document
-from gptcli.data.tasks import Example
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
 from gptcli.errors import DataError
@@ -129,17 +129,22 @@ def _token_ids(
             yield ids, len(tokenizer.decode_bytes(ids.tolist()))
 
 
-def encode_examples(examples: Sequence[Example]) -> list[EncodedDocument]:
-    """Finetuning examples as documents of which only the response is scored (eot never is)."""
-    return [
-        EncodedDocument(
-            tokens=torch.tensor([*example.prompt, *example.response]),
-            unscored=0,
-            bytes=len(example.text.encode("utf-8", "replace")),
-            first=len(example.prompt),
-        )
-        for example in examples
-    ]
+def encode_rows(
+    rows: Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair],
+) -> list[EncodedDocument]:
+    """Rows of a finetuning task as documents of which only the last response is scored: of a pair
+    the chosen one, of a task head's rows the (first) text. eot never is."""
+    return [_document(row) for row in rows]
+
+
+def _document(row: Example | HeadExample | PreferencePair) -> EncodedDocument:
+    if isinstance(row, HeadExample):
+        tokens, first, text = row.sequences[0], 1, row.text
+    else:
+        example = row.chosen if isinstance(row, PreferencePair) else row
+        tokens, first, text = example.tokens, example.prompt, example.references[0]
+    size = len(text.encode("utf-8", "replace"))
+    return EncodedDocument(torch.tensor(tokens[:-1]), unscored=0, bytes=size, first=max(1, first))
 
 
 @torch.no_grad()

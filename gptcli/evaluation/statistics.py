@@ -1,4 +1,6 @@
-"""Confidence intervals of corpus scores, by the bootstrap over documents."""
+"""Confidence intervals of corpus scores, by the bootstrap over documents or rows."""
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,6 +42,21 @@ def bootstrap_ratio_ci(
     if not len(ratios):
         return None
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_ci(
+    rows: int, score: Callable[[NDArray[np.int64]], float], *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval (95 %) of a score that is no ratio of sums.
+
+    `score` gets the numbers (rows,) of the rows drawn, with replacement. None below two rows.
+    """
+    if rows < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    scores = [score(rng.integers(rows, size=rows)) for _ in range(resamples)]
+    low, high = np.quantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -71,11 +71,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rms = ctx.saved_tensors
-        width = x.size(-1)
+        width, mask = x.size(-1), [True, ctx.needs_input_grad[1], False]
         g, x, rms = grads[0].reshape(-1, width), x.reshape(-1, width), rms.view(-1, 1)
         # A layer norm whose mean is 0 differs from this one by the mean of g * weight alone.
         by_x, by_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            g, x, [width], torch.zeros_like(rms), rms, weight, None, [True, True, False]
+            g, x, [width], torch.zeros_like(rms), rms, weight, None, mask
         )
         by_x.addcmul_(rms, (g @ weight)[:, None], value=1 / width)
         return by_x.view_as(grads[0]), by_weight, None
@@ -123,7 +123,7 @@ class _NormRotate(torch.autograd.Function):
         g = _turned(grads[0], rope, -1)  # by weights * normal
         normal = x * rms
         product = g * normal
-        by_weights = product.sum((0, 1))
+        by_weights = product.sum((0, 1)) if ctx.needs_input_grad[1] else None
         mean = product.mul_(weights).sum(-1, keepdim=True).div_(size)
         g.mul_(weights).addcmul_(normal, mean, value=-1)
         torch.mul(g, rms, out=by_qk)

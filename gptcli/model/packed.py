@@ -73,8 +73,10 @@ def is_quantized(model: GPT) -> bool:
 
 
 def matrices(model: GPT) -> list[str]:
-    """Names of the modules that `quantize` replaces, the head directly behind the embedding."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Names of the modules that `quantize` replaces, the head directly behind the embedding; a task
+    head, which is small, stays as it is."""
+    modules = model.named_modules()
+    linear = [n for n, m in modules if isinstance(m, nn.Linear) and n != "task_head"]
     return ["wte", *sorted(linear, key=lambda name: name != "head")]
 
 

@@ -44,7 +44,7 @@ def rows_html(rows: Sequence[ShownRow], step: int, block_size: int, facts: dict[
     """Rows of `show_rows` as a page, every token with its id, position and target on hover."""
     shown = [
         {
-            "title": f"Row {index}",
+            "title": (row.name or f"row {index}").capitalize(),
             "about": _about(row, block_size),
             "segments": _segments(row),
             "padding": row.padding,
@@ -162,6 +162,8 @@ def _about(row: ShownRow, block_size: int) -> str:
     facts.append(f"{row.segments} segments" if row.segments > 1 else "one segment")
     if row.padding:
         facts.append(f"{row.padding} padding")
+    if row.label is not None:
+        facts.append(f"label {row.label}")
     return ", ".join(facts)
 
 

@@ -21,7 +21,7 @@ def render_markdown(page: Page) -> str:
     rows = [[h.label, f"**{line_text(h.value)}**", line_text(h.note)] for h in page.headlines]
     blocks.append(_rows(["", "", ""], rows))
     blocks.append("\n".join(f"- {line_text(definition)}" for definition in page.definitions))
-    for table in (page.tasks, page.evals, page.scores):
+    for table in (page.tasks, *page.task_parts, page.evals, page.scores):
         blocks += _table(table)
     if page.shares:
         rows = [[s.label, s.seconds, f"{s.percent:.1f} %"] for s in page.shares]

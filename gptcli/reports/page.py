@@ -8,8 +8,14 @@ from typing import Any, TypeVar
 
 from gptcli.reports.curves import best, lines_of, time_parts
 from gptcli.reports.table import Table, cleaning_table, source_table
+from gptcli.reports.task_tables import (
+    headline,
+    meanings,
+    row_counts,
+    score_table,
+    task_parts,
+)
 from gptcli.reports.text import (
-    NOTHING,
     clip,
     compact,
     decimals,
@@ -96,6 +102,7 @@ class Page:
     definitions: list[str]
     scores: Table | None
     tasks: Table | None
+    task_parts: list[Table]
     evals: Table | None
     shares: list[Share]
     events: Table | None
@@ -119,6 +126,7 @@ def build_page(
     trained = bool(report.get("training")) and run.get("job") != "eval"
     job = {"pretrain": "Pretraining", "finetune": "Finetuning"}.get(str(run.get("job")), "Training")
     warnings = report.get("data", {}).get("warnings") or []
+    tasks, task = report.get("tasks") or {}, report.get("task") or {}
     commands = {"Command": report.get("command"), **_labelled(report.get("commands") or {})}
     return Page(
         title=str(run["name"]),
@@ -126,10 +134,13 @@ def build_page(
         status=report.get("status"),
         subtitle=_subtitle(report),
         notes=[str(n) for n in [*(report.get("notes") or []), *warnings]],
-        headlines=_run_headlines(report) if trained else _eval_headlines(report),
-        definitions=DEFINITIONS,
+        headlines=_with_task(
+            headline(tasks, task), _run_headlines(report) if trained else _eval_headlines(report)
+        ),
+        definitions=[*meanings(tasks), *DEFINITIONS],
         scores=_facts("Scores", report["scores"]),
-        tasks=_tasks(report.get("tasks") or {}),
+        tasks=score_table(tasks),
+        task_parts=task_parts(task),
         evals=_evals(lines_of(metrics, "eval")),
         shares=_shares(metrics),
         events=_events(metrics),
@@ -156,6 +167,13 @@ def _subtitle(report: dict[str, Any]) -> list[str]:
     if created:
         parts.append(moment(created))
     return parts
+
+
+def _with_task(task: tuple[str, str, str] | None, others: list[Headline]) -> list[Headline]:
+    """The task's score first, in place of the share of tokens that ranked first."""
+    if task is None:
+        return others
+    return [Headline(*task), *(shown for shown in others if shown.label != "Accuracy")]
 
 
 def _run_headlines(report: dict[str, Any]) -> list[Headline]:
@@ -207,25 +225,6 @@ def _eval_headlines(report: dict[str, Any]) -> list[Headline]:
         Headline("Tokens scored", compact(scores.get("tokens")), _count(scores, "unscored_tokens")),
         Headline("Parameters", compact(model.get("parameters")), str(model.get("preset") or "")),
     ]
-
-
-def _tasks(tasks: dict[str, Any]) -> Table | None:
-    """Task scores before and after finetuning, with whatever else is said of each."""
-    if not tasks:
-        return None
-    entries = {k: v if isinstance(v, dict) else {"after": v} for k, v in tasks.items()}
-    extra = sorted({str(key) for v in entries.values() for key in v} - {"before", "after"})
-    rows = []
-    for name, entry in entries.items():
-        before, after = finite(entry.get("before")), finite(entry.get("after"))
-        change = (
-            NOTHING
-            if before is None or after is None
-            else f"{after - before:+.4g}".replace("-", "−")
-        )
-        shown = [field(key, entry.get(key)) for key in ("before", "after")]
-        rows.append([str(name), *shown, change, *(field(key, entry.get(key)) for key in extra)])
-    return Table("Tasks", ["task", "before", "after", "change", *extra], rows)
 
 
 def _evals(lines: list[dict[str, Any]]) -> Table | None:
@@ -309,6 +308,7 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
         _data({k: v for k, v in data.items() if k != "sources"}),
         source_table(data.get("sources") or [], report.get("mixture") or []),
         cleaning_table(data.get("sources") or []),
+        row_counts(report.get("task_data") or {}),
         _facts("Machine", report.get("machine")),
         _facts("Automatic choices", report.get("choices")),
         _facts("Versions", report.get("versions")),

@@ -98,6 +98,8 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
         "data": _mapping(run, "data"),
         "scores": scores,
         "tasks": _mapping(run, "tasks"),
+        "task": _mapping(run, "task"),
+        "task_data": _mapping(run, "task_data"),
         "training": _training(run, files.metrics),
         "last_eval": evals[-1] if evals else None,
         "best_eval": best(evals),

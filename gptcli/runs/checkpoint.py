@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
 from gptcli.runs.manifest import (
+    ADAPTER,
     CONFIG,
     MODEL,
     OPTIMIZER,
@@ -37,7 +37,7 @@ from gptcli.runs.manifest import (
     write_manifest,
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
-from gptcli.runs.tensors import read_tensors, with_tied
+from gptcli.runs.tensors import read_tensors, save_tensors, untied, with_tied
 
 _BEST = "best.json"
 _BEST_BYTES = 4096
@@ -52,7 +52,8 @@ log = logging.getLogger("gptcli")
 class Contents:
     """What a checkpoint holds. `state` is JSON that comes back equal: str keys, lists, no tuples.
 
-    Tensors that are the same memory under two names (tied weights) are stored once.
+    Tensors that are the same memory under two names (tied weights) are stored once. Where `adapter`
+    is given, `model` holds what belongs on the base that it names (see `runs.adapter`).
     """
 
     model: dict[str, Tensor]
@@ -60,6 +61,7 @@ class Contents:
     state: dict[str, Any]
     config_yaml: str
     tokenizer: Tokenizer
+    adapter: dict[str, Any] | None = None
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -161,6 +163,7 @@ def read(directory: Path, *, with_optimizer: bool) -> Contents:
         state=read_state(directory),
         config_yaml=_read_text(directory / CONFIG),
         tokenizer=read_tokenizer(directory, manifest),
+        adapter=read_adapter(directory, manifest),
     )
 
 
@@ -178,6 +181,12 @@ def read_tokenizer(directory: Path, manifest: dict[str, Any]) -> Tokenizer:
 def read_state(directory: Path) -> dict[str, Any]:
     """state.json of a verified checkpoint."""
     return read_json(directory / STATE, SMALL_FILE_BYTES)
+
+
+def read_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """adapter.json of a verified checkpoint; None where its weights are whole ones."""
+    listed = ADAPTER in manifest["files"]
+    return read_json(directory / ADAPTER, SMALL_FILE_BYTES) if listed else None
 
 
 def write_best(run_dir: Path, step: int, loss: float) -> None:
@@ -268,7 +277,7 @@ def clean_leftovers(run_dir: Path) -> None:
 
 def space_needed(contents: Contents) -> int:
     """Bytes on disk of a checkpoint, rounded up."""
-    tensors = [*_untied(contents.model)[0].values(), *contents.optimizer.values()]
+    tensors = [*untied(contents.model)[0].values(), *contents.optimizer.values()]
     return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
 
 
@@ -294,14 +303,17 @@ def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
 
 def _write(temp: Path, step: int, contents: Contents) -> None:
     """Fill `temp`; manifest.json last, everything synced."""
-    model, tied = _untied(contents.model)
-    _save_tensors(model, temp / MODEL)
-    optimizer, shared = _untied(contents.optimizer)
+    model, tied = untied(contents.model)
+    save_tensors(model, temp / MODEL)
+    optimizer, shared = untied(contents.optimizer)
     copies = {name: optimizer[kept].clone() for name, kept in shared.items()}
-    _save_tensors({**optimizer, **copies}, temp / OPTIMIZER)
+    save_tensors({**optimizer, **copies}, temp / OPTIMIZER)
     # Unlike our other JSON this may hold NaN and Infinity: an exact resume needs the same numbers.
     (temp / STATE).write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     (temp / CONFIG).write_text(contents.config_yaml, encoding="utf-8")
+    if contents.adapter is not None:
+        text = json.dumps(contents.adapter, indent=1) + "\n"
+        (temp / ADAPTER).write_text(text, encoding="utf-8")
     contents.tokenizer.save(temp / TOKENIZER)
     mode = stat.S_IMODE(os.stat(temp / STATE).st_mode)
     for name in (MODEL, OPTIMIZER):
@@ -326,28 +338,6 @@ def _swap_in(temp: Path, target: Path) -> None:
     sync_directory(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors without second names of the same memory, and second name -> first name."""
-    unique: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in names:
-            tied[name] = names[place]
-        else:
-            names[place] = name
-            unique[name] = tensor
-    return unique, tied
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # One metadata key: several would be written in random order, and equal weights must give
-    # equal files. This one is what transformers wants to see.
-    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    save_file(ready, path, metadata={"format": "pt"})
 
 
 def _read_text(path: Path) -> str:

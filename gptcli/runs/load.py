@@ -17,12 +17,23 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
-from gptcli.interop.fit import MAX_POSITION_NUMBERS, misfit
+from gptcli.interop.fit import MAX_POSITION_NUMBERS
 from gptcli.interop.hf_folder import open_folder
 from gptcli.model import packed
 from gptcli.model.empty import empty_model, parameter_shapes
 from gptcli.model.gpt import GPT
+from gptcli.model.heads import attach_head, has_task_head, task_head
+from gptcli.model.lora import merge_lora
 from gptcli.runs import checkpoint
+from gptcli.runs.adapter import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    Adapter,
+    check_fit,
+    find_base,
+    give_adapter,
+    head_shapes,
+)
 from gptcli.runs.manifest import CONFIG, MODEL, TOKENIZER, DamagedFileError, check_hash
 from gptcli.runs.resolve import ModelPlace, locate
 from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir
@@ -39,7 +50,8 @@ _TOKENS_PER_STEP = 4096  # or one row, of models whose rows are longer
 class LoadedModel:
     """A model in eval mode with what belongs to it.
 
-    Of a Hugging Face folder `state` is None, `step` 0 and `manifest` empty.
+    Of a Hugging Face folder `state` is None, `step` 0 and `manifest` empty; of one from the hub,
+    `hub` is owner/name@commit.
     """
 
     model: GPT
@@ -51,6 +63,8 @@ class LoadedModel:
     name: str
     manifest: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] | None = None  # state.json of the checkpoint
+    hub: str | None = None
+    adapter: dict[str, Any] | None = None  # adapter.json of the checkpoint
 
 
 def load_model(
@@ -60,15 +74,18 @@ def load_model(
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     quantize: packed.Kind | None = None,
+    merge: bool = True,
 ) -> LoadedModel:
     """Load MODEL onto `device` with weights of `dtype` (fp32).
 
     MODEL is what `locate` says; of a run it is the best checkpoint, else the newest valid one.
     Weights are read one tensor at a time, so that they are in memory once. `allow_pickle` also
     reads the .bin files of older Hugging Face folders. `quantize` makes its layers packed ones
-    (`model.packed`), which those of an int8 checkpoint are already. Raises CheckpointError when
-    there is none or it is damaged or does not fit its config, ConfigError when it cannot be
-    quantized so, ResourceError when the device's memory is too small, `stop.Stopped`.
+    (`model.packed`), which those of an int8 checkpoint are already. The adapter of a finetuned run
+    is merged into its base, which is loaded from where it lies; without `merge` it stays beside the
+    frozen base. Raises CheckpointError when there is none or it is damaged or does not fit its
+    config, ConfigError when it cannot be quantized so, ResourceError when the device's memory is
+    too small, `stop.Stopped`.
     """
     place = locate(reference, allow_pickle=allow_pickle)
     dtype = dtype or torch.float32
@@ -76,10 +93,10 @@ def load_model(
         if place.kind == "folder":
             loaded = _from_folder(place, device, dtype, allow_pickle)
         elif place.kind == "run":
-            loaded = _from_run(place.path, device, dtype)
+            loaded = _from_run(place.path, device, dtype, merge)
         else:
             manifest = checkpoint.verify(place.path, optimizer=False, weights=False)
-            loaded = _from_checkpoint(place.path, manifest, device, dtype)
+            loaded = _from_checkpoint(place.path, manifest, device, dtype, merge)
         if quantize is not None:
             _quantize(loaded, quantize)
         return loaded
@@ -104,7 +121,8 @@ def published_config(name: str, model: ModelConfig) -> Config:
 
 
 def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
-    """Give `model` exactly `tensors`, whose names may carry the prefixes of wrappers.
+    """Give `model` exactly `tensors`, whose names may carry the prefixes of wrappers; where a task
+    head is among them, `model` has it afterwards.
 
     A model on the meta device takes them over without a copy and becomes usable. Missing,
     unexpected and misshapen tensors raise a CheckpointError that opens with `where` and lists them.
@@ -116,15 +134,67 @@ def load_weights(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
             f"{where}: the weights are int8, to generate and to score with, not to train",
             hint="train the model that they were made from",
         )
-    _check_fit(_shapes(model.state_dict()), _shapes(plain), where)
+    found = _shapes(plain)
+    check_fit(_shapes(model.state_dict()) | head_shapes(found, model.config.n_embd), found, where)
     if model.config.tie_embeddings and not _same(plain["wte.weight"], plain["head.weight"]):
         raise CheckpointError(f"{where}: wte.weight and head.weight differ, but are tied")
-    on_meta = model.device.type == "meta"
-    model.load_state_dict(plain, assign=on_meta)
+    on_meta, head = model.device.type == "meta", _taken_head(plain)
+    model.load_state_dict(plain, assign=on_meta, strict=False)  # the names are checked already
     if on_meta:
         if model.config.tie_embeddings:
             model.head.weight = model.wte.weight  # assigning made two parameters of them
         model.reset_positions()
+    _load_head(model, head)
+
+
+def reshaped(config: ModelConfig, loaded: LoadedModel) -> GPT:
+    """A model of `config` that holds the tensors of `loaded` but for its task head; of a longer
+    learned position table, a copy of the first block_size rows."""
+    weights = {name: tensor.float() for name, tensor in loaded.model.state_dict().items()}
+    _taken_head(weights)
+    if config.position == "learned":
+        positions = weights["wpe.weight"]
+        if len(positions) > config.block_size:  # cloned: a view would keep all of it
+            weights["wpe.weight"] = positions[: config.block_size].clone()
+    model = empty_model(config, loaded.model.vocab_size)
+    load_weights(model, weights, str(loaded.path))
+    return model
+
+
+def with_adapter(
+    config: ModelConfig,
+    adapter: dict[str, Any],
+    tensors: dict[str, Tensor],
+    where: str,
+    device: torch.device | None = None,
+) -> GPT:
+    """The base that `adapter` (adapter.json) names as a model of `config`, with the adapter on it.
+
+    Raises CheckpointError, which opens with `where`, when the base is gone or changed or the
+    adapter does not fit it, `stop.Stopped`.
+    """
+    about = Adapter.from_json(adapter, where)
+    place = find_base(about, where)
+    base = load_model(place.hub or str(place.path), device or torch.device("cpu"))
+    model = reshaped(config, base)
+    give_adapter(model, about, tensors, where)
+    return model
+
+
+def _taken_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take a task head out of `tensors`."""
+    return {name: tensors.pop(name) for name in (HEAD_WEIGHT, HEAD_BIAS) if name in tensors}
+
+
+def _load_head(model: GPT, head: dict[str, Tensor]) -> None:
+    if not head:
+        return
+    if not has_task_head(model):
+        attach_head(model, len(head[HEAD_WEIGHT]), torch.Generator())
+    layer = task_head(model).to(model.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(head[HEAD_WEIGHT])
+        layer.bias.copy_(head[HEAD_BIAS])
 
 
 def _quantize(loaded: LoadedModel, kind: packed.Kind) -> None:
@@ -151,12 +221,14 @@ def _load_int8(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
         weight, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale")
         return packed.int8_layer(name, weight, scale.float(), tensors.pop(f"{name}.bias", None))
 
+    head = _taken_head(tensors)
     packed.replace_layers(model, packed.matrices(model), pack)
     model.load_state_dict(tensors, assign=True, strict=False)  # those of the new layers they have
     model.reset_positions()
+    _load_head(model, head)
 
 
-def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype, merge: bool) -> LoadedModel:
     """The best checkpoint; where it is damaged, and where there is none, the newest valid one.
 
     Weights are hashed once, while they are read.
@@ -170,19 +242,20 @@ def _from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> Loaded
             log.warning("the best checkpoint cannot be used: %s", error.message)
         else:
             try:
-                return _from_checkpoint(path, manifest, device, dtype)
+                return _from_checkpoint(path, manifest, device, dtype, merge)
             except DamagedFileError as error:
                 log.warning("the best checkpoint cannot be used: %s", error.message)
     for path in checkpoint.newest_first(run_dir, log, optimizer=False, weights=False):
         try:
-            return _from_checkpoint(path, checkpoint.verify(path, hashes=False), device, dtype)
+            manifest = checkpoint.verify(path, hashes=False)
+            return _from_checkpoint(path, manifest, device, dtype, merge)
         except DamagedFileError as error:
             log.warning("checkpoint skipped: %s", error.message)
     raise CheckpointError(f"{run_dir} has no valid checkpoint", hint="see: gpt runs list")
 
 
 def _from_checkpoint(
-    path: Path, manifest: dict[str, Any], device: torch.device, dtype: torch.dtype
+    path: Path, manifest: dict[str, Any], device: torch.device, dtype: torch.dtype, merge: bool
 ) -> LoadedModel:
     """The model of a checkpoint that is verified but for the hash of its weights.
 
@@ -194,17 +267,21 @@ def _from_checkpoint(
         try:
             config = _read_config(path)
             tokenizer = checkpoint.read_tokenizer(path, manifest)
-            model = _empty_model(path, config.model, manifest["tied"])
+            adapter = checkpoint.read_adapter(path, manifest)
+            if adapter is None:
+                model = _whole_model(path, manifest, config.model, device, dtype)
+            else:
+                where, stored = str(path / MODEL), read_tensors(path / MODEL)
+                model = with_adapter(config.model, adapter, stored, where, device)
+                if merge:
+                    merge_lora(model)
+                    model.to(dtype).reset_positions()
             if tokenizer.vocab_size > model.vocab_size:
                 raise CheckpointError(
                     f"{path}: the tokenizer has {tokenizer.vocab_size} tokens,"
                     f" the model only {model.vocab_size}",
                     hint="one of the two belongs to another model; copy or import it again",
                 )
-            stored = read_tensors(path / MODEL, device, dtype)
-            tensors = with_tied(stored, manifest["tied"], path)
-            load = _load_int8 if _SCALE in tensors else load_weights
-            load(model, tensors, str(path / MODEL))
         finally:
             hashed.result()
     parent = Path(os.path.abspath(path)).parent
@@ -219,7 +296,24 @@ def _from_checkpoint(
         name=config.name,
         manifest=manifest,
         state=checkpoint.read_state(path),
+        adapter=adapter,
     )
+
+
+def _whole_model(
+    path: Path,
+    manifest: dict[str, Any],
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> GPT:
+    """The model whose weights are all in the checkpoint."""
+    model = _empty_model(path, config, manifest["tied"])
+    stored = read_tensors(path / MODEL, device, dtype)
+    tensors = with_tied(stored, manifest["tied"], path)
+    load = _load_int8 if _SCALE in tensors else load_weights
+    load(model, tensors, str(path / MODEL))
+    return model
 
 
 def _from_folder(
@@ -243,6 +337,7 @@ def _from_folder(
         run_dir=None,
         step=0,
         name=config.name,
+        hub=place.hub,
     )
 
 
@@ -276,7 +371,7 @@ def _empty_model(path: Path, config: ModelConfig, tied: dict[str, str]) -> GPT:
         kept = ("wpe.weight",)  # the one matrix that stays in floats
         packable = {n: s for n, s in expected.items() if len(s) == 2 and n not in kept}
         expected |= {scale_name(name): shape[:1] for name, shape in packable.items()}
-    _check_fit(expected, shapes, where)
+    check_fit(expected | head_shapes(shapes, config.n_embd), shapes, where)
     return empty_model(config, embedding[0])
 
 
@@ -293,11 +388,6 @@ def _plain_names(names: Iterable[str], where: str) -> dict[str, str]:
     if len(set(plain.values())) < len(plain):
         raise CheckpointError(f"{where} holds tensors twice, with and without a wrapper's prefix")
     return plain
-
-
-def _check_fit(expected: Shapes, found: Shapes, where: str) -> None:
-    if problem := misfit(expected, found):
-        raise CheckpointError(f"{where} does not fit the model; {problem}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> Shapes:

@@ -17,6 +17,7 @@ from gptcli.runs.run_dir import read_json, write_json_atomic
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 STATE, CONFIG, TOKENIZER = "state.json", "config.yaml", "tokenizer"
+ADAPTER = "adapter.json"  # where model.safetensors holds an adapter: what it belongs to
 # Far above what we write (state.json holds a data position); keeps a hostile file out of memory.
 SMALL_FILE_BYTES = 64 * 2**20
 _MANIFEST_BYTES = 2**20
@@ -45,7 +46,7 @@ def write_manifest(directory: Path, step: int, tied: dict[str, str], tokenizer: 
             raise ValueError(f"{name}: no checkpoint may hold such a file")
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {
         "format": FORMAT_VERSION,
         "gptcli": __version__,
@@ -111,7 +112,7 @@ def check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
     The GIL is released meanwhile: another thread can read the same file. Raises `stop.Stopped`.
     """
     try:
-        found = _sha256(directory / name, stoppable=True)
+        found = sha256_of(directory / name, stoppable=True)
     except OSError as error:
         raise DamagedFileError(f"{directory / name} cannot be read: {error.strerror}") from error
     if found != manifest["files"][name]["sha256"]:
@@ -145,10 +146,11 @@ def _problems(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_known(name: str) -> bool:
-    return name in _REQUIRED or _TOKENIZER_FILE.fullmatch(name) is not None
+    return name in {*_REQUIRED, ADAPTER} or _TOKENIZER_FILE.fullmatch(name) is not None
 
 
-def _sha256(path: Path, *, stoppable: bool = False) -> str:
+def sha256_of(path: Path, *, stoppable: bool = False) -> str:
+    """Of the file's content. OSError; `stop.Stopped` where it is `stoppable`."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

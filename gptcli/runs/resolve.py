@@ -23,12 +23,13 @@ _COMMON_NAMES = frozenset(
 @dataclass(frozen=True)
 class ModelPlace:
     """Where a model lies. `name` and `commit` are those of the hub's models, else the folder's name
-    and None."""
+    and None. `hub` is owner/name@commit of the hub's."""
 
     kind: Literal["run", "checkpoint", "folder"]
     path: Path
     name: str
     commit: str | None = None
+    hub: str | None = None
 
 
 def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
@@ -115,7 +116,8 @@ def _elsewhere(reference: str, allow_pickle: bool) -> ModelPlace:
             f"no run, checkpoint or folder at {reference}; as a name on the hub: {error.message}",
             hint="\n".join(hints),
         ) from error
-    return ModelPlace("folder", found.folder, name.rpartition("/")[2], found.commit)
+    plain, hub = name.rpartition("/")[2], f"{name}@{found.commit}"
+    return ModelPlace("folder", found.folder, plain, found.commit, hub)
 
 
 def _not_a_directory(path: Path) -> CheckpointError:

@@ -1,10 +1,12 @@
-"""Reading a checkpoint's safetensors files: the header first, then one tensor at a time."""
+"""A checkpoint's safetensors files. Read: the header first, then one tensor at a time."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcli import stop
@@ -65,3 +67,26 @@ def with_tied(
     if loose := [f"{name} is tied to {kept}" for name, kept in tied.items() if kept not in stored]:
         raise CheckpointError(f"{directory}: {loose[0]}, which is missing")
     return stored | {name: stored[kept] for name, kept in tied.items()}
+
+
+def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors without second names of the same memory, and second name -> first name."""
+    unique: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in names:
+            tied[name] = names[place]
+        else:
+            names[place] = name
+            unique[name] = tensor
+    return unique, tied
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write them as a file that is the same for the same tensors."""
+    # One metadata key: several would be written in random order, and equal weights must give
+    # equal files. This one is what transformers wants to see.
+    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    save_file(ready, path, metadata={"format": "pt"})

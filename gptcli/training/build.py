@@ -23,10 +23,11 @@ from gptcli.runs.run_dir import read_run_json
 from gptcli.training.choices import apply, choose, choose_again
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
-from gptcli.training.objective import language_model_loss
+from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
 from gptcli.training.start import LIMITS, Start, machine, resume_command
+from gptcli.training.trainable import set_trainable
 from gptcli.training.tuning import tune
 
 log = logging.getLogger("gptcli")
@@ -69,14 +70,21 @@ def build_session(
     corpus: Corpus,
     validation: list[EncodedDocument],
     initial: LoadedModel | None,
+    *,
+    outputs: int | None = None,
+    objective: Callable[[GPT], LossOf] = language_model_loss,
 ) -> Session:
     """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed.
 
     The checkpoint's tensors are taken out of `start.contents`, so that the run holds them once.
     `initial` gives its tensors to the session: it is not to be used, nor kept, afterwards.
+    `outputs` are those of a finetuning task's head, None without one; `objective` is what the
+    model is to minimise.
     """
-    model, facts = starting_model(config, start, tokenizer, initial)
+    model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
+    if start.job == "finetune":
+        set_trainable(model, config.finetune)
     allow_tf32(device)
     saved = start.contents.state["choices"] if start.contents is not None else None
     choices = choose_again(saved, config, device) if saved is not None else None
@@ -85,7 +93,8 @@ def build_session(
     else:
         held = 4 * model.parameter_count()
         choices = choose(config, device, model.vocab_size, held_bytes=held)
-        choices = tune(choices, config, device, model, corpus.train_bytes)
+        if any(p.requires_grad for p in model.blocks.parameters()):  # else nothing to race
+            choices = tune(choices, _probed(config, start), device, model, corpus.train_bytes)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
         optimizer.load_state_dict(start.contents.optimizer)
@@ -98,11 +107,12 @@ def build_session(
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=start.state,
-        loss_of=language_model_loss(model),
+        loss_of=objective(model),
         score_validation=_scorer(model, validation, device, config, choices.precision),
         data_fingerprint=corpus.fingerprint,
         job=start.job,
         scores=saved_scores(start.contents),
+        adapter=facts.get("adapter"),
         saved_step=start.state.step if start.contents is not None else -1,
         clock=start.began,
     )
@@ -134,8 +144,11 @@ def run_session(
     """
     config = session.config
     per_step = config.training.tokens_per_step // config.model.block_size
+    learning = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
+    whole = session.model.parameter_count()
     log.info(
-        f"{session.model.parameter_count():,} parameters,"
+        f"{f'{learning:,} of ' if learning < whole else ''}{whole:,} parameters"
+        f"{' learn' if learning < whole else ''},"
         f" vocabulary {session.tokenizer.vocab_size:,},"
         f" {session.choices.precision} on {session.device.kind}"
         f" ({session.choices.threads} threads), micro batches of"
@@ -187,6 +200,15 @@ def saved_scores(contents: Contents | None) -> Scores | None:
     """The scores of the last evaluation before a checkpoint."""
     saved = contents.state["scores"] if contents is not None else None
     return Scores.from_json(saved) if saved is not None else None
+
+
+def _probed(config: Config, start: Start) -> Config:
+    """The config for trials on random tokens: packed examples are as documents with a mask."""
+    if start.job != "finetune" or not config.finetune.packing:
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"document_mask": True})}
+    )
 
 
 def _scorer(

@@ -26,6 +26,8 @@ _RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
 # So that the plans of scripts/check_plan.py (glibc, torch 2.13) are 0.90 to 1.03 of what runs take;
 # PyTorch's own allocator on a GPU rounds blocks too, by how much was not measured.
 _SLACK = 0.35
+# What the memory of a step depends on; simulating one takes a second or more.
+_SECTIONS = {"model", "optimizer", "training", "eval", "finetune"}
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def footprint(
     model = config.model
     period = len(model.window or [0])
     if 2 * period >= model.n_layer:
-        at = _simulate(config, vocab_size, micro_batch_size, precision, recompute)
+        at = _sizes(config, vocab_size, micro_batch_size, precision, recompute)
     else:
         one, two = (
-            _simulate(_with_layers(config, n), vocab_size, micro_batch_size, precision, recompute)
+            _sizes(_with_layers(config, n), vocab_size, micro_batch_size, precision, recompute)
             for n in (period, 2 * period)
         )
         at = one.extended(two, (model.n_layer - period) / period)
@@ -115,6 +117,17 @@ def _chunk_bytes(config: Config, vocab_size: int, rows: int, precision: str, kin
 def _with_layers(config: Config, n_layer: int) -> Config:
     model = config.model.model_copy(update={"n_layer": n_layer})
     return config.model_copy(update={"model": model})
+
+
+_known: dict[tuple[str, int, int, str, bool], _Sizes] = {}
+
+
+def _sizes(config: Config, vocab_size: int, rows: int, precision: str, recompute: bool) -> _Sizes:
+    """Those of `_simulate`, which is asked once for each case in a process."""
+    case = (config.model_dump_json(include=_SECTIONS), vocab_size, rows, precision, recompute)
+    if case not in _known:
+        _known[case] = _simulate(config, vocab_size, rows, precision, recompute)
+    return _known[case]
 
 
 def _simulate(

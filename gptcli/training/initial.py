@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from gptcli.config.load import given_beside_init
 from gptcli.config.model_schema import ModelConfig
@@ -16,7 +17,10 @@ from gptcli.errors import CheckpointError, ConfigError
 from gptcli.interop.word_vectors import check_word_vectors, start_from_word_vectors
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT, initialise
-from gptcli.runs.load import LoadedModel, load_model, load_weights
+from gptcli.model.heads import attach_head
+from gptcli.model.lora import add_lora, has_lora
+from gptcli.runs.adapter import adapter_on, fill_adapter
+from gptcli.runs.load import LoadedModel, load_model, load_weights, reshaped, with_adapter
 from gptcli.training.start import Start, write_config
 
 log = logging.getLogger("gptcli")
@@ -93,43 +97,60 @@ def required_eot(tokenizer: Tokenizer, where: str) -> int:
 
 
 def starting_model(
-    config: Config, start: Start, tokenizer: Tokenizer, initial: LoadedModel | None
+    config: Config,
+    start: Start,
+    tokenizer: Tokenizer,
+    initial: LoadedModel | None,
+    outputs: int | None = None,
 ) -> tuple[GPT, dict[str, Any]]:
     """The model with its weights, on the CPU, and facts about them for run.json.
 
     Weights are those of the run's checkpoint, taken out of `start.contents`, else those of
     `initial`, whose tensors are taken over without a copy, else drawn from the seed, with word
-    vectors where the config names some.
+    vectors where the config names some. A run with method lora has adapters on them, whose
+    adapter.json is the fact `adapter`; one with `outputs` has a task head of as many.
     """
     if start.contents is not None:
-        saved = start.contents.model
+        return _saved_model(config, start, tokenizer)
+    generator, facts = torch.Generator().manual_seed(config.seed), dict[str, Any]()
+    if initial is not None:
+        model = reshaped(config.model, initial)
+        if start.job == "finetune" and config.finetune.method == "lora":
+            adapter = adapter_on(initial.path, initial.hub, config.finetune.lora)
+            facts = {"adapter": adapter.to_json()}
+            add_lora(model, config.finetune.lora, generator)
+    else:
+        model = GPT(config.model, tokenizer.vocab_size)
+        initialise(model, generator)
+        if config.model.embedding_file is not None:
+            found = start_from_word_vectors(model, tokenizer, Path(config.model.embedding_file))
+            facts = {"embedding_file": asdict(found)}
+    if outputs is not None:
+        attach_head(model, outputs, generator)
+    return model, facts
+
+
+def load_trained(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Give the model of a run the weights (or the adapter) of one of the run's checkpoints."""
+    fill = fill_adapter if has_lora(model) else load_weights
+    fill(model, tensors, "the checkpoint")
+
+
+def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GPT, dict[str, Any]]:
+    """The model of the checkpoint that the run goes on from."""
+    assert start.contents is not None
+    saved, adapter = start.contents.model, start.contents.adapter
+    if adapter is not None:
+        model = with_adapter(config.model, adapter, saved, str(start.directory))
+        facts = {"adapter": adapter}
+    else:
         table = saved.get("wte.weight")  # a published one has rows to spare
         rows = tokenizer.vocab_size if table is None else table.size(0)
         model = empty_model(config.model, rows)  # takes the tensors over
         load_weights(model, saved, str(start.directory))
-        saved.clear()  # `start` lives as long as the run
-        return model, {}
-    if initial is not None:
-        return _taken_over(config.model, initial), {}
-    model = GPT(config.model, tokenizer.vocab_size)
-    initialise(model, torch.Generator().manual_seed(config.seed))
-    if config.model.embedding_file is None:
-        return model, {}
-    found = start_from_word_vectors(model, tokenizer, Path(config.model.embedding_file))
-    return model, {"embedding_file": asdict(found)}
-
-
-def _taken_over(config: ModelConfig, initial: LoadedModel) -> GPT:
-    """A model of `config` that holds the tensors of `initial`; of a longer learned position table,
-    a copy of the first block_size rows."""
-    weights = {name: tensor.float() for name, tensor in initial.model.state_dict().items()}
-    if config.position == "learned":
-        positions = weights["wpe.weight"]
-        if len(positions) > config.block_size:  # cloned: a view would keep all of it
-            weights["wpe.weight"] = positions[: config.block_size].clone()
-    model = empty_model(config, initial.model.vocab_size)
-    load_weights(model, weights, str(initial.path))
-    return model
+        facts = {}
+    saved.clear()  # `start` lives as long as the run
+    return model, facts
 
 
 def _check_changes(given: dict[str, Any], shape: ModelConfig) -> None:

@@ -14,22 +14,30 @@ _FUSED = ("cpu", "cuda")  # kinds of device where AdamW is one kernel, which has
 
 
 class Optimizer:
-    """Updates a model's parameters. The learning rate comes from outside at every step."""
+    """Updates those of a model's parameters that require gradients. The learning rate comes from
+    outside at every step.
+
+    Muon is for the hidden matrices alone: adapters are too narrow to be orthogonalised, and a task
+    head is an output layer.
+    """
 
     def __init__(self, model: GPT, config: OptimizerConfig) -> None:
-        named = dict(model.named_parameters())  # a tied weight appears once
+        # A tied weight appears once.
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {
-            name: p for name, p in named.items() if p.ndim == 2 and name.startswith("blocks.")
+            name: p
+            for name, p in named.items()
+            if p.ndim == 2 and name.startswith("blocks.") and name.endswith("weight")
         }
         self._muon = None
-        if config.kind == "muon":
+        if config.kind == "muon" and matrices:
             self._muon = Muon(dict(matrices), part_heights(model, matrices), config)
             rest = {name: p for name, p in named.items() if name not in matrices}
             embeddings = {n: p for n, p in rest.items() if n in ("wte.weight", "wpe.weight")}
             others = {n: p for n, p in rest.items() if n not in embeddings}
             groups = [(embeddings, config.embedding_lr), (others, config.adamw_lr)]
         else:
-            groups = [(named, config.lr)]
+            groups = [(named, config.adamw_lr if config.kind == "muon" else config.lr)]
         self._named = named
         self._groups = []
         for parameters, peak in groups:

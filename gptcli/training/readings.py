@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptcli.model.gpt import GPT, Block
+from gptcli.model.gpt import GPT
 from gptcli.training.stability import Limits
+
+_WATCHED = ("attn.qkv.weight", "mlp.up.weight", "lora_a")
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,12 @@ def reading_lag(device_kind: str, precision: str, spike: str) -> int:
 
 
 def watched_weights(model: GPT) -> list[Tensor]:
-    """Copies of two hidden matrices that stand for all: what enters the first block's attention and
-    the last block's feed-forward layer. No preset initialises them to zero."""
-    first, last = model.blocks[0], model.blocks[-1]
-    assert isinstance(first, Block)
-    assert isinstance(last, Block)
-    return [w.detach().clone() for w in (first.attn.qkv.weight, last.mlp.up.weight)]
+    """Copies of two matrices that learn and stand for all: what enters the first block's attention
+    and the last block's feed-forward layer. No preset initialises them to zero. With adapters, the
+    first and the last A; where no block learns, the first and the last matrix that does."""
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+    hidden = [p for n, p in learning.items() if n.endswith(_WATCHED)] or list(learning.values())
+    return [w.detach().clone() for w in (hidden[0], hidden[-1])]
 
 
 def update_ratio(old: list[Tensor], model: GPT) -> Tensor:

@@ -8,6 +8,7 @@ from gptcli.errors import CheckpointError, NonFiniteError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import truncate_after
+from gptcli.training.initial import load_trained
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.readings import Reading
 from gptcli.training.session import Session
@@ -62,7 +63,7 @@ def _roll_back(session: Session, reading: Reading) -> None:
         raise CheckpointError(f"{directory} has no valid checkpoint to go back to")
     contents = checkpoint.read(newest, with_optimizer=True)
     saved, scores = TrainState.from_json(contents.state["train"]), contents.state["scores"]
-    session.model.load_state_dict(contents.model)
+    load_trained(session.model, contents.model)
     session.optimizer = Optimizer(session.model, session.config.optimizer)
     session.optimizer.load_state_dict(contents.optimizer)
     session.scores = Scores.from_json(scores) if scores is not None else None

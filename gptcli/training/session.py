@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt, fit_prompt
 from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
+from gptcli.model.lora import adapter_tensors
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import METRICS, SAMPLES, MetricsLog
 from gptcli.runs.run_dir import update_run_json
@@ -51,11 +52,20 @@ class Due:
     end: bool
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """One score of a finetuning task, by its name; higher is better."""
+
+    name: str
+    value: float
+
+
 @dataclass
 class Session:
     """A run in memory. `loss_of` is what a step minimises; `score_validation` scores the validation
-    part, at every evaluation. The logs `metrics` and `samples` are opened to append when they are
-    first used.
+    part, at every evaluation, and so does `score_task` where there is one; the best checkpoint is
+    then the one with the best task score, else with the least validation loss. The logs `metrics`
+    and `samples` are opened to append when they are first used.
 
     `clock` is the moment (time.monotonic()) up to which elapsed_seconds counts, at first the one
     where this process's work began.
@@ -74,6 +84,8 @@ class Session:
     data_fingerprint: dict[str, Any]
     job: str = "pretrain"
     scores: Scores | None = None
+    score_task: Callable[[], TaskScore] | None = None
+    adapter: dict[str, Any] | None = None  # adapter.json, of a run that saves adapters alone
     saved_step: int = -1
     clock: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
@@ -173,8 +185,9 @@ class Session:
         # What this save will take, and the report of a process that ends here, count too.
         rest = state.save_seconds + (report_seconds(self.config.training) if self._ends else 0.0)
         train = {**state.to_json(), "elapsed_seconds": state.elapsed_seconds + rest}
+        whole = self.adapter is None
         contents = checkpoint.Contents(
-            model=self.model.state_dict(),
+            model=self.model.state_dict() if whole else adapter_tensors(self.model),
             optimizer=self.optimizer.state_dict(),
             state={
                 "train": train,
@@ -186,6 +199,7 @@ class Session:
             },
             config_yaml=dump_config(self.config),
             tokenizer=self.tokenizer,
+            adapter=self.adapter,
         )
         try:
             if self.state.step == 0:
@@ -209,6 +223,7 @@ class Session:
         """Score the validation part and write samples; returns whether it is the best so far."""
         state, began = self.state, time.monotonic()
         scores = self.score_validation()
+        task = self.score_task() if self.score_task is not None else None
         texts = self._sample()
         state.evaluated_step = state.step
         state.evaluation_seconds = time.monotonic() - began
@@ -224,6 +239,7 @@ class Session:
             "accuracy": scores.accuracy,
             "seconds": scores.seconds,
             "training_seconds": state.seconds,
+            **({"task": asdict(task)} if task is not None else {}),
         }
         self.scores = scores
         self.metrics.write(record)
@@ -234,7 +250,8 @@ class Session:
         )
         log.info(
             f"step {state.step}  validation loss {scores.loss:.4f}"
-            f"  perplexity {scores.perplexity:.2f}  bits/byte {scores.bits_per_byte:.4f}",
+            f"  perplexity {scores.perplexity:.2f}  bits/byte {scores.bits_per_byte:.4f}"
+            + (f"  {task.name} {task.value:.4f}" if task is not None else ""),
             extra={"event": event},
         )
         for text in texts:
@@ -243,10 +260,24 @@ class Session:
             log.info(f"sample: {shown}", extra={"event": sample})
         if not math.isfinite(scores.loss):
             return False
-        if state.best_loss is None or scores.loss < state.best_loss:
+        # Of equal task scores the one with less loss.
+        now = (task.value if task is not None else 0.0, -scores.loss)
+        best = (state.best_score or 0.0, -(state.best_loss or 0.0))
+        improved = state.best_loss is None or now > best
+        if improved:
             state.best_loss, state.best_step = scores.loss, state.step
-            return True
-        return False
+            state.best_score = task.value if task is not None else None
+        self._lose_patience(improved)
+        return improved
+
+    def _lose_patience(self, improved: bool) -> None:
+        """End the run where as many evaluations as `finetune.patience` says did not improve."""
+        state, patience = self.state, self.config.finetune.patience
+        state.stale_evaluations = 0 if improved else state.stale_evaluations + 1
+        if patience is not None and self.job == "finetune" and state.stale_evaluations >= patience:
+            if self.progress < 1.0:
+                log.info(f"ends here: no better for {patience} evaluations (finetune.patience)")
+            state.reached = 1.0
 
     def _sample(self) -> list[dict[str, Any]]:
         wanted, rows = self.config.samples, []

@@ -43,6 +43,7 @@ log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
 _SHAPE = ("model.", "tokenizer.")
+_LEARNED = tuple(f"finetune.{key}" for key in ("task", "method", "lora", "head"))
 LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_time")
 
 
@@ -282,7 +283,7 @@ def _check_config(contents: Contents, config: Config, directory: Path) -> None:
     fixed = [
         text
         for key, text in shown.items()
-        if key.startswith((*_SHAPE, "data.", "init", "seed", "optimizer.kind"))
+        if key.startswith((*_SHAPE, "data.", "init", "seed", "optimizer.kind", *_LEARNED))
         and key not in ("model.dropout", "data.cache")  # neither changes what is trained on
     ]
     if fixed:

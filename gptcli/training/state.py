@@ -38,6 +38,8 @@ class TrainState:
     reached: float = 0.0  # the furthest `progress`, which never falls under the same limits
     best_loss: float | None = None
     best_step: int | None = None
+    best_score: float | None = None  # of a finetuning task, at best_step
+    stale_evaluations: int = 0  # in a row, without a better one
     bad_steps: int = 0  # not applied, in a row
     skipped_steps: int = 0  # not applied, in all
     rollbacks: int = 0  # in a row, without getting past `spike_step`

@@ -51,7 +51,7 @@ def tune(choices: Choices, config: Config, device: Device, model: GPT, train_byt
     them in the cache. Weights and random state stay as they are. ResourceError when a step of one
     row does not fit in memory.
     """
-    place = _place(choices, config, device, model.vocab_size)
+    place = _place(choices, config, device, model)
     tuned = _recall(place, choices, config)
     if tuned is None:
         tuned = _Trials(config, device, model, train_bytes).of(replace(choices, compile=False))
@@ -306,7 +306,7 @@ def _optimizer_bytes(config: Config, model: GPT) -> int:
     return 4 * (moments - matrices if config.optimizer.kind == "muon" else moments)
 
 
-def _place(choices: Choices, config: Config, device: Device, vocab_size: int) -> Path:
+def _place(choices: Choices, config: Config, device: Device, model: GPT) -> Path:
     """The file in the cache for trials like these: same machine, software, model and settings. The
     memory that is free may be less than it was then: a step that does not fit finds that out."""
     training = config.training
@@ -316,7 +316,8 @@ def _place(choices: Choices, config: Config, device: Device, vocab_size: int) ->
         "device": asdict(device),
         "choices": {k: v for k, v in choices.to_json().items() if k != "races"},
         "model": config.model.model_dump(),
-        "vocab_size": vocab_size,
+        "vocab_size": model.vocab_size,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "optimizer": config.optimizer.kind,
         "document_mask": config.data.document_mask,
         "tokens_per_step": training.tokens_per_step,

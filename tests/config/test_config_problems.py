@@ -45,7 +45,7 @@ data:
 tokenizer: {kind: file}
 schedule: {warmup_steps: 50, kind: wsd, kind: linear}
 eval: {max_tokens: 1.5}
-finetune: {fields: {prompt: q}}
+finetune: {fields: {question: q}}
 modle: {}
 """
     assert problems_of(tmp_path, text, "seed=x", "generate.n=0") == [
@@ -66,7 +66,7 @@ modle: {}
         "c.yaml:18:1: tokenizer: kind is file, so path must name a saved tokenizer",
         "c.yaml:19:41: repeated key 'kind'; it was given before on line 19",
         "c.yaml:20:20: eval.max_tokens: expected a whole number or null, got the number 1.5",
-        "c.yaml:21:1: finetune: fields names exactly two fields: prompt and response",
+        "c.yaml:21:1: finetune: fields of task completion are prompt, response, not question",
         "c.yaml:22:1: unknown key 'modle'; did you mean 'model'?",
         "--set seed=x: expected a whole number, got the text 'x'",
         "--set generate.n=0: must be above 0, got 0",

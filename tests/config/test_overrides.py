@@ -57,7 +57,7 @@ def value(loaded: LoadedConfig, key: str) -> Any:
         ('generate.prompt="a\\nb"', "a\nb"),
         ("generate.prompt=''", ""),
         ('generate.stop=[END, "\\n"]', ["END", "\n"]),
-        ("finetune.fields.prompt=question", {"prompt": "question", "response": "response"}),
+        ("finetune.fields.prompt=question", {"prompt": "question"}),
     ],
 )
 def test_values(path: str, override: str, expected: Any) -> None:

@@ -14,6 +14,7 @@ from gptcli import stop
 from gptcli.config.data_schema import DataConfig, SourceConfig
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
 from gptcli.data.readers import read_shards
+from gptcli.data.row_fields import RowFields
 from gptcli.errors import DataError
 
 
@@ -108,7 +109,7 @@ def test_rows_for_finetuning_are_split_whole(tmp_path: Path):
     """Guards against a prompt without its answer: rows are never cut, however few they are."""
     rows = [{"q": f"{i}+{i}", "a": str(2 * i)} for i in range(20)]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    corpus = open_corpus(config(path), fields=("q", "a"))
+    corpus = open_corpus(config(path), fields=RowFields.texts("q", "a"))
     held_out = [row for _, row in corpus.val_rows]
     kept = train_rows(corpus)
     assert len(held_out) >= 1
@@ -120,7 +121,7 @@ def test_finetuning_on_text_is_refused(tmp_path: Path):
     """Guards against a KeyError deep in the encoder."""
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match="finetuning reads rows"):
-        open_corpus(config(tmp_path / "a.txt"), fields=("prompt", "response"))
+        open_corpus(config(tmp_path / "a.txt"), fields=RowFields.texts("prompt", "response"))
 
 
 def test_a_given_validation_source_leaves_training_whole(tmp_path: Path):
@@ -185,7 +186,7 @@ def test_holding_everything_out_is_refused(tmp_path: Path):
     """Guards against an endless search for a first training row."""
     path = write_rows(tmp_path / "a.jsonl", [{"q": "a", "a": "b"}])
     with pytest.raises(DataError, match="nothing is left to train on"):
-        open_corpus(config(path), fields=("q", "a"))
+        open_corpus(config(path), fields=RowFields.texts("q", "a"))
 
 
 def test_repairs_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):

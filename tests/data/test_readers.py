@@ -17,6 +17,7 @@ from gptcli.data.files import SourceFile, resolve
 from gptcli.data.layout import layout
 from gptcli.data.lines import HELD_BYTES
 from gptcli.data.readers import content_hash, file_tail_start, read_shards, tail_start
+from gptcli.data.row_fields import RowFields
 from gptcli.data.shards import (
     MAX_ROW_BYTES,
     PIECE_BYTES,
@@ -284,10 +285,10 @@ def test_rows_stay_whole_for_finetuning(tmp_path: Path):
     """Guards against fields that the template needs being dropped, and missing ones found late."""
     path = write_rows(tmp_path / "a.jsonl", '{"q": "1+1", "a": "2", "extra": [1]}')
     size = path.stat().st_size
-    shard = Shard(source_file(path), 0, size, WHOLE, fields=("q", "a"))
+    shard = Shard(source_file(path), 0, size, WHOLE, fields=RowFields.texts("q", "a"))
     (record,) = read_shards([shard])
     assert record["row"] == {"q": "1+1", "a": "2", "extra": [1]}
-    bad = Shard(source_file(path), 0, size, WHOLE, fields=("q", "answer"))
+    bad = Shard(source_file(path), 0, size, WHOLE, fields=RowFields.texts("q", "answer"))
     with pytest.raises(DataError, match=r"no field 'answer' \(has: q, a, extra\)") as caught:
         list(read_shards([bad]))
     assert caught.value.message.startswith(f"{path}:1: ")

@@ -11,6 +11,7 @@ from hub_server import HubServer
 from gptcli.config.data_schema import DataConfig
 from gptcli.data.cache_folder import cache_root
 from gptcli.data.corpus import Corpus, open_corpus
+from gptcli.data.row_fields import RowFields
 from gptcli.data.store import open_store
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.tokenizer import Tokenizer
@@ -131,7 +132,7 @@ def test_filters_for_tokens_or_rows_are_refused(tmp_path: Path):
     path = write_rows(tmp_path / "a.jsonl", ["x"])
     data = DataConfig.model_validate({"train": {"path": path, "filters": {"min_characters": 3}}})
     with pytest.raises(ConfigError, match="not for finetuning"):
-        open_corpus(data, fields=("text", "text"))
+        open_corpus(data, fields=RowFields.texts("text", "text"))
 
 
 def test_a_large_corpus_holds_out_a_bounded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from gptcli.config.data_schema import SourceConfig
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.layout import layout
 from gptcli.data.readers import content_hash, read_shards
+from gptcli.data.row_fields import RowFields
 from gptcli.data.shards import Problems, Shard, Split
 from gptcli.errors import DataError
 
@@ -110,7 +111,7 @@ def test_whole_rows_for_finetuning(tmp_path: Path, name: str):
     """Guards against columns that a template needs left unread, and dates that cannot be hashed."""
     day = datetime.date(2024, 1, 1)
     path = write(tmp_path / name, ["q1", "q2"], answer=["a1", "a2"], day=[day, day])
-    rows = read(path, fields=("text", "answer"))
+    rows = read(path, fields=RowFields.texts("text", "answer"))
     typed = "." in name and not name.endswith("sv")
     assert rows[1] == {
         "n": 1 if typed else "1",
@@ -119,9 +120,13 @@ def test_whole_rows_for_finetuning(tmp_path: Path, name: str):
         "day": day if typed else "2024-01-01",
     }
     assert content_hash(rows[0]) != content_hash(rows[1])
-    assert "no field 'reply' (has: n, text, answer, day)" in refused(path, fields=("reply",))
+    assert "no field 'reply' (has: n, text, answer, day)" in refused(
+        path, fields=RowFields.texts("reply")
+    )
     if typed:
-        assert refused(path, fields=("n",)).startswith(" row 0: field 'n' is not text but int")
+        assert refused(path, fields=RowFields.texts("n")).startswith(
+            " row 0: field 'n' is not text but int"
+        )
 
 
 @pytest.mark.parametrize("name", KINDS)

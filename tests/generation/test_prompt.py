@@ -5,8 +5,9 @@ import logging
 import pytest
 
 from gptcli.config.schema import FinetuneConfig
+from gptcli.data.examples import Example
 from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
-from gptcli.data.tasks import ExampleEncoder
+from gptcli.data.task_formats import TaskEncoder
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
@@ -46,22 +47,24 @@ def test_bare_prompts_begin_with_their_text() -> None:
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, bare_tokenizer()], ids=["start", "bare"])
 def test_finetuning_rows_begin_as_prompts_do(tokenizer: Tokenizer, text: str) -> None:
     """Guards: a model finetuned on rows that begin otherwise than what it is then given."""
-    encoder = ExampleEncoder(FinetuneConfig(template="{{ prompt }}"), tokenizer, 32)
+    encoder = TaskEncoder(FinetuneConfig(template="{{ prompt }}"), tokenizer, 32)
     example = encoder.encode({"prompt": text, "response": "xyz"}, "here")
-    assert example is not None
-    assert example.prompt == encode_prompt(tokenizer, text)
+    assert isinstance(example, Example)
+    assert example.tokens[: example.prompt] == encode_prompt(tokenizer, text)
 
 
 def test_bare_finetuning_rows_are_cut_to_the_block() -> None:
     """Guards: a cut prompt of no tokens, from which no first token of the answer is learnt."""
     row = {"prompt": "abcdefgh", "response": "xyz"}
     for block_size, wanted in ((3, None), (4, b"h"), (6, b"fgh"), (11, b"abcdefgh")):
-        encoder = ExampleEncoder(
-            FinetuneConfig(template="{{ prompt }}"), bare_tokenizer(), block_size
-        )
+        encoder = TaskEncoder(FinetuneConfig(template="{{ prompt }}"), bare_tokenizer(), block_size)
         example = encoder.encode(row, "here")
-        assert (example and bytes(example.prompt)) == wanted
-        assert encoder.shortened == (block_size in (4, 6))
+        if wanted is None:
+            assert example is None
+        else:
+            assert isinstance(example, Example)
+            assert bytes(example.tokens[: example.prompt]) == wanted
+        assert encoder.counts.shortened == (block_size in (4, 6))
 
 
 def test_an_empty_prompt_needs_a_start_token() -> None:

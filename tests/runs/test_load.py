@@ -118,13 +118,13 @@ def test_weights_are_hashed_once(
     """Guards against reading gigabytes twice: a run without a best checkpoint, and one whose newest
     is damaged, which is found out only while its weights are read."""
     run_dir = run_with(tmp_path / "run", *((step, make_contents(step)) for step in (1, 2, 3)))
-    hashed, real = [], manifest._sha256
+    hashed, real = [], manifest.sha256_of
 
     def watched(path: Path, **keys: Any) -> str:
         hashed.append(path.relative_to(run_dir / "checkpoints").as_posix())
         return real(path, **keys)
 
-    monkeypatch.setattr(manifest, "_sha256", watched)
+    monkeypatch.setattr(manifest, "sha256_of", watched)
     assert load_model(str(run_dir), CPU).step == 3
     assert [name for name in hashed if "model." in name] == ["step-00000003/model.safetensors"]
     assert not any("optimizer" in name for name in hashed)
