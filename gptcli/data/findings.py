@@ -251,7 +251,7 @@ def _no_text(report: Report, data: DataConfig) -> Iterator[Finding]:
 def _short(report: Report, data: DataConfig) -> Iterator[Finding]:
     lengths, documents = report["lengths"], max(report["train"]["documents"], 1)
     share = lengths["shorter_than_block"] / documents
-    if share > 0.5 and documents > 1 and not data.document_mask:
+    if share > 0.5 and documents > 1 and not data.document_mask and report["job"] == "pretrain":
         yield Finding(
             "note",
             "lengths",

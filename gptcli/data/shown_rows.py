@@ -64,10 +64,13 @@ def show_rows(
     targets: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any] | None,
     lengths: Sequence[int] | None = None,
+    *,
+    apart: bool = False,
 ) -> list[ShownRow]:
     """Rows of inputs and targets (n, T); `starts` (n, T) tells where segments begin, None: rows
     are one segment each. What is behind `lengths` inputs is padding, by default what is behind the
-    last one with a target."""
+    last one with a target. `apart` says that the last target of a segment is never the first input
+    of the next one, even where both are eot."""
     trained = targets != IGNORED
     return [
         _row(
@@ -76,6 +79,7 @@ def show_rows(
             targets[i],
             starts[i] if starts is not None else None,
             lengths[i] if lengths is not None else _length(trained[i]),
+            apart,
         )
         for i in range(len(inputs))
     ]
@@ -87,6 +91,7 @@ def _row(
     targets: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any] | None,
     length: int,
+    apart: bool,
 ) -> ShownRow:
     trained = targets != IGNORED
     cells: list[_Cell] = []
@@ -94,11 +99,12 @@ def _row(
         # A target is shown as the next input, or by itself where another token stands there.
         before = int(targets[i - 1]) if i and trained[i - 1] else None
         here = int(inputs[i]) if i < length else None
-        if before is not None and before != here:
+        begins = i == 0 or (i < length and starts is not None and bool(starts[i]))
+        same = before == here and not (apart and begins)
+        if before is not None and not same:
             cells.append(_Cell(before, None, loss=True, begins=False))
         if here is not None:
-            begins = i == 0 or (starts is not None and bool(starts[i]))
-            cells.append(_Cell(here, i, before == here, begins))
+            cells.append(_Cell(here, i, same, begins))
     texts = token_texts(tokenizer, [c.id for c in cells], [c.begins for c in cells])
     names = {i: name for name, i in tokenizer.special.ids.items() if i != tokenizer.eot}
     tokens = []

@@ -28,7 +28,7 @@ def show_task_rows(task: TaskData, rows: Rows) -> list[ShownRow]:
     """The rows, one for each text of an example: of a head's those that it reads, of a preference
     the two answers. Targets are those with loss: a head alone trains none."""
     if rows.inputs.ndim == 2:
-        return show_rows(task.tokenizer, rows.inputs, rows.targets, rows.starts)
+        return show_rows(task.tokenizer, rows.inputs, rows.targets, rows.starts, apart=True)
     n, texts = rows.inputs.shape[:2]
     shown = []
     for i in range(n):

@@ -1,9 +1,10 @@
 """Run as a program by code_runs.py: `python -I -S sandbox.py PROGRAM MEMORY_BYTES CPU_SECONDS`.
 
 Confines itself as far as the system allows, then runs PROGRAM as `__main__`. It can neither start
-processes or threads, nor use a network, nor change a file outside its folder, nor grow beyond its
-memory, time and file sizes. This guards against what a model writes by accident. It is no prison
-for a program that somebody made to break out: that takes a container or a virtual machine.
+processes, nor use a network, nor change a file outside its folder, nor grow beyond its memory, time
+and file sizes; it may read what its user may read. This guards against what a model writes by
+accident. It is no prison for a program that somebody made to break out: that takes a container or a
+virtual machine.
 """
 
 import ctypes
@@ -73,7 +74,7 @@ def _own_namespaces() -> None:
     if child:
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)
+        raise SystemExit(code if code >= 0 else 128 - code)
     libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 

@@ -18,6 +18,8 @@ from gptcli.generation import filters
 from gptcli.generation.bad_words import BadWords, Vocabulary
 from gptcli.generation.draw import invert_cdf, stream, uniforms
 
+_MOST_BATCHES = 256  # whose settings are kept ready: a few KB each
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,7 +81,7 @@ class Sampler:
         self._vocabulary: Vocabulary | None = None
         self._bad_words: dict[int, BadWords] = {}  # by slot
         self._pending = [b""] * slots  # see BadWords
-        self._rows: _Rows | None = None
+        self._rows: dict[bytes, _Rows] = {}  # by the slots of a batch, since the last `begin`
 
     def begin(
         self, slot: int, sampling: Sampling, prompt_tokens: Sequence[int], sample: int
@@ -90,7 +92,7 @@ class Sampler:
         """
         self._settings[slot] = sampling
         self._streams[slot] = stream(sampling.seed, prompt_tokens, sample)
-        self._rows = None
+        self._rows.clear()
         shape = (len(self._settings), self._vocab_size)
         if sampling.repetition_penalty != 1.0:
             if self._seen is None:
@@ -115,16 +117,23 @@ class Sampler:
         and counts from now on for its penalties and bad words. -1 (ids are on the CPU) stands where
         the bad words leave no token: there the text is over.
         """
-        if self._rows is None or not np.array_equal(self._rows.slots, slots):
-            settings = [self._settings[slot] for slot in slots]
-            self._rows = _rows_of(slots.copy(), settings, self._vocab_size, self._device)
-        rows = self._rows
+        rows = self._rows_in(slots)
         logits, dead = self._without_bad_words(self._penalised(logits, rows), rows)
         ids = torch.from_numpy(_pick(logits, rows, uniforms(self._streams[slots], positions)))
         if dead:
             ids[dead] = -1
         self._note(ids, rows)
         return ids
+
+    def _rows_in(self, slots: NDArray[np.int64]) -> "_Rows":
+        """What those texts ask for. While guesses are checked, batches come back again and again."""
+        key = slots.tobytes()
+        if key not in self._rows:
+            if len(self._rows) == _MOST_BATCHES:
+                self._rows.clear()
+            settings = [self._settings[slot] for slot in slots]
+            self._rows[key] = _rows_of(slots.copy(), settings, self._vocab_size, self._device)
+        return self._rows[key]
 
     def _shared_bad_words(self, words: tuple[str, ...]) -> BadWords:
         """Those of another text if it has the same: they know the tokens of the vocabulary."""

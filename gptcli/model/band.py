@@ -67,7 +67,16 @@ class Reach:
         return cls(((distance >= 0) & (distance <= back[..., None]))[:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Scaled dot-product attention of q (B, H, T, D) over k, v (B, H, P + T, D): as q."""
+        """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, P + T, D): as q. Each key
+        head is for H / K query heads that follow one another."""
+        groups = q.size(1) // k.size(1)
+        plain = self.mask is None and self.lengths is None and not self.block and q.size(2) > 1
+        if groups > 1 and plain and q.device.type == "cpu":  # whose kernel copies and keeps nothing
+            return F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True
+            )
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if self.lengths is not None:
             return attend_each(q, k, v, self.lengths, dropout)
         if self.block:

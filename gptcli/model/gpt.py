@@ -18,6 +18,7 @@ from gptcli.model import kernels
 from gptcli.model.band import Reach
 from gptcli.model.batch_cache import BatchCache
 from gptcli.model.cache import KVCache
+from gptcli.model.lora_linear import LoraLinear
 from gptcli.model.loss import linear_cross_entropy
 from gptcli.model.norms import RMSNorm, norm
 from gptcli.model.rope import (
@@ -77,8 +78,6 @@ class Attention(nn.Module):
         ):  # a group's heads share keys: none is copied
             q = q.reshape(B, self.n_kv_head, groups, self.head_dim)
             return self.proj(reach.attend_last(q, k, v).reshape(B, 1, -1))
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = reach.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -99,6 +98,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+            v = v.contiguous() if self.training else v  # else it keeps the others' memory
         return q, k, v
 
 
@@ -116,7 +116,8 @@ class FeedForward(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         h = self.up(x)
         if self.gated and self.act is F.silu and kernels.fits(h):
-            return self.proj(kernels.silu_gate(h))
+            proj: nn.Module = self.proj
+            return proj.of_gated(h) if isinstance(proj, LoraLinear) else proj(kernels.silu_gate(h))
         if self.gated:
             gate, value = h.chunk(2, dim=-1)  # (B, T, F) x 2
             return self.proj(self.act(gate) * value)

@@ -41,6 +41,22 @@ def silu_gate(h: Tensor) -> Tensor:
     return y
 
 
+def gate_forward(h: Tensor) -> Tensor:
+    """`silu_gate` without a gradient, for functions that have one of their own."""
+    gate, value = h.chunk(2, dim=-1)
+    return F.silu(gate).mul_(value)
+
+
+def gate_backward(h: Tensor, by_y: Tensor) -> Tensor:
+    """The gradient by h (..., 2 F) of `silu_gate`, from that by what it gave (..., F)."""
+    gate, value = h.chunk(2, dim=-1)
+    by_h = torch.empty_like(h)
+    by_gate, by_value = by_h.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), by_y, out=by_value)
+    torch.ops.aten.silu_backward.grad_input(by_y * value, gate, grad_input=by_gate)
+    return by_h
+
+
 def norm_and_rotate(
     qkv: Tensor, weights: Tensor, rope: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -85,19 +101,13 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        gate, value = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        return gate_forward(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        gate, value = h.chunk(2, dim=-1)
-        by_h = torch.empty_like(h)
-        by_gate, by_value = by_h.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grads[0], out=by_value)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * value, gate, grad_input=by_gate)
-        return by_h
+        return gate_backward(h, grads[0])
 
 
 class _NormRotate(torch.autograd.Function):

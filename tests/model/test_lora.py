@@ -12,14 +12,8 @@ from gptcli.config.finetune_schema import LoraConfig
 from gptcli.config.model_schema import ModelConfig
 from gptcli.model import kernels
 from gptcli.model.gpt import GPT, initialise
-from gptcli.model.lora import (
-    LoraLinear,
-    adapter_shapes,
-    adapter_tensors,
-    add_lora,
-    has_lora,
-    merge_lora,
-)
+from gptcli.model.lora import adapter_shapes, adapter_tensors, add_lora, has_lora, merge_lora
+from gptcli.model.lora_linear import LoraLinear
 
 VOCAB = 40
 
@@ -79,6 +73,20 @@ def test_formula(monkeypatch: pytest.MonkeyPatch, bias: bool, composed: bool) ->
     expected = torch.autograd.grad((wanted * weights).sum(), wide)
     for gradient, right in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_gate_computed_again() -> None:
+    """Guards: gradients that are not those of the gate and the layer one after the other."""
+    layer = LoraLinear(nn.Linear(6, 4), LoraConfig(rank=2), seeded())
+    with torch.no_grad():
+        layer.lora_b.copy_(torch.randn(4, 2, generator=seeded(1)))
+    h = torch.randn(2, 3, 12, generator=seeded(2), requires_grad=True)
+    for of in ((h,), (layer.lora_a,), (layer.lora_b,)):
+        found, wanted = (
+            torch.autograd.grad(y.square().sum(), of)[0]
+            for y in (layer.of_gated(h), layer(F.silu(h[..., :6]) * h[..., 6:]))
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2", "llama", "modern"])

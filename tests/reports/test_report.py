@@ -268,7 +268,7 @@ def test_tasks_before_and_after(tmp_path: Path) -> None:
     tasks = {"exact_match": {"before": 0.0, "after": 0.12, "rows": 200}}
     write_report(_run(tmp_path / "run", run={"job": "finetune", "tasks": tasks}))
     markdown = (tmp_path / "run/report.md").read_text()
-    assert "| exact_match | 0 | 0.12 | +0.12 | 200 |" in markdown
+    assert "| exact_match | 0.000 | 0.120 | +0.120 | 200 |" in markdown
     assert "# Finetuning: small" in markdown
     assert "gpt finetune " in markdown
 

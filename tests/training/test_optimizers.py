@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from gptcli.config.finetune_schema import LoraConfig
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, initialise
+from gptcli.model.lora import adapter_tensors, add_lora
 from gptcli.training import optimizers
 from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights
+from gptcli.training.readings import update_ratio, watched_weights
 
 
 def model(**keys: Any) -> GPT:
@@ -225,3 +228,23 @@ def test_apply(kind: str) -> None:
             assert torch.equal(value, state[name]), name
     for name, value in weights(straight).items():
         torch.testing.assert_close(weights(told)[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_adapters(kind: str) -> None:
+    """Guards: frozen weights that decay or get state, adapters that Muon orthogonalises, a reading
+    of weights that cannot move."""
+    made = model()
+    add_lora(made, LoraConfig(rank=2), torch.Generator().manual_seed(1))
+    stepper = optimizer(made, kind=kind, lr=0.01, adamw_lr=0.01)
+    before, old = weights(made), watched_weights(made)
+    for _ in range(2):  # the first moves no A, as B is 0
+        made.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()
+        stepper.step(1.0)
+        stepper.zero_grad()
+    moved = {n for n, p in made.named_parameters() if not torch.equal(before[n], p)}
+    assert moved == set(adapter_tensors(made))
+    state = stepper.state_dict()
+    assert {name.rpartition(".")[0] for name in state} == moved
+    assert all(name.endswith(("exp_avg", "exp_avg_sq", "step")) for name in state)
+    assert 1e-5 < update_ratio(old, made).item() < 1
