@@ -125,10 +125,12 @@ class _Run:
 
     @property
     def scored_rows(self) -> Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair]:
-        """The held-out rows that the task's scores are of: to generate answers takes long."""
-        settings, rows = self.session.config.finetune, self.task.held_out
-        generated = bool(rows) and isinstance(rows[0], Example)
-        return rows[: settings.score_rows] if generated else rows
+        """The held-out rows that the task's scores are of. To generate answers takes long, so it is
+        done for some rows, from all parts of data that may be sorted."""
+        rows, most = self.task.held_out, self.session.config.finetune.score_rows
+        if not isinstance(rows[0], Example) or len(rows) <= most:
+            return rows
+        return [rows[i * len(rows) // most] for i in range(most)]
 
     def task_scores(self) -> TaskScores:
         """The scores of the model as it is now, taken once a step."""
@@ -297,7 +299,6 @@ def _check_data(config: Config) -> None:
     asked = {
         "data.packing: best_fit": data.packing != "concat",
         "data.document_mask": data.document_mask,
-        "weight": any(source.weight is not None for source in data.train),
         "text_field": any(source.text_field != "text" for source in data.train),
     }
     hints = {

@@ -6,6 +6,7 @@ import typer
 
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import (
+    AllowCodeOption,
     AutoResumeOption,
     ConfigArgument,
     DataChangeOption,
@@ -41,13 +42,7 @@ def finetune(
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
     dry_run: DryRunOption = False,
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution",
-            help="Run the programs that the model writes, where finetune.scores has code_runs.",
-        ),
-    ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> int:
     """Train a model further on the rows of a task.
 

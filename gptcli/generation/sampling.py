@@ -126,7 +126,7 @@ class Sampler:
         return ids
 
     def _rows_in(self, slots: NDArray[np.int64]) -> "_Rows":
-        """What those texts ask for. While guesses are checked, batches come back again and again."""
+        """What those texts ask for. Batches come back while guesses are checked."""
         key = slots.tobytes()
         if key not in self._rows:
             if len(self._rows) == _MOST_BATCHES:

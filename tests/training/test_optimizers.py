@@ -238,7 +238,7 @@ def test_adapters(kind: str) -> None:
     add_lora(made, LoraConfig(rank=2), torch.Generator().manual_seed(1))
     stepper = optimizer(made, kind=kind, lr=0.01, adamw_lr=0.01)
     before, old = weights(made), watched_weights(made)
-    for _ in range(2):  # the first moves no A, as B is 0
+    for _ in range(4):  # zero projections, then B, hold back what is before them
         made.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()
         stepper.step(1.0)
         stepper.zero_grad()
