@@ -10,14 +10,13 @@ from gptcli.config.data_schema import SourceConfig
 from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import open_corpus, read_rows
-from gptcli.data.examples import Example
 from gptcli.data.task_data import Held, open_task
 from gptcli.data.task_formats import TaskEncoder, row_fields
 from gptcli.device import resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluate import EvaluateResult, described, eval_directory, eval_precision
 from gptcli.evaluation.perplexity import encode_rows, perplexity
-from gptcli.evaluation.task_scores import check_scores, score_task
+from gptcli.evaluation.task_scores import check_scores, score_task, scored_rows
 from gptcli.model.heads import has_task_head, task_head
 from gptcli.reports.report import write_eval_report
 from gptcli.runs.load import LoadedModel, load_model
@@ -53,13 +52,12 @@ def evaluate_task(
     settings = config.finetune
     check_scores(settings, allow_code)
     if data:
-        rows, name = _named_rows(config, loaded, data), ", ".join(data)
+        held_out, name = _named_rows(config, loaded, data), ", ".join(data)
         labels = settings.labels or []
     else:
-        rows, labels = _held_out(config, loaded, own)
+        held_out, labels = _held_out(config, loaded, own)
         name = "held out"
-    if isinstance(rows[0], Example):
-        rows = rows[: settings.score_rows]
+    rows = scored_rows(held_out, settings.score_rows)
     _check_head(settings, loaded, labels)
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {len(rows)} rows ({name}), task {settings.task}")

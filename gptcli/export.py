@@ -138,7 +138,7 @@ def _check(
     if to is None:
         raise ConfigError("give --to hf, --to gguf, --to peft, --quantize int8 or --merge")
     if to not in _DTYPES:
-        raise ConfigError(f"--to {to!r}: expected hf (transformers), gguf (llama.cpp) or peft")
+        raise ConfigError(f"--to {to!r}: expected hf (transformers) or gguf (llama.cpp), or peft")
     if to == "peft" and merge:
         raise ConfigError("--to peft writes the adapter alone, --merge a model without one")
     if dtype is not None and dtype not in _DTYPES[to]:

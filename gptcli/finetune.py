@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,7 +15,7 @@ from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
-from gptcli.data.examples import Example, HeadExample, PreferencePair
+from gptcli.data.examples import PreferencePair
 from gptcli.data.task_data import TaskData, open_task
 from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer
@@ -28,7 +27,13 @@ from gptcli.evaluation.perplexity import (
     encode_rows,
     perplexity,
 )
-from gptcli.evaluation.task_scores import TaskScores, check_scores, score_task
+from gptcli.evaluation.task_scores import (
+    HeldOut,
+    TaskScores,
+    check_scores,
+    score_task,
+    scored_rows,
+)
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
 from gptcli.runs import checkpoint
@@ -124,13 +129,9 @@ class _Run:
     scored: tuple[tuple[int, int], TaskScores] | None = None  # the last, and of when
 
     @property
-    def scored_rows(self) -> Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair]:
-        """The held-out rows that the task's scores are of. To generate answers takes long, so it is
-        done for some rows, from all parts of data that may be sorted."""
-        rows, most = self.task.held_out, self.session.config.finetune.score_rows
-        if not isinstance(rows[0], Example) or len(rows) <= most:
-            return rows
-        return [rows[i * len(rows) // most] for i in range(most)]
+    def rows(self) -> HeldOut:
+        """The held-out rows that the task's scores are of."""
+        return scored_rows(self.task.held_out, self.session.config.finetune.score_rows)
 
     def task_scores(self) -> TaskScores:
         """The scores of the model as it is now, taken once a step."""
@@ -142,7 +143,7 @@ class _Run:
             session.model,
             session.tokenizer,
             session.config.finetune.task,
-            self.scored_rows,
+            self.rows,
             session.config.finetune,
             self.task.labels,
             session.device,
@@ -161,7 +162,7 @@ class _Run:
     def score(self, when: str) -> None:
         """Take all scores as those of `when` (before, after) into run.json."""
         session, directory = self.session, self.session.directory
-        log.info(f"scoring {len(self.scored_rows)} held-out rows {when} finetuning")
+        log.info(f"scoring {len(self.rows)} held-out rows {when} finetuning")
         found = self.task_scores()
         stop.raise_if_requested()
         response = session.score_validation()

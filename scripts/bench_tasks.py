@@ -7,7 +7,9 @@
 
 A case is a recipe, its rows as JSON lines, and the model to start from; it may be given more than
 once. The protocol is fixed: rows whose text came before are dropped; of the rest every tenth (index
-% 10 == 9) is a test row and the others are for training, in an order shuffled whole. For rows of
+% 10 == 9) is a test row and the others are for training, in an order shuffled whole. A run sees
+no test row: what it holds out to choose its best checkpoint is a part of the training rows, and
+"before" is its score there; "after" is what `gpt eval --task` says of the test rows. For rows of
 text and label the baseline is logistic regression on TF-IDF (words 1 to 2; Chinese: characters 1 to
 3), beside the share of the most frequent label; it needs scikit-learn. Runs are kept in --runs, and
 a case whose run has ended is not run again. `--write FILE` puts the table between
@@ -30,6 +32,7 @@ from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.load import load_config
 
 HEAD = ["task", "data", "model", "method", "score", "before", "after", "baseline", "majority"]
+SCORED_ROWS = 200  # whose answers are generated, of the rows that a run holds out
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,14 @@ def case(recipe: str, data: Path, model: str, runs: Path, changes: list[str]) ->
     settings = load_config(recipe, changes).config.finetune
     found = split(read_rows(data), settings)
     name = f"{recipe}-{Path(model).name}-{settings.method}"
-    report = finetuned(recipe, found, model, runs / name, changes)
+    report, tested = finetuned(recipe, found, model, runs / name, changes)
     base = baseline(found, settings, chinese=recipe.endswith("-zh"))
     lines = []
-    for score, entry in report["tasks"].items():
+    for score, entry in tested["tasks"].items():
         beside = ["", ""]
         if base is not None and score == "accuracy":
             beside = [f"{base.regression:.3f}", f"{base.majority:.3f}"]
-        told = [figure(entry, moment) for moment in ("before", "after")]
+        told = [figure(report["tasks"].get(score, {}), "before"), figure(entry, "value")]
         about = [recipe, data.name, Path(model).name, settings.method, score]
         lines.append([*about, *told, *beside])
     return lines
@@ -89,6 +92,8 @@ def figure(entry: dict[str, Any], moment: str) -> str:
     """A score before or after with its 95 % interval."""
     if entry.get(moment) is None:
         return ""
+    if f"{moment}_ci95" not in entry:
+        return f"{entry[moment]:.3f}"
     low, high = entry[f"{moment}_ci95"]
     return f"{entry[moment]:.3f} ({low:.3f} to {high:.3f})"
 
@@ -112,29 +117,37 @@ def split(rows: list[dict[str, Any]], settings: FinetuneConfig) -> Split:
 
 def finetuned(
     recipe: str, rows: Split, model: str, run_dir: Path, changes: list[str]
-) -> dict[str, Any]:
-    """The report of the run, which is made unless it has ended before."""
-    report = run_dir / "report.json"
-    if not report.is_file():
-        folder = run_dir.parent / f"{run_dir.name}-rows"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report of the run, which is made unless it has ended before, and that of the test."""
+    folder, tested = (
+        run_dir.parent / f"{run_dir.name}-rows",
+        run_dir.parent / f"{run_dir.name}-test",
+    )
+    if not (tested / "report.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rows.train), ("test", rows.test)):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         settings = [
             f"data.train={folder / 'train.jsonl'}",
-            f"data.val={folder / 'test.jsonl'}",
+            "data.val_fraction=0.1",
             f"data.shuffle_window={len(rows.train)}",
-            f"finetune.score_rows={len(rows.test)}",
+            f"finetune.score_rows={SCORED_ROWS}",
             *changes,
         ]
-        command = [sys.executable, "-m", "gptcli", "finetune", recipe, "--model", model]
-        command += ["--run-dir", str(run_dir), "--auto-resume"]
-        command += [word for setting in settings for word in ("--set", setting)]
-        if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise SystemExit(f"bench_tasks: {recipe}: gpt finetune ended with status {status}")
-    loaded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    return loaded
+        words = [word for setting in settings for word in ("--set", setting)]
+        gpt("finetune", recipe, "--model", model, "--run-dir", run_dir, "--auto-resume", *words)
+        scored = ("--data", folder / "test.jsonl", "--run-dir", tested)
+        gpt("eval", "--task", "--model", run_dir, *scored)
+    run, test = (json.loads((d / "report.json").read_text("utf-8")) for d in (run_dir, tested))
+    return run, test
+
+
+def gpt(*words: str | Path) -> None:
+    """Run the command; SystemExit when it fails."""
+    command = [sys.executable, "-m", "gptcli", *map(str, words)]
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(f"bench_tasks: gpt {words[0]} {words[1]} ended with status {status}")
 
 
 def baseline(rows: Split, settings: FinetuneConfig, *, chinese: bool) -> Baseline | None:

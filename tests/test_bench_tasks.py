@@ -54,10 +54,12 @@ def test_a_run_that_has_ended_is_read(script, tmp_path) -> None:
     pytest.importorskip("sklearn")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    entry = {"before": 0.5, "after": 0.9, "before_ci95": [0.4, 0.6], "after_ci95": [0.8, 1.0]}
-    ended = tmp_path / "sentiment-en-model-full"
-    ended.mkdir()
-    (ended / "report.json").write_text(json.dumps({"tasks": {"accuracy": entry, "f1": entry}}))
+    run = {"before": 0.5, "after": 0.7, "before_ci95": [0.4, 0.6], "after_ci95": [0.6, 0.8]}
+    test = {"value": 0.9, "value_ci95": [0.8, 1.0]}
+    for name, entry in (("", run), ("-test", test)):
+        ended = tmp_path / f"sentiment-en-model-full{name}"
+        ended.mkdir()
+        (ended / "report.json").write_text(json.dumps({"tasks": {"accuracy": entry, "f1": entry}}))
     lines = script.case("sentiment-en", data, "runs/model", tmp_path, [])
     told = ["0.500 (0.400 to 0.600)", "0.900 (0.800 to 1.000)"]
     about = ["sentiment-en", "data.jsonl", "model", "full"]

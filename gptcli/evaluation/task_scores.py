@@ -106,6 +106,15 @@ def _asked(settings: FinetuneConfig) -> set[str]:
     return set(settings.scores) if generated else set()
 
 
+def scored_rows(held_out: HeldOut, most: int) -> HeldOut:
+    """All rows, but of those that are answered by generating, which takes long, `most`: from all
+    parts of data that may be sorted."""
+    if not isinstance(held_out[0], Example) or len(held_out) <= most:
+        return held_out
+    rows = cast(Sequence[Example], held_out)
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
 def score_task(
     model: GPT,
     tokenizer: Tokenizer,
