@@ -20,7 +20,7 @@ from gptcli.data.task_data import TaskData, open_task
 from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, resolve_device
-from gptcli.errors import ConfigError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluation.perplexity import (
     EncodedDocument,
     encode_documents,
@@ -185,13 +185,20 @@ class _Run:
         log.info(f"{when}: {shown}, response perplexity {response.perplexity:.3f}")
 
     def finish(self) -> dict[str, Any]:
-        """Score what the run leaves behind: its best checkpoint. Nothing is left for run.json."""
-        state = self.session.state
-        if state.best_step is not None and state.best_step != state.step:
-            path = checkpoint.checkpoint_dir(self.session.directory, state.best_step)
-            log.info(f"scoring the best checkpoint, step {state.best_step}")
-            load_trained(self.session.model, checkpoint.read(path, with_optimizer=False).model)
-            self.scored = None
+        """Score what the run leaves behind: its best checkpoint, which is not there where its step
+        was not saved. Nothing is left for run.json."""
+        directory = self.session.directory
+        best = checkpoint.read_best(directory)
+        if best is not None and best[0] != self.session.state.step:
+            path = checkpoint.checkpoint_dir(directory, best[0])
+            try:
+                tensors = checkpoint.read(path, with_optimizer=False).model
+            except CheckpointError as error:
+                log.warning(f"scoring the last weights instead of the best: {error.message}")
+            else:
+                log.info(f"scoring the best checkpoint, step {best[0]}")
+                load_trained(self.session.model, tensors)
+                self.scored = None
         self.score("after")
         return {}
 
@@ -213,7 +220,7 @@ def _begin(
         kept = config.finetune.model_copy(update={"labels": task.labels})
         config = config.model_copy(update={"finetune": kept})
         write_config(start.directory, config)
-    run: _Run
+    reference_text = _reference_text(config, tokenizer)
     reference: dict[int, tuple[float, float]] = {}
     session = build_session(
         config,
@@ -226,7 +233,6 @@ def _begin(
         outputs=_outputs(config, task),
         objective=partial(_objective, config, task, start, device, reference),
     )
-    reference_text = _reference_text(config, tokenizer)
     run = _Run(session, task, allow_code, reference_text, reference)
     settings = config.finetune
     # The loss on responses says little about labels and preferences, whose scores are cheap.

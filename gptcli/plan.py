@@ -28,6 +28,7 @@ from gptcli.model.cache import KVCache
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs import checkpoint
+from gptcli.runs.load import load_model
 from gptcli.runs.manifest import CONFIG, MODEL
 from gptcli.runs.resolve import locate
 from gptcli.runs.run_dir import runs_root
@@ -192,8 +193,11 @@ def _initial(reference: str) -> tuple[ModelConfig, int, Tokenizer]:
         raise CheckpointError(f"{place.path} has no valid checkpoint", hint="see: gpt runs list")
     manifest = checkpoint.verify(path, optimizer=False, weights=False)
     shape = load_resolved(path / CONFIG).model
-    rows = stored_shapes(path / MODEL)["wte.weight"][0]
-    return shape, rows, checkpoint.read_tokenizer(path, manifest)
+    tokenizer = checkpoint.read_tokenizer(path, manifest)
+    table = stored_shapes(path / MODEL).get("wte.weight")
+    if table is None:  # a checkpoint of adapters
+        return shape, load_model(str(path), torch.device("cpu")).model.vocab_size, tokenizer
+    return shape, table[0], tokenizer
 
 
 def _empty(config: ModelConfig, vocab_size: int) -> GPT:

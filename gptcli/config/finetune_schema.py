@@ -94,7 +94,7 @@ class FinetuneConfig(Section):
     scores: list[Literal["exact_match", "token_f1", "bleu", "chrf", "rouge", "code_runs"]] = Field(
         default=["exact_match", "token_f1"],
         min_length=1,
-        description="of generated answers; the first decides which checkpoint is the best",
+        description="of generated answers; the first decides with patience",
     )
     reference: str | None = Field(
         default=None, description="a text on which perplexity is taken before and after"
@@ -110,6 +110,26 @@ class FinetuneConfig(Section):
     def has_head(self) -> bool:
         """Whether labels are learned by a task head."""
         return self.head and self.task in HEAD_TASKS
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Keys that have no effect -> because of what."""
+        task, method = f"task: {self.task}", f"method: {self.method}"
+        learns_text = self.has_head and method != "method: head"
+        unused = {}
+        if self.method != "lora":
+            unused["lora"] = method
+        if not learns_text:
+            unused["lm_weight"] = method if self.has_head else "no task head"
+        if self.task != "preference":
+            unused["dpo_beta"] = task
+        if self.task not in ("completion", "chat", "instruction"):
+            unused |= dict.fromkeys(("scores", "max_new_tokens"), task)
+        if self.has_head or self.task == "preference":
+            unused |= dict.fromkeys(("packing", "score_rows"), task)
+        if self.reference is None:
+            unused["reference_tokens"] = "no reference"
+        return unused
 
     @model_validator(mode="after")
     def _fit_together(self) -> "FinetuneConfig":

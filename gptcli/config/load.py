@@ -132,7 +132,9 @@ def unused_keys(config: Config) -> dict[str, str]:
         unused["schedule.min_lr_ratio"] = "schedule.kind constant"
     if config.data.val is not None:
         unused["data.val_fraction"] = "data.val"
-    return unused | {f"model.{key}": choice for key, choice in config.model.unused.items()}
+    for section, found in (("model", config.model.unused), ("finetune", config.finetune.unused)):
+        unused |= {f"{section}.{key}": choice for key, choice in found.items()}
+    return unused
 
 
 def config_schema() -> str:

@@ -23,6 +23,8 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.data.tokenizer_source import NAMES
 from gptcli.errors import ConfigError, DataError
 
+_ROLE = re.compile(r"\w{1,40}")
+
 
 @dataclass(frozen=True)
 class ChatTokens:
@@ -88,6 +90,9 @@ class ChatTemplate:
         DataError when the template refuses the messages, leaves one out or changes it (blanks
         around it aside).
         """
+        for message in messages:
+            if not _ROLE.fullmatch(message.role):  # the template writes it, special tokens and all
+                raise DataError(f"the role {message.role[:40]!r} is no word")
         stem, number = "MessageX0N", 0
         while any(stem in m.content or stem in m.role for m in messages) or stem in self._text:
             number += 1

@@ -283,6 +283,11 @@ def _digest(example: Encoded) -> bytes:
 def _class_weights(settings: FinetuneConfig, counts: RowCounts) -> list[float] | None:
     if settings.class_weights == "none" or not counts.labels:
         return None
+    if not counts.rows:
+        raise ConfigError(
+            "finetune.class_weights: the labels of a streamed corpus are not counted before",
+            hint="leave out class_weights, or download the rows",
+        )
     rows, labels = sum(counts.labels.values()), len(counts.labels)
     return [rows / (labels * n) if n else 0.0 for n in counts.labels.values()]
 

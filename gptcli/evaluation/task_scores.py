@@ -29,6 +29,8 @@ from gptcli.model.gpt import GPT
 HeldOut = Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair]
 
 MOST_WORST = 10
+# Of log-likelihoods, relative: what batches of other sizes, and 16 bits, may change.
+_ROUNDING, _ROUNDING_16 = 1e-6, 1e-2
 MOST_SHOWN = 400  # characters of each text of a worst row
 # The packages of the scores; those of the extra `tasks` are imported only where they are used.
 _PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score", "labels": "sklearn"}
@@ -300,15 +302,19 @@ def _preferences(
     precision: str,
     reference: Mapping[int, tuple[float, float]] | None,
 ) -> TaskScores:
-    """How often the chosen answer wins; equal ones count half."""
+    """How often the chosen answer wins; equal ones count half. So do those whose rewards differ by
+    no more than rounding: the model may have read them in other batches, and in less precision,
+    than the reference did, and before training there is no other difference."""
     nats = pair_log_likelihoods(model, pairs, device, precision).double().numpy()
     margins = {"preference_accuracy": nats[:, 0] - nats[:, 1]}
     if reference is not None and all(pair.key in reference for pair in pairs):
         gained = nats - np.array([reference[pair.key] for pair in pairs])
         margins["reward_accuracy"] = gained[:, 0] - gained[:, 1]
     values, intervals = {}, {}
+    rounding = (_ROUNDING if precision == "fp32" else _ROUNDING_16) * np.abs(nats).max(1)
     for name, of_rows in margins.items():
-        values[name], intervals[name] = _mean((of_rows > 0) + 0.5 * (of_rows == 0))
+        tied = np.abs(of_rows) <= (rounding if name == "reward_accuracy" else 0.0)
+        values[name], intervals[name] = _mean(np.where(tied, 0.5, of_rows > 0))
     headline = list(margins)[-1]
     predictions = [
         {

@@ -43,7 +43,16 @@ log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
 _SHAPE = ("model.", "tokenizer.")
-_LEARNED = tuple(f"finetune.{key}" for key in ("task", "method", "lora", "head"))
+# What rows become, and what of the model learns: a run ends with what it began with.
+_LEARNED = tuple(
+    f"finetune.{key}"
+    for key in (
+        *("task", "fields", "template", "loss_on", "packing", "too_long", "pair_order"),
+        *("method", "lora", "head", "freeze_", "class_weights", "max_train_rows_per_label"),
+        *("labels", "dpo_beta", "lm_weight"),
+    )
+)
+_LABELS = "finetune.labels"
 LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_time")
 
 
@@ -278,6 +287,8 @@ def _check_config(contents: Contents, config: Config, directory: Path) -> None:
     if config.init is not None:  # the checkpoint's config has also what came from there
         given = new.keys() | _given_when_begun(directory)
         old = {k: v for k, v in old.items() if k in given or not k.startswith(_SHAPE)}
+    if new.get(_LABELS) is None:  # they were read from the rows
+        old.pop(_LABELS, None)
     differing = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
     shown = {k: f"{k}: {a} -> {b}" for k, (a, b) in differing.items()}
     fixed = [
