@@ -263,6 +263,7 @@ def test_ladder_has_equal_tokens(ablate) -> None:
     assert limits == [(5000, None, None)] * 2
 
 
+@pytest.mark.slow  # processes of their own; the benchmarks are run by hand
 def test_runs_and_goes_on(tmp_path) -> None:
     """The whole way: real runs, the file that is written, and nothing trained twice."""
     text, page = tmp_path / "words.txt", tmp_path / "page.md"

@@ -43,6 +43,7 @@ def test_verdicts(bench: ModuleType) -> None:
     assert len(bench.verdicts(rates, peaks)) == 1
 
 
+@pytest.mark.slow  # processes of their own; the benchmarks are run by hand
 def test_tiny(
     bench: ModuleType,
     tmp_path: Path,

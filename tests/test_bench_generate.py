@@ -174,6 +174,7 @@ def test_prompts(worker):
     assert len({ids[0] for ids in prompts}) == 64
 
 
+@pytest.mark.slow  # processes of their own; the benchmarks are run by hand
 def test_processes_take_turns(bench, models, monkeypatch):
     """A peer that is missing ends the comparison, or is passed over in silence."""
     monkeypatch.setattr(bench, "NEW_TOKENS", 8)

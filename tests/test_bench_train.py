@@ -162,6 +162,7 @@ def test_a_contender_that_cannot_start_is_named(bench, cases, tmp_path):
         bench.started(work)
 
 
+@pytest.mark.slow  # processes of their own; the benchmarks are run by hand
 def test_tiny_contenders_take_turns(bench, cases, tmp_path):
     """The harness drives the real training loop: one that changes must not leave it behind."""
     text = tmp_path / "text.txt"

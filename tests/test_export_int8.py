@@ -117,7 +117,7 @@ def test_what_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "dtype", "quantized", "message"),
     [
-        (None, None, None, "give --to hf, --to gguf or --quantize int8"),
+        (None, None, None, "give --to hf, --to gguf, --to peft, --quantize int8 or --merge"),
         ("hf", None, "int8", "writes a checkpoint for gpt"),
         (None, "bf16", "int8", "writes a checkpoint for gpt"),
         (None, None, "fp16", "--quantize fp16: expected int8"),

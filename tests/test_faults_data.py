@@ -422,13 +422,13 @@ def test_d12_rows_that_leave_nothing_to_learn(gpt: Gpt, folder: Path) -> None:
     assert code == 0, err
     assert None not in losses(folder / "f")
     counted = warnings(err)
-    assert "1 training rows do not fit and are skipped" in counted
-    assert "1 prompts lose their beginning" in counted
+    assert "1 that do not fit are left out" in counted
+    assert "1 are cut" in counted
 
     write_rows(folder / "rows.jsonl", [filling] * 5)
     code, out, err = gpt("finetune", "tuned.yaml", "--model=base", "--run-dir=g")
     assert (code, out) == (3, "")
-    assert "no row fits" in errors(err)[0]
+    assert "no training row fits" in errors(err)[0]
     assert "block_size 32" in errors(err)[0]
 
 

@@ -131,10 +131,15 @@ def test_rows(tmp_path) -> None:
     found = plan(Config.model_validate(tuning))
     assert found.notes == []
     assert found.text_tokens is not None
-    assert found.text_tokens % 32 == 0  # each row fills a block
-    assert 0.8 * 400 < found.text_tokens / 32 < 400
+    example = sum(2 + len(row["question"]) + len(row["answer"]) for row in rows) / 400
+    assert found.text_tokens == pytest.approx(0.9 * 400 * example, rel=0.1)  # they are packed
     assert found.duration is not None
     assert found.duration.steps == pytest.approx(2 * found.text_tokens / 128, abs=1)
+    tuning["finetune"] = {**tuning["finetune"], "packing": False}
+    alone = plan(Config.model_validate(tuning)).text_tokens
+    assert alone is not None
+    assert alone % 32 == 0  # each row fills a block
+    assert 0.8 * 400 < alone / 32 < 400
 
 
 def test_recomputed_activations() -> None:

@@ -227,16 +227,15 @@ def test_raw_files_come_out_as_raw_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_finetuning_refuses_what_it_does_not_do(tmp_path: Path):
-    """Guards against packing, masks or weights that are asked for and silently left out."""
+    """Guards against packing or masks that are asked for and silently left out."""
     rows = "".join(json.dumps({"prompt": f"{i}", "response": "x"}) + "\n" for i in range(20))
     (tmp_path / "a.jsonl").write_text(rows)
     path = str(tmp_path / "a.jsonl")
     for source, data in (
         (path, {"packing": "best_fit"}),
         (path, {"document_mask": True}),
-        ([{"path": path, "weight": 1}], {}),
     ):
         config = run_config(source, **data).model_copy(update={"init": "x"})
-        with pytest.raises(ConfigError, match="finetuning"):
+        with pytest.raises(ConfigError, match="is for pretraining"):
             finetune(config, run_dir=tmp_path / "run")
     assert not os.path.exists(tmp_path / "run")

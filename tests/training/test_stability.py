@@ -207,12 +207,12 @@ def changed(calls: dict[int, float], batches: list[float] | None = None) -> Iter
     note the data positions of all. Works where the figures are made, as an overflow would."""
     real, count = loop.forward_backward, 0
 
-    def run(session: Any, batch: StepBatch, loss_of: Any) -> tuple[Tensor, Tensor]:
+    def run(session: Any, batch: StepBatch) -> tuple[Tensor, Tensor]:
         nonlocal count
         count += 1
         if batches is not None:
             batches.append(batch.epochs)
-        loss, norm = real(session, batch, loss_of)
+        loss, norm = real(session, batch)
         factor = calls.get(count, 1.0)
         for parameter in session.model.parameters():
             if parameter.grad is not None:
