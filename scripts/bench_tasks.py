@@ -12,11 +12,12 @@ no test row: what it holds out to choose its best checkpoint is a part of the tr
 "before" is its score there; "after" is what `gpt eval --task` says of the test rows. For rows of
 text and label the baseline is logistic regression on TF-IDF (words 1 to 2; Chinese: characters 1 to
 3), beside the share of the most frequent label; it needs scikit-learn. Runs are kept in --runs, and
-a case whose run has ended is not run again. `--write FILE` puts the table between
+a case that has ended with these settings is not run again. `--write FILE` puts the table between
 <!-- bench tasks --> and <!-- /bench tasks -->.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import subprocess
@@ -74,7 +75,8 @@ def case(recipe: str, data: Path, model: str, runs: Path, changes: list[str]) ->
     """The lines of the table for a recipe on the rows in `data`, one for each score."""
     settings = load_config(recipe, changes).config.finetune
     found = split(read_rows(data), settings)
-    name = f"{recipe}-{Path(model).name}-{settings.method}"
+    made_of = hashlib.sha256(json.dumps([str(data), model, changes]).encode()).hexdigest()[:8]
+    name = f"{recipe}-{Path(model).name}-{settings.method}-{made_of}"
     report, tested = finetuned(recipe, found, model, runs / name, changes)
     base = baseline(found, settings, chinese=recipe.endswith("-zh"))
     lines = []

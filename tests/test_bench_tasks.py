@@ -1,5 +1,6 @@
 """scripts/bench_tasks.py: its split, its baseline, its lines."""
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -57,7 +58,9 @@ def test_a_run_that_has_ended_is_read(script, tmp_path) -> None:
     run = {"before": 0.5, "after": 0.7, "before_ci95": [0.4, 0.6], "after_ci95": [0.6, 0.8]}
     test = {"value": 0.9, "value_ci95": [0.8, 1.0]}
     for name, entry in (("", run), ("-test", test)):
-        ended = tmp_path / f"sentiment-en-model-full{name}"
+        about = json.dumps([str(data), "runs/model", []]).encode()
+        key = hashlib.sha256(about).hexdigest()[:8]
+        ended = tmp_path / f"sentiment-en-model-full-{key}{name}"
         ended.mkdir()
         (ended / "report.json").write_text(json.dumps({"tasks": {"accuracy": entry, "f1": entry}}))
     lines = script.case("sentiment-en", data, "runs/model", tmp_path, [])
