@@ -118,7 +118,7 @@ def test_logits_of_a_part_at_a_time(
     model.head.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
     monkeypatch.setattr(module, "MOST_LOGITS", at_once)
     nats, first = module.score_tokens(model, tokens, targets, DEVICE, "fp32")
-    torch.testing.assert_close(nats, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(nats, wanted, atol=1e-6, rtol=5e-7)  # losses of about 10
     assert torch.equal(first, logits.argmax(-1) == targets)
     assert max(sizes) <= max(at_once, 257)
     assert sum(sizes) == 257 * int((targets >= 0).sum())
