@@ -96,7 +96,9 @@ class TaskEncoder:
         response = self._response(answers)
         if response is None:
             return None
-        prompt = self._fitted_prompt(text, len(response))
+        # Every choice is to fit behind the prompt: their likelihoods are compared.
+        longest = max((len(self._tokenizer.encode(choice)) for choice in choices), default=0)
+        prompt = self._fitted_prompt(text, max(len(response), longest))
         if prompt is None:
             return None
         if label is not None:

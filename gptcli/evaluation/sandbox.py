@@ -1,10 +1,10 @@
 """Run as a program by code_runs.py: `python -I -S sandbox.py PROGRAM MEMORY_BYTES CPU_SECONDS`.
 
-Confines itself as far as the system allows, then runs PROGRAM as `__main__`. It can neither start
-processes, nor use a network, nor change a file outside its folder, nor grow beyond its memory, time
-and file sizes; it may read what its user may read. This guards against what a model writes by
-accident. It is no prison for a program that somebody made to break out: that takes a container or a
-virtual machine.
+Confines itself as far as the system allows, then runs PROGRAM as `__main__`. By ordinary means it
+neither starts processes, nor uses a network, nor changes a file outside its folder, nor grows
+beyond its memory, time and file sizes; it may read what its user may read. This guards against what
+a model writes by accident. It is no prison for a program that somebody made to break out (sqlite3,
+for one, opens files that Python does not see): that takes a container or a virtual machine.
 """
 
 import ctypes

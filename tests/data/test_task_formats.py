@@ -246,6 +246,18 @@ def test_texts_of_a_head_lose_their_beginnings(block_size: int):
     assert (kept is None) == (block_size < 10)
 
 
+def test_all_choices_fit_behind_the_prompt():
+    """Guards against a wrong choice that is longer than the right one and than the room that the
+    prompt leaves: their likelihoods are compared, so each is read behind the same prompt."""
+    row = {"prompt": "abcdefgh", "choices": ["x", "y" * 9], "label": 0}
+    subject = encoder(16, task="multiple_choice", head=False, template="{{ prompt }}")
+    made = subject.encode(row, "here")
+    assert isinstance(made, Example)
+    assert made.prompt + 9 == 16
+    assert subject.counts.shortened == 1
+    assert encoder(9, task="multiple_choice", head=False).encode(row, "here") is None
+
+
 def test_a_choice_is_named_by_number_or_text():
     """Guards against an answer one off, and a number that is the text of another choice."""
     for label, number in ((1, 1), ("1", 1), ("blue", 1), ("red", 0)):
