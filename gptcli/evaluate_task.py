@@ -1,10 +1,8 @@
 """Evaluation on a finetuning task: its scores on held-out rows, and every prediction."""
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig
@@ -18,9 +16,8 @@ from gptcli.evaluate import EvaluateResult, described, eval_directory, eval_prec
 from gptcli.evaluation.perplexity import encode_rows, perplexity
 from gptcli.evaluation.task_scores import check_scores, score_task, scored_rows
 from gptcli.model.heads import has_task_head, task_head
-from gptcli.reports.report import write_eval_report
+from gptcli.reports.report import write_eval_report, write_predictions
 from gptcli.runs.load import LoadedModel, load_model
-from gptcli.runs.run_dir import write_atomic
 
 log = logging.getLogger("gptcli")
 
@@ -81,12 +78,6 @@ def evaluate_task(
         write_eval_report(directory, report)
         write_predictions(directory / PREDICTIONS, found.predictions)
     return EvaluateResult(report, directory, scores)
-
-
-def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
-    """One JSON object a line. Raises ResourceError when the disk refuses."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    write_atomic(path, lines.encode("utf-8", "replace"))
 
 
 def _task_config(config: Config | None, loaded: LoadedModel) -> Config:

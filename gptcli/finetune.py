@@ -1,6 +1,5 @@
 """Supervised finetuning: a pretrained model learns a task, scored before and after."""
 
-import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -35,10 +34,10 @@ from gptcli.evaluation.task_scores import (
     scored_rows,
 )
 from gptcli.model.gpt import GPT
-from gptcli.reports.report import write_report
+from gptcli.reports.report import write_predictions, write_report
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
-from gptcli.runs.run_dir import read_run_json, update_run_json, write_atomic
+from gptcli.runs.run_dir import read_run_json, update_run_json
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -178,8 +177,7 @@ class _Run:
             entries["reference_perplexity"] = {when: text.perplexity, "rows": text.documents}
         tasks = read_run_json(directory).get("tasks", {})
         merged = {name: {**tasks.get(name, {}), **entry} for name, entry in entries.items()}
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.predictions)
-        write_atomic(directory / f"predictions-{when}.jsonl", lines.encode("utf-8", "replace"))
+        write_predictions(directory / f"predictions-{when}.jsonl", found.predictions)
         update_run_json(directory, tasks={**tasks, **merged}, task=found.to_json())
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.values.items())
         log.info(f"{when}: {shown}, response perplexity {response.perplexity:.3f}")

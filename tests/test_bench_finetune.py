@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,15 +13,7 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.interop.hf_export import write_hf
 from gptcli.model.gpt import GPT, initialise
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 GIB = 2**30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
 
 
 @pytest.fixture(scope="module")

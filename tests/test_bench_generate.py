@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,16 +13,8 @@ from gptcli.data.tokenizer import train_bpe
 from gptcli.generation.engine import Request, decode
 from gptcli.generation.sampling import Sampling
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SOURCE = Path(str(argparse.__file__)).read_text(encoding="utf-8")
 SHAPE = {"preset": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 128}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,15 @@
 import hashlib
 import importlib
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from gptcli.config.finetune_schema import FinetuneConfig
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def script() -> ModuleType:
     return importlib.import_module("bench_tasks")
 
 

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import logging
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stopping import stopping_at
 
 from gptcli import stop
 from gptcli.config.schema import Config
@@ -86,27 +85,6 @@ def settings(rows: Path, **changes: Any) -> Config:
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys}
     return Config.model_validate(values)
-
-
-@contextmanager
-def stopping_at(text: str) -> Iterator[None]:
-    """Ask for a stop when a log message contains `text`."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                stop.request(signal.SIGTERM)
-
-    listener, logger = Listener(), logging.getLogger("gptcli")
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        stop.reset()
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:

@@ -1,19 +1,16 @@
 """Runs that train adapters: what they save, how they go on, what they become."""
 
 import json
-import logging
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import stopping_at
 
-from gptcli import stop
 from gptcli.config.load import dump_config
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
@@ -93,27 +90,6 @@ def settings(tmp_path: Path) -> Callable[..., Config]:
         return Config.model_validate(values)
 
     return make
-
-
-@contextmanager
-def stopping_at(text: str) -> Iterator[None]:
-    """Ask for a stop when a log message contains `text`."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                stop.request(signal.SIGTERM)
-
-    listener, logger = Listener(), logging.getLogger("gptcli")
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        stop.reset()
 
 
 def last_file(run_dir: Path, name: str = "model.safetensors") -> Path:

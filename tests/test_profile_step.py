@@ -2,20 +2,17 @@
 
 import importlib
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from gptcli.config.presets import PRESETS
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
     module = importlib.import_module("profile_step")
     monkeypatch.setattr(module, "SIZES", SHAPE)
     monkeypatch.setattr(module, "VOCAB", 50)

@@ -1,29 +1,18 @@
 """Probabilities of labels and choices: from a task head, or from the texts of the answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptcli import stop
 from gptcli.data.examples import HeadExample
-from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
 from gptcli.evaluation.likelihoods import batches
 from gptcli.model.gpt import GPT
 from gptcli.model.heads import head_logits
 from gptcli.model.likelihood import log_likelihoods
 from gptcli.model.loss import IGNORED
-
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """ln p of each answer to one prompt, in nats, and the same for each byte of its text, which
-    takes away what makes long answers unlikely (Brown et al. 2020, section 2.4)."""
-
-    total: list[float]
-    per_byte: list[float]
 
 
 @torch.no_grad()
@@ -57,32 +46,28 @@ def label_log_probabilities(
 @torch.no_grad()
 def choice_log_likelihoods(
     model: GPT,
-    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[Sequence[int]]],
     device: Device,
     precision: str,
-) -> list[AnswerScores]:
-    """How likely the model finds each of several answers to each prompt.
+) -> list[list[float]]:
+    """How likely the model finds each of several answers to each prompt: their ln p, in nats.
 
     All are token ids: prompts with at least one, answers (of row i: `answers[i]`) with at least
     one; together at most block_size. A prompt is read once for all its answers. Without dropout.
     Raises `stop.Stopped` when a stop is asked for.
     """
-    scores = []
+    found = []
     training = model.training
     model.eval()
     try:
         for prompt, texts in zip(prompts, answers, strict=True):
             stop.raise_if_requested()
             with autocast(device, precision):
-                total = _of_answers(model, prompt, texts).tolist()
-            sizes = [max(1, len(tokenizer.decode_bytes(list(text)))) for text in texts]
-            each = [nats / size for nats, size in zip(total, sizes, strict=True)]
-            scores.append(AnswerScores(total, each))
+                found.append(_of_answers(model, prompt, texts).tolist())
     finally:
         model.train(training)
-    return scores
+    return found
 
 
 def _of_answers(model: GPT, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:

@@ -244,13 +244,13 @@ def _choice_texts(
     answers = [[[*tokenizer.encode(text), *ends] for text in row.choices] for row in rows]
     rooms = [model.config.block_size + 1 - max(map(len, texts)) for texts in answers]
     prompts = [row.tokens[: row.prompt][-room:] for row, room in zip(rows, rooms, strict=True)]
-    found = choice_log_likelihoods(model, tokenizer, prompts, answers, device, precision)
+    found = choice_log_likelihoods(model, prompts, answers, device, precision)
     truth = [row.choices.index(row.references[0]) for row in rows]
     told = [{"where": row.where, "prompt": row.prompt_text} for row in rows]
     most = max(len(row.choices) for row in rows)
     nats = np.full((len(rows), most), -np.inf)
     for number, of_row in enumerate(found):
-        nats[number, : len(of_row.total)] = of_row.total
+        nats[number, : len(of_row)] = of_row
     weights = np.exp(nats - nats.max(1, keepdims=True))
     probabilities = weights / weights.sum(1, keepdims=True)
     if labels:

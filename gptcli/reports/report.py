@@ -79,6 +79,12 @@ def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
     _write(directory, full, render_html(page, []), render_markdown(page))
 
 
+def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    """One JSON object a line. Raises ResourceError when the disk refuses."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    write_atomic(path, lines.encode("utf-8", "replace"))
+
+
 def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
     """The object of report.json: run.json where it speaks, else what metrics.jsonl implies."""
     run = files.run
