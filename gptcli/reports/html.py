@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from gptcli.reports.page import Page
-from gptcli.reports.plots import Plot
+from gptcli.reports.section import Plot
 from gptcli.reports.text import visible
 
 # Classes for the badge; a status from a damaged file gets none of them.

@@ -7,7 +7,6 @@ or dark theme; text stays text. The same metrics give the same bytes.
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gptcli.reports.curves import Array, Curve, by_time, curve, lines_of, smooth, thin
+from gptcli.reports.section import Plot
 from gptcli.reports.text import compact, decimals
 
 # Colours that occur nowhere else, and the CSS variables that the SVG gets instead.
@@ -51,17 +51,6 @@ STYLE = {
 LARGE, SMALL = (400, 235), (270, 165)
 # Tick distances that people count in.
 ROUND = [1, 2, 5, 10]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: `svg` is an `<svg>` element whose ids start with `name`."""
-
-    name: str
-    title: str
-    description: str
-    svg: str
-    large: bool
 
 
 def training_plots(metrics: list[dict[str, Any]]) -> list[Plot]:
