@@ -20,7 +20,8 @@ from gptcli.model.batch_cache import BatchCache
 from gptcli.model.gpt import GPT
 
 # A recorded step attends to a fixed number of keys, masked where there are none yet: room for so
-# many tokens more, which is how often another one is recorded.
+# many tokens more, which is how often another one is recorded. On a CPU, rows of one length in
+# layers without windows need neither: there one program attends to as many keys as there are.
 _ROOM_TOKENS = {"cuda": 256, "cpu": 512}
 # Steps of one kind still to come from which on recording pays: it takes about as long as 50 steps
 # save on a CPU, and milliseconds on a GPU.
@@ -31,7 +32,7 @@ _FIRST_STEPS = 8
 _CAN_TRACE = sys.version_info < (3, 14)  # which torch.jit does not know
 _WARM_UP_STEPS = 3  # of a CUDA graph, as its documentation has it
 
-_Shape = tuple[int, int, int]  # rows, tokens a row, room
+_Shape = tuple[int, int, int]  # rows, tokens a row, room (0: any, of rows of one length)
 _traced: WeakKeyDictionary[GPT, dict[_Shape, Any]] = WeakKeyDictionary()
 
 
@@ -54,7 +55,7 @@ class RecordedSteps:
             return False
         table = self._model.positions.size(1) if self._model.config.position == "rope" else None
         room = self._room(lengths, count)
-        if table is not None and room > table:
+        if table is not None and max(room, max(lengths) + count) > table:
             return False
         shape = (self._recorded_rows(len(lengths)), count, room)
         self._in_a_row = self._in_a_row + 1 if shape == self._shape else 1
@@ -80,6 +81,9 @@ class RecordedSteps:
 
     def _room(self, lengths: Sequence[int], count: int) -> int:
         longest = max(lengths) + count
+        alike = count == 1 and min(lengths) == max(lengths)
+        if self._kind == "cpu" and alike and not any(self._model.windows):
+            return 0
         return min(longest + -longest % _ROOM_TOKENS[self._kind], max(self._capacity, longest))
 
     def _recorded_rows(self, rows: int) -> int:
@@ -142,7 +146,10 @@ class _Step(nn.Module):
         """(R, T), (R, T), (rows, K, slots, D) x 2 n_layer -> logits (R, T, V)."""
         layers = len(kept) // 2
         cache = BatchCache.over(kept[:layers], kept[layers:])
-        cache.begin_at(positions, self.room)
+        if self.room:
+            cache.begin_at(positions, self.room)
+        else:
+            cache.begin_alike(positions)
         logits: Tensor = self.model(tokens, cache)
         return logits
 

@@ -4,6 +4,7 @@ Legend of shapes: R rows in use, T new tokens a row, K key-value heads, D head s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +40,14 @@ class BatchCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.positions = torch.empty((0, 0), dtype=torch.int64, device=device)  # (R, T)
         self.longest = 0  # tokens of the longest row, the new ones included
-        self._alike = True  # whether all rows in use have one length
+        self._start: int | Tensor | None = 0  # place of the first new token, None if rows differ
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # slots -> where new tokens go
 
     @classmethod
     def over(cls, k: Sequence[Tensor], v: Sequence[Tensor]) -> "BatchCache":
         """A cache that uses the keys and values of another one."""
         cache = cls.__new__(cls)
-        cache.k, cache.v = list(k), list(v)
+        cache.k, cache.v, cache._places = list(k), list(v), {}
         return cache
 
     @property
@@ -57,15 +59,23 @@ class BatchCache:
         """Announce `count` new tokens for each of the first len(lengths) rows, which hold so many
         valid ones; what a row held beyond is forgotten."""
         device = self.positions.device
-        self.longest = max(lengths) + count
-        self._alike = min(lengths) == max(lengths)
+        self.longest, self._places = max(lengths) + count, {}
+        self._start = lengths[0] if min(lengths) == max(lengths) else None
         starts = torch.tensor(lengths, device=device)
         self.positions = starts[:, None] + torch.arange(count, device=device)
 
     def begin_at(self, positions: Tensor, room: int) -> None:
         """`begin` for new tokens at `positions` (R, T), all below `room`, in work that is the same
         wherever they are: it can be recorded and repeated with other numbers in `positions`."""
-        self.positions, self.longest, self._alike = positions, room, False
+        self.positions, self.longest, self._start, self._places = positions, room, None, {}
+
+    def begin_alike(self, positions: Tensor) -> None:
+        """`begin` for one new token a row at `positions` (R, 1), which are all the same, in a
+        program that can be recorded and repeated with other numbers there. Only for caches in which
+        every layer has room for the whole text; it attends to no more keys than there are."""
+        self.positions, self.longest, self._start = positions, 0, positions[0, 0]
+        # Any: `narrow` takes a number that is a tensor only where a program is recorded.
+        self._end: Any = self._start + 1
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the announced k, v (R, K, T, D); return all keys and values (R, K, S, D)."""
@@ -75,7 +85,7 @@ class BatchCache:
         """What the announced tokens see of the keys that `append` returns for `layer`."""
         size, count = self.k[layer].size(2), self.positions.size(1)
         fits = not window or self.longest <= window or (size == window and count == 1)
-        if self._alike and count == 1 and fits:
+        if self._start is not None and count == 1 and fits:
             return Reach()
         slots = torch.arange(min(self.longest, size), device=self.positions.device)
         last = self.positions[:, -1:]  # (R, 1)
@@ -104,10 +114,15 @@ class BatchCache:
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:
         size, count = kept.size(2), new.size(2)
         kept = kept[: new.size(0)]
-        start = (self.longest - count) % size
-        if self._alike and start + count <= size:
-            kept[:, :, start : start + count] = new
+        if isinstance(self._start, Tensor):
+            kept.narrow(2, self._start, count).copy_(new)
+            return kept.narrow(2, 0, self._end)
+        if self._start is not None and self._start % size + count <= size:
+            kept.narrow(2, self._start % size, count).copy_(new)
         else:
-            rows = torch.arange(new.size(0), device=kept.device)[:, None]
-            kept[rows, :, self.positions % size] = new.transpose(1, 2).to(kept.dtype)
-        return kept[:, :, : min(self.longest, size)]
+            if size not in self._places:
+                rows = torch.arange(new.size(0), device=kept.device)[:, None]
+                self._places[size] = rows, self.positions % size
+            rows, slots = self._places[size]
+            kept[rows, :, slots] = new.transpose(1, 2).to(kept.dtype)
+        return kept.narrow(2, 0, min(self.longest, size))

@@ -79,7 +79,7 @@ class Attention(nn.Module):
             q = q.reshape(B, self.n_kv_head, groups, self.head_dim)
             return self.proj(reach.attend_last(q, k, v).reshape(B, 1, -1))
         y = reach.attend(q, k, v, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, H*D + 2*K*D) -> queries (B, T, H, D), keys and values (B, T, K, D), with norms and
@@ -92,8 +92,8 @@ class Attention(nn.Module):
             )
             q, k = torch.split(qk, [self.n_head, self.n_kv_head], dim=2)
             return q, k, v
-        parts = torch.split(qkv, self.widths, dim=-1)
-        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts)
+        heads = torch.unflatten(qkv, -1, (-1, self.head_dim))
+        q, k, v = torch.split(heads, [self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,7 @@ class OneDnnLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         """`weight` (O, I) and `bias` (O,) fp32 or bf16."""
         super().__init__()
-        self.dtype, self.bias, self.outputs = weight.dtype, bias, len(weight)
+        self.dtype, self.bias = weight.dtype, bias
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         self.register_buffer("packed", packed, persistent=False)
         self.product = torch.ops.mkldnn._linear_pointwise.default
@@ -202,16 +202,12 @@ class OneDnnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of x."""
-        given = x.to(self.dtype)
-        # A recorded step has no place for the list of scalars.
+        given = x if x.dtype == self.dtype else x.to(self.dtype)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            zeros = given.new_zeros(*x.shape[:-1], self.outputs)
-            y = torch.ops.mkldnn._linear_pointwise.binary(
-                given, zeros, self.packed, self.bias, "add"
-            )
+            y: Tensor = _recordable().product(given, self.packed, self.bias)
         else:
             y = self.product(given, self.packed, self.bias, "none", [], "")
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class WideningLinear(nn.Module):
@@ -258,6 +254,17 @@ class CompactEmbedding(nn.Module):
         """Ids (...) int64 -> (..., C) fp32."""
         rows = self.weight[tokens].float()
         return rows if self.scale is None else rows * self.scale[tokens].unsqueeze(-1)
+
+
+@cache
+def _recordable() -> Any:
+    """oneDNN's product for programs that are recorded, which a list of no scalars cannot get into
+    but as code of their own language."""
+    return torch.jit.CompilationUnit("""
+def product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    scalars: List[Optional[number]] = []
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", scalars, "")
+""")
 
 
 @cache

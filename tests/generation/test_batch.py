@@ -207,7 +207,7 @@ def test_recorded_packed_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
     monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
     assert together(model, [request], decoder=model) == expected
-    assert recorded._traced[model]
+    assert list(recorded._traced[model]) == [(2, 1, 0)]  # one program for every length
 
 
 def test_few_steps_are_not_recorded() -> None:
