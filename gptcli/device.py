@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import re
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,6 +161,15 @@ def free_memory_bytes(device: Device) -> int | None:
         return int(free + held(device.torch) - used(device.torch))
     found = [_available_bytes(), *_cgroup_free_bytes(Path("/")), _address_space_bytes()]
     return min((n for n in found if n is not None), default=memory_bytes())
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """The most memory that this process has held so far: of a GPU what its tensors took, else all
+    that was resident."""
+    if device.kind == "cuda":
+        return int(torch.cuda.max_memory_allocated(device.torch))
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def usable_memory_bytes(device: Device, held_bytes: int = 0) -> int | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,12 +17,15 @@ from gptcli.data.task_data import open_task
 from gptcli.data.task_formats import row_fields
 from gptcli.device import Device, choose_precision, resolve_device
 from gptcli.errors import CheckpointError, ConfigError
+from gptcli.evaluation.details import details
 from gptcli.evaluation.perplexity import (
+    DocumentScores,
     EncodedDocument,
     Scores,
     encode_documents,
     encode_rows,
-    perplexity,
+    score_documents,
+    total_scores,
 )
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
@@ -75,11 +79,12 @@ def evaluate(
     encoded, name = _documents(loaded, sources, settings.max_tokens)
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
-    scores = perplexity(loaded.model, encoded, device, stride=settings.stride, precision=precision)
+    scores, found = _scored(loaded.model, encoded, device, settings, precision)
     quantized: dict[str, Any] = {}
     if settings.quantize is not None:
-        scores, quantized = _quantized(loaded.model, encoded, device, settings, scores)
+        scores, found, quantized = _quantized(loaded.model, encoded, device, settings, scores)
     report = {**described(loaded, name, device, precision, command), **quantized}
+    report |= details(encoded, found, loaded.tokenizer)
     sizes = {"documents": scores.documents, "bytes": scores.bytes}
     report["data"] = {"eval": {"source": name, **sizes}}
     report["scores"] = asdict(scores)
@@ -119,19 +124,36 @@ def described(
     }
 
 
+def _scored(
+    model: GPT,
+    encoded: list[EncodedDocument],
+    device: Device,
+    settings: EvalConfig,
+    precision: str,
+) -> tuple[Scores, DocumentScores]:
+    """The scores of `model`, and those of each document and token."""
+    began = time.perf_counter()
+    found = score_documents(
+        model, encoded, device, stride=settings.stride, precision=precision, tokens=True
+    )
+    seconds = time.perf_counter() - began
+    return total_scores(found, encoded, model.config.block_size, settings.stride, seconds), found
+
+
 def _quantized(
     model: GPT,
     encoded: list[EncodedDocument],
     device: Device,
     settings: EvalConfig,
     before: Scores,
-) -> tuple[Scores, dict[str, Any]]:
-    """The scores of `model`, which becomes a quantized one, and the report's part about that."""
+) -> tuple[Scores, DocumentScores, dict[str, Any]]:
+    """What `_scored` gives of `model`, which becomes a quantized one, and the report's part about
+    that."""
     assert settings.quantize is not None
     before_bytes = weight_bytes(model)
     log.info(f"scoring again with {settings.quantize} weights")
     quantize(model, settings.quantize)
-    scores = perplexity(model, encoded, device, stride=settings.stride)
+    scores, found = _scored(model, encoded, device, settings, "fp32")
     about = {
         "kind": settings.quantize,
         "perplexity_ratio": scores.perplexity / before.perplexity,
@@ -139,7 +161,7 @@ def _quantized(
         "weight_bytes_before": before_bytes,
         "scores_before": asdict(before),
     }
-    return scores, {"quantized": about}
+    return scores, found, {"quantized": about}
 
 
 def _documents(

@@ -3,18 +3,21 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import open_corpus, read_rows
+from gptcli.data.example_rows import Encoder
+from gptcli.data.shots import ShotEncoder, shots_of
 from gptcli.data.task_data import Held, open_task
 from gptcli.data.task_formats import TaskEncoder, row_fields
 from gptcli.device import resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluate import EvaluateResult, described, eval_directory, eval_precision
 from gptcli.evaluation.perplexity import encode_rows, perplexity
-from gptcli.evaluation.task_scores import check_scores, score_task, scored_rows
+from gptcli.evaluation.task_scores import HeldOut, check_scores, score_task, scored_rows
 from gptcli.model.heads import has_task_head, task_head
 from gptcli.reports.report import write_eval_report, write_predictions
 from gptcli.runs.load import LoadedModel, load_model
@@ -30,13 +33,15 @@ def evaluate_task(
     model: str | None = None,
     data: list[str] | None = None,
     run_dir: Path | None = None,
+    shots: int | None = None,
     allow_code: bool = False,
     command: str = "",
 ) -> EvaluateResult:
     """Score MODEL on the task of `config`, without one on that of its own run.
 
-    The rows are those of `data`, else those that the task's config holds out. The labels, and the
-    order of a task head's outputs, are those of the model's run where it has any. The report and
+    The rows are those of `data`, else those that the task's config holds out, each behind `shots`
+    (else `finetune.shots`) examples from the config's training rows. The labels, and the order of a
+    task head's outputs, are those of the model's run where it has any. The report and
     predictions.jsonl go to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
     """
     device = resolve_device((config or Config()).training.device)
@@ -45,7 +50,7 @@ def evaluate_task(
     reference = model if model is not None or config is None else config.eval.model
     loaded = load_model(reference, device.torch)
     own = config is None
-    config = _task_config(config, loaded)
+    config = _task_config(config, loaded, shots)
     settings = config.finetune
     check_scores(settings, allow_code)
     if data:
@@ -55,6 +60,7 @@ def evaluate_task(
         held_out, labels = _held_out(config, loaded, own)
         name = "held out"
     rows = scored_rows(held_out, settings.score_rows)
+    examples = _examples(settings, rows)
     _check_head(settings, loaded, labels)
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {len(rows)} rows ({name}), task {settings.task}")
@@ -71,17 +77,18 @@ def evaluate_task(
     )
     scores = perplexity(loaded.model, encode_rows(rows), device, precision=precision)
     report = described(loaded, f"{settings.task}, {name}", device, precision, command)
-    report["data"] = {"eval": {"source": name, "rows": len(rows)}}
+    report["data"] = {"eval": {"source": name, "rows": len(rows), **examples}}
     report |= {"scores": asdict(scores), "tasks": found.entries("value"), "task": found.to_json()}
-    directory = eval_directory(loaded, run_dir, f"{settings.task} {name}", config.eval)
+    described_as = f"{settings.task} {name}" + (f" {settings.shots} shots" if examples else "")
+    directory = eval_directory(loaded, run_dir, described_as, config.eval)
     if directory is not None:
         write_eval_report(directory, report)
         write_predictions(directory / PREDICTIONS, found.predictions)
     return EvaluateResult(report, directory, scores)
 
 
-def _task_config(config: Config | None, loaded: LoadedModel) -> Config:
-    """`config`, else the one of the model's run, with the labels that the run has."""
+def _task_config(config: Config | None, loaded: LoadedModel, shots: int | None) -> Config:
+    """`config`, else the one of the model's run, with the labels that the run has, and `shots`."""
     finetuned = (loaded.state or {}).get("job") == "finetune"
     if config is None:
         if not finetuned:
@@ -90,12 +97,39 @@ def _task_config(config: Config | None, loaded: LoadedModel) -> Config:
                 hint=f"name a config with a finetune section: gpt eval CONFIG --task --model"
                 f" {loaded.path}",
             )
-        return loaded.config
+        return _with_shots(loaded.config, shots)
     own = loaded.config.finetune if finetuned else None
     if own is None or own.labels is None or own.task != config.finetune.task:
-        return config
+        return _with_shots(config, shots)
     settings = config.finetune.model_copy(update={"labels": own.labels})
+    return _with_shots(config.model_copy(update={"finetune": settings}), shots)
+
+
+def _with_shots(config: Config, shots: int | None) -> Config:
+    settings = config.finetune
+    if shots is not None:
+        settings = settings.model_copy(update={"shots": shots})
+    if settings.shots and settings.has_head:
+        raise ConfigError(
+            f"a task head reads one row at a time, without the {settings.shots} examples of shots",
+            hint="set finetune.head: false to compare labels and choices as text",
+        )
     return config.model_copy(update={"finetune": settings})
+
+
+def _examples(settings: FinetuneConfig, rows: HeldOut) -> dict[str, Any]:
+    """What the report says of the examples before the rows; warns where they are fewer."""
+    if not settings.shots:
+        return {}
+    counts = [shots_of(row) for row in rows]
+    fewer = sum(count < settings.shots for count in counts)
+    mean = sum(counts) / len(counts)
+    if fewer:
+        log.warning(
+            f"{fewer} of {len(rows)} rows have fewer than {settings.shots} examples before them,"
+            f" because no more fit the block or are there; {mean:.1f} on average"
+        )
+    return {"shots": settings.shots, "mean_shots": mean, "rows_with_fewer_shots": fewer}
 
 
 def _named_rows(config: Config, loaded: LoadedModel, data: list[str]) -> Held:
@@ -107,8 +141,11 @@ def _named_rows(config: Config, loaded: LoadedModel, data: list[str]) -> Held:
             hint="set finetune.labels in the config",
         )
     sources = [SourceConfig(path=path) for path in data]
-    block_size = loaded.model.config.block_size
-    encoder = TaskEncoder(settings, loaded.tokenizer, block_size, labels or [])
+    block_size, labels = loaded.model.config.block_size, labels or []
+    encoder: Encoder = TaskEncoder(settings, loaded.tokenizer, block_size, labels)
+    if settings.shots:
+        corpus = open_corpus(config.data, row_fields(settings), val_tokens=config.eval.max_tokens)
+        encoder = ShotEncoder(settings, loaded.tokenizer, block_size, labels, corpus, config.seed)
     rows = [encoder.encode(row, where) for where, row in read_rows(sources, row_fields(settings))]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):

@@ -26,13 +26,8 @@ from gptcli.evaluation.perplexity import (
     encode_rows,
     perplexity,
 )
-from gptcli.evaluation.task_scores import (
-    HeldOut,
-    TaskScores,
-    check_scores,
-    score_task,
-    scored_rows,
-)
+from gptcli.evaluation.task_result import TaskScores
+from gptcli.evaluation.task_scores import HeldOut, check_scores, score_task, scored_rows
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_predictions, write_report
 from gptcli.runs import checkpoint
@@ -165,6 +160,7 @@ class _Run:
         found = self.task_scores()
         stop.raise_if_requested()
         response = session.score_validation()
+        session.scores = response  # run.json has those of the model that is left behind
         entries = found.entries(when)
         entries["response_perplexity"] = {when: response.perplexity, "rows": response.documents}
         if self.reference_text:
@@ -263,6 +259,7 @@ def _objective(
     device: Device,
     reference: dict[int, tuple[float, float]],
     model: GPT,
+    precision: str,
 ) -> LossOf:
     """What a step of the task minimises. Of preferences `reference` is filled, by `model` as it is
     before the training or from what the run kept."""
@@ -283,6 +280,7 @@ def _objective(
             device,
             start.directory,
             resumed=start.contents is not None,
+            precision=precision,
         )
         reference.update(found)
         return preference_loss(model, settings.dpo_beta, reference)
@@ -299,7 +297,12 @@ def _reference_text(config: Config, tokenizer: Tokenizer) -> list[EncodedDocumen
 
 
 def _check_data(config: Config) -> None:
-    """Refuse settings of the data that are for text only."""
+    """Refuse settings of the data that are for text only, or for evaluation."""
+    if config.finetune.shots:
+        raise ConfigError(
+            "finetune.shots is for gpt eval --task: training reads its rows alone",
+            hint="leave it out here, and give gpt eval --task the flag --shots K",
+        )
     data = config.data
     asked = {
         "data.packing: best_fit": data.packing != "concat",
@@ -328,11 +331,11 @@ def describe(config: Config) -> str:
     corpus = open_corpus(config.data, row_fields(config.finetune))
     task = _task(config, loaded.tokenizer, corpus, None)
     documents = "uncounted" if corpus.documents is None else f"{corpus.documents:,}"
-    left_out = task.counts.skipped_empty + task.counts.skipped_long
+    left_out = task.counts.left_out
     lines = {
         "model": f"{loaded.path}, {loaded.model.parameter_count():,} parameters",
         "task": f"{config.finetune.task}, method {config.finetune.method}",
-        "rows": f"{documents} ({left_out} to train on are empty or do not fit,"
+        "rows": f"{documents} ({left_out} to train on are left out,"
         f" {task.counts.shortened} are cut)",
         "held out": f"{len(task.held_out):,} rows",
         **({"labels": ", ".join(task.labels)} if task.labels else {}),

@@ -24,9 +24,9 @@ from gptcli.device import Device, allow_tf32, resolve_device, usable_memory_byte
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluation.perplexity import encode_documents, encode_rows
 from gptcli.interop.hf_folder import open_folder
-from gptcli.model.cache import KVCache
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT, initialise
+from gptcli.model.sizes import cache_bytes, parameters_by_part
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
 from gptcli.runs.manifest import CONFIG, MODEL
@@ -39,6 +39,7 @@ from gptcli.training.fitting import Case, gib, misfits
 from gptcli.training.flops import flops_per_token
 from gptcli.training.footprint import Footprint
 from gptcli.training.initial import with_shape
+from gptcli.training.trainable import as_finetuned
 from gptcli.training.tuning import tune, worth_compiling
 
 log = logging.getLogger("gptcli")
@@ -47,7 +48,6 @@ _MOST_READ_BYTES = 2**30  # of text, to count its tokens
 _SAMPLE_BYTES = 256  # of text for each token of a vocabulary: enough to learn their usual length
 # Of a micro batch, of which the probe runs at least two: half a minute on a CPU, seconds on a GPU.
 _MOST_PROBED_FLOPS = {"cpu": 4e12, "mps": 4e13, "cuda": 4e14}
-_PARTS = {"wte": "embeddings", "wpe": "embeddings", "attn": "attention", "mlp": "feed_forward"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Plan:
     activation_checkpointing: bool
     vocab_size: int
     parameters: dict[str, int]
+    learning_parameters: int  # those that are not frozen
     memory: Footprint
     kv_cache_bytes: int
     checkpoint_bytes: int
@@ -132,7 +133,7 @@ def plan(
         needed = case.need()
     else:
         paces = _computed(case, text, began)
-    saved = _saved_bytes(needed)
+    saved = _saved_bytes(config, needed)
     kept = _kept_checkpoints(config) * saved
     _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
     length = duration(config, paces, text.train_tokens)
@@ -144,9 +145,10 @@ def plan(
         micro_batch_size=case.choices.micro_batch_size,
         activation_checkpointing=case.choices.activation_checkpointing,
         vocab_size=vocabulary,
-        parameters=_parameters(empty),
+        parameters=parameters_by_part(empty),
+        learning_parameters=_learning_parameters(empty, config),
         memory=needed,
-        kv_cache_bytes=_cache_bytes(config.model),
+        kv_cache_bytes=cache_bytes(config.model),
         checkpoint_bytes=saved,
         kept_bytes=kept,
         free_memory_bytes=memory,
@@ -207,22 +209,10 @@ def _empty(config: ModelConfig, vocab_size: int) -> GPT:
         raise ConfigError(f"no model has these sizes: {error}") from error
 
 
-def _parameters(model: GPT) -> dict[str, int]:
-    """Parameters by part, tied ones with the embeddings, and their total."""
-    counts = dict.fromkeys(["embeddings", "attention", "feed_forward", "norms", "head"], 0)
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        part = next((_PARTS[p] for p in parts if p in _PARTS), "head")
-        counts["norms" if any("norm" in p for p in parts) else part] += parameter.numel()
-    return {**counts, "total": sum(counts.values())}
-
-
-def _cache_bytes(model: ModelConfig) -> int:
-    """Of the keys and values of one text that fills the block, fp32."""
-    size = max(model.windows) if model.rolls else model.block_size
-    meta = torch.device("meta")
-    cache = KVCache(model.windows, size, 1, model.kv_heads, model.head_size, meta, torch.float32)
-    return cache.row_bytes
+def _learning_parameters(model: GPT, config: Config) -> int:
+    """Of `model`, which gets what finetuning gives it, those that learn."""
+    as_finetuned(model, config.finetune)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -309,13 +299,18 @@ def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> li
         notes.append("seconds are those of code that is not compiled; the run may be faster")
     if paces.source == "products":
         notes.append("seconds are operations over the speed of matrix products, not probed")
+    if "finetune" in case.config.model_fields_set and length is not None:
+        notes.append("the task's scores before and after are not in the seconds")
     if length is None:
         notes.append("no limit tells how long the run is: no seconds, no cost")
     return notes
 
 
 def _can_be_probed(case: Case, needed: Footprint, memory: int | None) -> bool:
-    """Whether a micro batch is short enough to be run a few times, with a copy of the model."""
+    """Whether a micro batch is short enough to be run a few times, with a copy of the model. What
+    trains a head alone reads each row once in all, which a few steps do not show."""
+    if case.config.finetune.method == "head":
+        return False
     if memory is not None and memory < needed.total_bytes + needed.weights_bytes:
         return False
     tokens = case.choices.micro_batch_size * case.config.model.block_size
@@ -330,6 +325,7 @@ def _probed(case: Case, text: _Text, began: float, seconds: float) -> tuple[Case
     """
     model = GPT(case.config.model, case.vocab_size)
     initialise(model, torch.Generator().manual_seed(case.config.seed))
+    as_finetuned(model, case.config.finetune)
     model.to(case.device.torch)
     training = case.config.training.model_copy(update={"compile": "off"})
     config = case.config.model_copy(update={"training": training})
@@ -345,7 +341,7 @@ def _probed(case: Case, text: _Text, began: float, seconds: float) -> tuple[Case
             case.choices.precision,
             case.choices.micro_batch_size,
             val_tokens=_scored_tokens(case.config, text),
-            checkpoint_bytes=_saved_bytes(case.need()),
+            checkpoint_bytes=_saved_bytes(config, case.need()),
             seconds=seconds,
         )
     finally:
@@ -361,7 +357,7 @@ def _computed(case: Case, text: _Text, began: float) -> Paces:
         case.choices.precision,
         recompute=case.choices.activation_checkpointing,
         val_tokens=_scored_tokens(case.config, text),
-        checkpoint_bytes=_saved_bytes(case.need()),
+        checkpoint_bytes=_saved_bytes(case.config, case.need()),
     )
     return replace(paces, starting_seconds=time.monotonic() - began)
 
@@ -373,8 +369,11 @@ def _scored_tokens(config: Config, text: _Text) -> int:
     return config.eval.max_tokens or VAL_TOKENS
 
 
-def _saved_bytes(needed: Footprint) -> int:
-    return needed.weights_bytes + needed.optimizer_bytes
+def _saved_bytes(config: Config, needed: Footprint) -> int:
+    """Of a checkpoint: of adapters alone, which are as large as their gradients, or all weights."""
+    alone = config.finetune.method == "lora"
+    weights = needed.gradients_bytes if alone else needed.weights_bytes
+    return weights + needed.optimizer_bytes
 
 
 def _memory_bytes(device: Device) -> int | None:

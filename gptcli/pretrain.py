@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from gptcli.data.rows import RowSource
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, resolve_device
 from gptcli.errors import DataError
+from gptcli.evaluation.attention import attention_picture
+from gptcli.evaluation.details import details
 from gptcli.evaluation.perplexity import encode_documents
 from gptcli.model.empty import empty_model
 from gptcli.reports.report import write_report
 from gptcli.runs.load import load_model
+from gptcli.runs.metrics import read_samples
 from gptcli.training.build import (
     RunResult,
     build_session,
@@ -37,6 +41,7 @@ from gptcli.training.initial import (
 )
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
+from gptcli.training.validation import Validation
 
 log = logging.getLogger("gptcli")
 
@@ -73,7 +78,7 @@ def pretrain(
         if start.done:
             return nothing_to_do(start)
         session, rows = _begin(config, start, device, allow_data_change)
-        result = run_session(session, rows)
+        result = run_session(session, rows, partial(_found, session))
         write_report(start.directory)
         return result
 
@@ -89,6 +94,20 @@ def _begin(
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     session = build_session(config, start, device, tokenizer, corpus, validation, initial)
     return session, training_rows(config, corpus, tokenizer, session.state.position)
+
+
+def _found(session: Session) -> dict[str, Any]:
+    """What the report shows of the trained model beside its scores: what of the validation part
+    surprised it, and where it looks in a text that it wrote at the end."""
+    facts, validation = dict[str, Any](), session.score_validation
+    # A resumed run whose last evaluation was another process's has no scores of single tokens.
+    if isinstance(validation, Validation) and validation.found is not None:
+        facts |= details(validation.documents, validation.found, session.tokenizer)
+    written = [s for s in read_samples(session.directory) if s["step"] == session.state.step]
+    if written:
+        text = written[0]["prompt"] + written[0]["text"]
+        facts["attention"] = attention_picture(session.model, session.tokenizer, text)
+    return facts
 
 
 def read_corpus(

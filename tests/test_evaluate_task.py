@@ -119,6 +119,32 @@ def test_a_model_that_was_not_finetuned(runs: Path) -> None:
         evaluate_task(config, model=str(runs / "base"), data=data)
 
 
+def test_shots(runs: Path, gpt: Any) -> None:
+    """Bug: examples are not read, not told of, or given to a head; or training ignores them."""
+    base, config = str(runs / "base"), runs / "shots.yaml"
+    data = {"train": str(runs / "rows.jsonl"), "val_fraction": 0.3}
+    config.write_text(json.dumps({"data": data, "finetune": {**ANSWERS, "max_new_tokens": 2}}))
+    flags = ["eval", str(config), "--task", "--model", base, "--json"]
+    code, out, _ = gpt(*flags, "--run-dir", str(runs / "none"), "--shots", "0")
+    assert (code, "shots" in json.loads(out)["data"]["eval"]) == (0, False)
+    alone = json.loads(out)["scores"]
+    code, out, err = gpt(*flags, "--run-dir", str(runs / "two"), "--shots", "2")
+    told = json.loads(out)["data"]["eval"]
+    assert (code, told["shots"], told["rows_with_fewer_shots"]) == (0, 2, 5)  # one fits 64 bytes
+    assert told["mean_shots"] == 1.0
+    assert "5 of 5 rows have fewer than 2 examples" in err
+    scores = json.loads(out)["scores"]
+    assert scores["tokens"] == alone["tokens"]  # of the responses alone
+    assert scores["loss"] != pytest.approx(alone["loss"], abs=1e-6)
+    rows = ["--data", str(runs / "rows.jsonl"), "--run-dir", str(runs / "named")]
+    code, out, _ = gpt(*flags, *rows, "--shots", "1")
+    assert (code, json.loads(out)["data"]["eval"]["mean_shots"]) == (0, 1.0)
+    code, _, err = gpt("eval", "--task", "--model", str(runs / "head"), "--shots", "2")
+    assert (code, "a task head reads one row" in err) == (2, True)
+    with pytest.raises(ConfigError, match=r"finetune\.shots is for gpt eval"):
+        finetune(task_config(runs, {**ANSWERS, "shots": 1}), model=base, run_dir=runs / "no")
+
+
 def test_changed_data(runs: Path, tmp_path: Path) -> None:
     """Bug: rows that were trained on are scored as held out, after the file has changed."""
     rows = tmp_path / "rows.jsonl"

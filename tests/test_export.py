@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,24 +270,13 @@ def test_stop_leaves_nothing(make_run: Make, tmp_path: Path):
 def test_full_disk(make_run: Make, tmp_path: Path):
     """A disk that fills up is an error of its own, and leaves nothing behind."""
     run = make_run()
-    program = (
-        "import resource, sys\n"
-        "from gptcli.cli.main import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-        f"sys.exit(main(['export', '--model', {str(run)!r}, '--to', 'hf', 'out']))\n"
-    )
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == ResourceError.exit_code, done.stderr
-    assert "error: cannot write" in done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(ResourceError, match="cannot write"):
+            export(str(run), tmp_path / "out", "hf", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 

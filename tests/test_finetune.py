@@ -117,6 +117,22 @@ def test_before_and_after(
     assert evals[-1]["perplexity"] == pytest.approx(perplexity["after"], rel=1e-9)
 
 
+def test_patience_after_a_resume(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Bug: a run that patience ended and that gets more steps ends at its next evaluation."""
+    changes: dict[str, Any] = {
+        "optimizer": {"lr": 1e-20},  # nothing gets better
+        "finetune": {"patience": 2, "score_rows": 1, "max_new_tokens": 1},
+        "samples": {"prompts": []},
+    }
+    for steps, end in ((12, 4), (20, 8)):
+        config = settings(rows, **changes, training={"max_steps": steps, "eval_every": 2})
+        config = config.model_copy(update={"init": str(base)})
+        result = finetune(config, run_dir=tmp_path / "run", resume="auto")
+        assert (result.status, result.step) == ("finished", end)
+    run = read_run_json(tmp_path / "run")
+    assert run["scores"]["perplexity"] == run["tasks"]["response_perplexity"]["after"]
+
+
 def test_score_is_of_the_response(base: Path, rows: Path, tmp_path: Path) -> None:
     """Bug: the prompt or eot is scored, or held-out rows are trained on."""
     result = finetune(settings(rows), model=str(base), run_dir=tmp_path / "run")

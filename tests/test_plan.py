@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gptcli.config.schema import Config
+from gptcli.finetune import finetune
 from gptcli.model.gpt import GPT
 from gptcli.plan import Plan
 from gptcli.plan import plan as whole_plan
@@ -129,7 +130,7 @@ def test_rows(tmp_path) -> None:
         "schedule": {"warmup_steps": 0},
     }
     found = plan(Config.model_validate(tuning))
-    assert found.notes == []
+    assert found.notes == ["the task's scores before and after are not in the seconds"]
     assert found.text_tokens is not None
     example = sum(2 + len(row["question"]) + len(row["answer"]) for row in rows) / 400
     assert found.text_tokens == pytest.approx(0.9 * 400 * example, rel=0.1)  # they are packed
@@ -140,6 +141,31 @@ def test_rows(tmp_path) -> None:
     assert alone is not None
     assert alone % 32 == 0  # each row fills a block
     assert 0.8 * 400 < alone / 32 < 400
+
+
+def test_adapters(tmp_path) -> None:
+    """Bug: adapters are planned as a training of all weights."""
+    made = pretrain(config(samples={"prompts": []}), run_dir=tmp_path / "made")
+    rows = [{"prompt": f"{n}?", "response": "yes" * (1 + n % 3)} for n in range(99)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuning = {
+        "init": str(made.run_dir),
+        "data": {"train": str(tmp_path / "rows.jsonl"), "val_fraction": 0.1},
+        "finetune": {"method": "lora", "lora": {"rank": 1}, "score_rows": 1, "max_new_tokens": 1},
+        "training": {"max_steps": 2, "tokens_per_step": 64, "eval_every": 2},
+        "schedule": {"warmup_steps": 0},
+        "samples": {"prompts": []},
+    }
+    case = Config.model_validate(tuning)
+    found = plan(case)
+    assert found.paces.source == "probe"
+    run = finetune(case, run_dir=tmp_path / "tuned").run_dir
+    checkpoint = run / "checkpoints" / "step-00000002"
+    size = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    assert found.checkpoint_bytes == pytest.approx(size, rel=0.3)  # names take as much as numbers
+    told = (run / "log.txt").read_text()
+    assert f"{found.learning_parameters:,} of" in told
+    assert found.memory.gradients_bytes == 4 * found.learning_parameters
 
 
 def test_recomputed_activations() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import sys
 import textwrap
@@ -16,8 +15,8 @@ import typer
 from gptcli.cli.display import Display, terminal_is_capable
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import ConfigArgument, SetOption, load_run_config
-from gptcli.cli.terminal import columns, write_out
-from gptcli.errors import ConfigError, DataError, ResourceError
+from gptcli.cli.terminal import columns, styled, takes_colours, write_out, write_page
+from gptcli.errors import ConfigError, DataError
 from gptcli.reports.text import percent, size, visible
 
 if TYPE_CHECKING:
@@ -75,11 +74,11 @@ def check(
     else:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if terminal else None
-        write_out(check_text(result.report, width, _colours()), raw=True)
+        write_out(check_text(result.report, width, takes_colours()), raw=True)
     if out is not None:
         from gptcli.reports.data_page import check_html
 
-        _write(out, check_html(result.report))
+        write_page(out, check_html(result.report))
     if strict and result.warnings:
         warnings = "1 warning" if result.warnings == 1 else f"{result.warnings} warnings"
         raise DataError(f"{warnings} about the data", "see the findings above")
@@ -119,11 +118,11 @@ def show(
         write_out(json.dumps(_rows_json(result), ensure_ascii=False) + "\n")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
-        write_out(rows_text(result, width, _colours()), raw=True)
+        write_out(rows_text(result, width, takes_colours()), raw=True)
     if html is not None:
         from gptcli.reports.data_page import rows_html
 
-        _write(html, rows_html(result.rows, result.step, result.block_size, result.facts))
+        write_page(html, rows_html(result.rows, result.step, result.block_size, result.facts))
     return 0
 
 
@@ -147,7 +146,7 @@ def rows_text(data: "DataRows", width: int, colours: bool) -> str:
     parts = ["".join(visible(fact) + "\n" for fact in facts), _LEGEND]
     for number, row in enumerate(data.rows):
         name = row.name or f"row {number}"
-        title = _styled(visible(f"{name}: {_row_facts(row, data.block_size)}"), "1", colours)
+        title = styled(visible(f"{name}: {_row_facts(row, data.block_size)}"), "1", colours)
         parts.append(f"{title}\n{_row_lines(row, width, colours)}")
     return "\n".join(parts)
 
@@ -218,7 +217,7 @@ def _findings(findings: list[dict[str, str]], width: int | None, colours: bool) 
     indent = max((len(f["check"]) for f in findings), default=0) + 11
     lines = []
     for finding in findings:
-        level = _styled(f"{finding['level']:<7}", _LEVEL_COLOURS[finding["level"]], colours)
+        level = styled(f"{finding['level']:<7}", _LEVEL_COLOURS[finding["level"]], colours)
         text = visible(" ".join(finding["text"].split()))
         if width is not None and width > indent + 30:
             wrapped = textwrap.wrap(text, width - indent, break_on_hyphens=False)
@@ -255,13 +254,13 @@ def _row_lines(row: "ShownRow", width: int, colours: bool) -> str:
             if line:
                 lines.append(line + "|")
             position = "end" if token.position is None else str(token.position)
-            line = _styled(f"[{position:>4}] ", _DIM, colours)
+            line = styled(f"[{position:>4}] ", _DIM, colours)
             used = 7
-        line += _styled(cell, _token_style(token), colours)
+        line += styled(cell, _token_style(token), colours)
         used += cell_len(cell)
     lines.append(line + "|")
     if row.padding:
-        lines.append(_styled(f"       ⟨padding⟩ x {row.padding}", _DIM, colours))
+        lines.append(styled(f"       ⟨padding⟩ x {row.padding}", _DIM, colours))
     return "\n".join(lines) + "\n"
 
 
@@ -294,15 +293,6 @@ def _rows_json(data: "DataRows") -> dict[str, Any]:
     return {"step": data.step, "block_size": data.block_size, **data.facts, "rows": rows}
 
 
-def _styled(text: str, code: str | None, colours: bool) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if colours and code else text
-
-
-def _colours() -> bool:
-    capable = os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
-    return capable and sys.stdout.isatty()
-
-
 def _bytes(text: str | None) -> int | None:
     if text is None:
         return None
@@ -315,14 +305,6 @@ def _bytes(text: str | None) -> int | None:
     if number <= 0:
         raise ConfigError("--max-bytes must be above zero")
     return number
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
-    log.info(f"page: {path}")
 
 
 @contextmanager

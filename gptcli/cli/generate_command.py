@@ -44,7 +44,7 @@ PromptFileOption = Annotated[
     typer.Option(
         "--prompt-file",
         metavar="FILE",
-        help="Prompts, one a line, or JSON lines with prompt and settings.",
+        help="Prompts, one a line, or JSON lines with prompt and settings; '-' is stdin.",
     ),
 ]
 PromptTokensOption = Annotated[
@@ -216,8 +216,10 @@ def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "
     if settings.output_bytes:
         _check_bytes(settings, flags)
     if stdin == "-":
-        prompt = _read_stdin(settings.output_bytes)
+        prompt = read_stdin(settings.output_bytes)
         settings = settings.model_copy(update={"prompt": prompt})
+    if settings.prompt_file == "-":
+        settings = settings.model_copy(update={"prompt_file": "/dev/stdin"})
     if all(getattr(settings, key) is None for key in _PROMPT_KEYS):
         raise ConfigError(
             "no prompt given",
@@ -330,7 +332,7 @@ def _token_ids(text: str | None) -> list[int] | None:
         raise ConfigError(f"--prompt-tokens: {text!r} is not a list of ids such as 0,2,1") from None
 
 
-def _read_stdin(as_bytes: bool = False) -> str:
+def read_stdin(as_bytes: bool = False) -> str:
     """The prompt on stdin without its last newline. Polls the stop flag while nothing comes.
 
     With `as_bytes` all of it; what is no UTF-8 comes as surrogates (PEP 383), as in arguments.
@@ -347,7 +349,7 @@ def _read_stdin(as_bytes: bool = False) -> str:
             break
         data += chunk
     if not data:
-        raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt generate -")
+        raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt ... -")
     if len(data) > _MAX_STDIN_BYTES:
         raise ConfigError(f"-: more than {_MAX_STDIN_BYTES:,} bytes on stdin")
     if as_bytes:

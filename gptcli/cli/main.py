@@ -18,6 +18,7 @@ from gptcli.cli import (
     data_command,
     doctor_command,
     eval_command,
+    explain_command,
     export_command,
     finetune_command,
     generate_command,
@@ -102,6 +103,7 @@ app.command("pretrain")(pretrain_command.pretrain)
 app.command("finetune")(finetune_command.finetune)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)
+app.command("explain")(explain_command.explain)
 app.command("plan")(plan_command.plan)
 app.command("export")(export_command.export_model)
 app.command("import")(import_command.import_model)

@@ -90,7 +90,9 @@ def _as_object(plan: "Plan") -> dict[str, Any]:
 
 def _rows(plan: "Plan") -> list[list[str]]:
     total = plan.parameters["total"]
-    rows = [["parameters", f"{total:,}", f"vocabulary {plan.vocab_size:,}"]]
+    learning, some = plan.learning_parameters, f"vocabulary {plan.vocab_size:,}"
+    some += f"; {learning:,} learn" if learning != total else ""
+    rows = [["parameters", f"{total:,}", some]]
     for part, count in plan.parameters.items():
         if part != "total":
             share = "shared with the embeddings" if not count else f"{count / total:.1%}"

@@ -1,64 +1,76 @@
-"""`gpt runs`: what lies under the runs directory."""
+"""`gpt runs`: what lies under the runs directory, and what goes on there."""
 
+import logging
+import shutil
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gptcli.cli.eval_command import score_rows
-from gptcli.cli.terminal import columns, write_error, write_out
+from gptcli.cli.compare_command import compare_runs
+from gptcli.cli.eval_tables import score_rows
+from gptcli.cli.terminal import columns, takes_colours, write_error, write_out
 from gptcli.errors import CheckpointError
-from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir, newest_run, runs_root
+from gptcli.runs.run_dir import is_run_dir, newest_run, runs_root
+
+log = logging.getLogger("gptcli")
 
 RunArgument = Annotated[
     str | None,
     typer.Argument(metavar="RUN", help="A run directory or its name. [the newest]"),
 ]
 
+_SHOWN_SCORES = ("bits_per_byte_ci95", "loss", "perplexity", "accuracy")
+PLOT_SIZE = (78, 18)  # columns and lines where no terminal says
+
 runs_app = typer.Typer(
-    name="runs", help="List, show and report runs.", rich_markup_mode=None, no_args_is_help=False
+    name="runs",
+    help="List, show, compare and end runs.",
+    rich_markup_mode=None,
+    no_args_is_help=False,
 )
 
 
 @runs_app.command("list")
 def list_runs() -> int:
-    """List the runs under runs/ (GPT_RUNS chooses another directory), the oldest first."""
-    root = runs_root()
-    runs = [path for path in sorted(root.iterdir()) if is_run_dir(path)] if root.is_dir() else []
-    if not runs:
-        write_error(f"no runs in {root}")
-        return 0
-    from gptcli.reports.report import build_report, read_run
+    """List the runs under runs/ (GPT_RUNS chooses another directory), the oldest first.
 
-    reports = [(path.name, build_report(path, read_run(path))) for path in runs]
-    reports.sort(key=lambda item: str(item[1]["run"]["created"] or ""))
-    rows = [["RUN", "STATUS", "STEP", "VAL BITS/BYTE"]]
-    rows += [[name, *_summary(report)] for name, report in reports]
-    write_out(columns(rows, right=frozenset({2, 3})))
+    A run that says it is running but that no process works in was killed.
+    """
+    from gptcli.reports.runs_table import RIGHT, runs_rows
+    from gptcli.runs import listing
+
+    runs = listing.list_runs(runs_root())
+    if not runs:
+        write_error(f"no runs in {runs_root()}")
+        return 0
+    write_out(columns(runs_rows(runs, datetime.now(timezone.utc)), right=RIGHT))
     return 0
 
 
 @runs_app.command("show")
 def show_run(run: RunArgument = None) -> int:
-    """Show one run: how it was made, how far it came, its scores and checkpoints."""
-    from gptcli.reports.report import build_report, read_run
+    """Show one run: how it was made, how far it is and how fast, its scores and its loss."""
+    from gptcli.reports.runs_table import run_facts
+    from gptcli.reports.terminal_plot import loss_plot
+    from gptcli.runs.listing import summarise
+    from gptcli.runs.metrics import read_metrics
 
-    path = find_run(run)
-    report = build_report(path, read_run(path))
-    status, step, bits = _summary(report)
-    facts = [
-        ["run", str(path)],
-        ["status", status],
-        ["created", str(report["run"]["created"] or "-")],
-        ["command", str(report["command"] or "-")],
-        ["step", step],
-        ["val bits/byte", bits],
-    ]
-    scores = {key: value for key, value in report["scores"].items() if value is not None}
-    facts += score_rows(scores)
-    facts += [["checkpoint", str(p.parent)] for p in _manifests(path)]
-    facts += [["note", note] for note in report["notes"]]
+    summary = summarise(find_run(run))
+    facts = run_facts(summary)
+    scores = summary.about.get("scores")
+    if isinstance(scores, dict) and summary.status not in ("running", "killed"):
+        facts += score_rows({f"val {key}": scores.get(key) for key in _SHOWN_SCORES})
     write_out(columns(facts))
+    width, height = shutil.get_terminal_size(PLOT_SIZE)
+    size = (
+        (min(width, 120) - 1, min(height - 1, PLOT_SIZE[1])) if sys.stdout.isatty() else PLOT_SIZE
+    )
+    colour = takes_colours()
+    plot = loss_plot(read_metrics(summary.path), *size, colour=colour)
+    write_out(f"\n{plot}" if plot else "", raw=colour)  # of numbers and our own words alone
     return 0
 
 
@@ -74,6 +86,96 @@ def report_run(run: RunArgument = None) -> int:
     return 0
 
 
+@runs_app.command("tail")
+def tail_run(
+    run: RunArgument = None,
+    lines: Annotated[
+        int, typer.Option("-n", min=0, metavar="N", help="Begin with this many lines.")
+    ] = 10,
+) -> int:
+    """Follow the log of a run that another process trains, until the run ends.
+
+    A run that is stopped or killed meanwhile is waited for half a minute, and followed on where it
+    is resumed. Ctrl-C ends the following, not the run.
+    """
+    from gptcli.runs.follow import follow
+    from gptcli.runs.listing import summarise
+
+    path = find_run(run)
+    for line in follow(path, lines):
+        write_out(line + "\n")
+    summary = summarise(path)
+    at = "" if summary.step is None else f" at step {summary.step}"
+    write_error(f"{path}: {summary.status}{at}")
+    return 0
+
+
+@runs_app.command("stop")
+def stop_run(
+    run: RunArgument = None,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save/--no-save", help="Let it save first; or kill it, for one that does not answer."
+        ),
+    ] = True,
+) -> int:
+    """Ask the process that trains a run to save and stop, and wait for that.
+
+    The process must be one of this machine. Ctrl-C ends the waiting; the run stops all the same.
+    """
+    from gptcli.runs import holder
+    from gptcli.runs.listing import checkpoint_names, summarise
+
+    path = find_run(run)
+    asked = holder.stop_run(path, save=save)
+    summary = summarise(path)
+    saved = checkpoint_names(path)
+    write_out(
+        f"{path}: {summary.status}, {asked} ended;"
+        f" {f'the newest checkpoint is {saved[-1]}' if saved else 'there is no checkpoint'}\n"
+    )
+    return 0
+
+
+@runs_app.command("prune")
+def prune_runs(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Of these runs only. [all]")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+) -> int:
+    """List what of the runs can be removed, and how much disk that frees; with --yes remove it.
+
+    That is: runs that --overwrite moved aside, runs that failed before their first checkpoint, and
+    checkpoints but for a run's best, its last and the last before the decay. A run that is in use
+    is left alone.
+    """
+    from gptcli.reports.text import size
+    from gptcli.runs.listing import list_runs as every_run
+    from gptcli.runs.prune import removable, remove
+
+    paths = [find_run(r) for r in runs] if runs else [r.path for r in every_run(runs_root())]
+    found = removable(paths)
+    if not found:
+        write_error("nothing to remove")
+        return 0
+    done = [not yes or remove(one) for one in found]
+    rows = [
+        ["removed" if yes else "would remove", size(one.bytes), str(one.path), one.reason]
+        for one, gone in zip(found, done, strict=True)
+        if gone
+    ]
+    total = sum(one.bytes for one, gone in zip(found, done, strict=True) if gone)
+    write_out(columns([*rows, ["in all", size(total), "", ""]], right=frozenset({1})))
+    if not yes:
+        log.info("nothing is removed yet; to remove it, add --yes")
+    return 0 if all(done) else 6
+
+
+runs_app.command("compare")(compare_runs)
+
+
 def find_run(reference: str | None) -> Path:
     """The run directory meant: a path, a name under the runs root, or None for the newest."""
     if reference is None:
@@ -85,20 +187,3 @@ def find_run(reference: str | None) -> Path:
         if is_run_dir(path):
             return path
     raise CheckpointError(f"{reference}: no such run", "gpt runs list")
-
-
-def _manifests(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
-
-
-def _summary(report: dict[str, Any]) -> list[str]:
-    """Status, step and validation bits per byte; the best evaluation stands in for a final one."""
-    bits = report["scores"]["bits_per_byte"]
-    if bits is None:
-        bits = (report["best_eval"] or {}).get("bits_per_byte")
-    step = report["training"]["steps"]
-    return [
-        str(report["status"]),
-        "-" if step is None else str(step),
-        f"{bits:.4f}" if isinstance(bits, float) else "-",
-    ]

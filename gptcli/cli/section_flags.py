@@ -22,12 +22,13 @@ def with_flags(section: S, flags: dict[str, Any]) -> S:
         return type(section).model_validate({**section.model_dump(), **given})
     except ValidationError as error:
         raise ConfigError(
-            [_problem(e["loc"], e["msg"], e["input"]) for e in error.errors()]
+            [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
         ) from None
 
 
-def _problem(location: tuple[int | str, ...], message: str, value: Any) -> str:
+def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
     key = str(location[0])
     flag = _FLAGS.get(key, "--" + key.replace("_", "-"))
-    reason = message.removeprefix("Value error, ")
-    return f"{flag}: {reason[:1].lower()}{reason[1:]}, not {value!r}"
+    if kind == "value_error":  # the schema's own words, which say all there is to say
+        return f"{flag}: {message.removeprefix('Value error, ')}"
+    return f"{flag}: {message[:1].lower()}{message[1:]}, not {value!r}"

@@ -1,15 +1,19 @@
 """Writing to stdout and stderr: no text may steer the terminal or end the run."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
 from gptcli.errors import ResourceError
 from gptcli.reports.text import visible
+
+log = logging.getLogger("gptcli")
 
 
 class ClosedPipeError(Exception):
@@ -47,12 +51,27 @@ def write_out(text: str, *, raw: bool = False) -> None:
         sys.stdout.flush()
 
 
+def takes_colours() -> bool:
+    """Whether stdout is a terminal that may be drawn on."""
+    capable = os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
+    return capable and sys.stdout.isatty()
+
+
 def write_bytes(data: bytes) -> None:
     """Write `data` to stdout as it is, with the errors of `write_out`."""
     with _told_errors():
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write an HTML page, and log where it is. `ResourceError` when it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
+    log.info(f"page: {path}")
 
 
 @contextmanager
@@ -83,6 +102,11 @@ def settle_stdout() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.close(null)
+
+
+def styled(text: str, code: str | None, colours: bool) -> str:
+    """`text` in the colours that the numbers of an SGR sequence name, where there are any."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colours and code else text
 
 
 def columns(rows: list[list[str]], *, right: frozenset[int] = frozenset()) -> str:

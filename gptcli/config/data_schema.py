@@ -108,6 +108,34 @@ class SourceConfig(Section):
     filters: FiltersConfig = FiltersConfig()
 
 
+class CanariesConfig(Section):
+    """Made-up secrets planted in the training text, to measure how much of rare text a model keeps
+    (Carlini et al. 2019, "The Secret Sharer")."""
+
+    count: PositiveInt = Field(default=8, description="canaries for each number of repetitions")
+    repetitions: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0, 1, 4, 16, 64],
+        description="copies of a canary in one pass over the training text; 0: never planted, to"
+        " compare with",
+    )
+    format: str = Field(
+        default="The random number is {secret}.",
+        description="a canary's text, a document of its own; {secret} becomes a random number",
+    )
+    digits: Annotated[int, Field(ge=2, le=18)] = Field(default=9, description="of a secret")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> "CanariesConfig":
+        if self.format.count("{secret}") != 1:
+            raise ValueError("format must hold {secret} once")
+        if not self.repetitions or len(set(self.repetitions)) < len(self.repetitions):
+            raise ValueError("repetitions must be one or more different numbers")
+        if self.count * len(self.repetitions) > 10**self.digits // 2:
+            raise ValueError(f"{self.digits} digits are too few for so many canaries")
+        return self
+
+
 def as_sources(value: Any) -> Any:
     """One source or a list, each a string or a mapping -> a list of mappings."""
     if value is None:
@@ -139,6 +167,9 @@ class DataConfig(Section):
     cache: Literal["auto", "on", "off"] = Field(
         default="auto", description="tokenise once and keep the tokens; never changes the result"
     )
+    canaries: CanariesConfig | None = Field(
+        default=None, description="secrets planted in the training text, to see what is memorised"
+    )
 
     _train = field_validator("train", mode="before", json_schema_input_type=Written)(as_sources)
     _val = field_validator("val", mode="before", json_schema_input_type=Written | None)(as_sources)
@@ -156,6 +187,12 @@ class DataConfig(Section):
         if any(source.weight is not None for source in sources or []):
             raise ValueError("weight is for data.train; validation reads all of each source")
         return sources
+
+    @model_validator(mode="after")
+    def _canaries_are_shuffled(self) -> "DataConfig":
+        if self.canaries is not None and not self.shuffle_window:
+            raise ValueError("canaries need shuffle_window above 0, which spreads them in the text")
+        return self
 
     @field_validator("train")
     @classmethod

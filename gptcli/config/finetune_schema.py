@@ -13,6 +13,9 @@ Task = Literal[
     "classification",
     "pairs",
     "multiple_choice",
+    "continuation",
+    "cloze",
+    "last_word",
     "preference",
     "text",
 ]
@@ -26,12 +29,17 @@ TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "pairs": ("text1", "text2", "label"),
     "multiple_choice": ("prompt", "choices", "label"),
+    "continuation": ("prompt", "choices", "label"),
+    "cloze": ("text", "choices", "label"),
+    "last_word": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
     "text": ("text",),
 }
 OPTIONAL_FIELDS = frozenset({"input"})
 LABELLED_TASKS: tuple[Task, ...] = ("classification", "pairs")  # whose labels have names
 HEAD_TASKS: tuple[Task, ...] = ("classification", "pairs", "multiple_choice")
+# Whose answers go on in the words of a text, and are tokenised with it in one piece.
+CONTINUED_TASKS: tuple[Task, ...] = ("continuation", "cloze", "last_word")
 
 
 class LoraConfig(Section):
@@ -88,6 +96,11 @@ class FinetuneConfig(Section):
     dpo_beta: PositiveFloat = 0.1
     patience: PositiveInt | None = Field(
         default=None, description="evaluations without a better task score that end the run"
+    )
+    shots: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="gpt eval --task: examples from the training rows before each scored row, as"
+        " GPT-3; a generated answer then ends at a blank line",
     )
     score_rows: PositiveInt = Field(default=200, description="held-out rows for the task's scores")
     max_new_tokens: PositiveInt = Field(default=64, description="length limit of a scored answer")

@@ -158,6 +158,14 @@ class SamplesConfig(Section):
     max_new_tokens: PositiveInt = 80
 
 
+class ReportConfig(Section):
+    """What a run writes for people to watch, beside its report."""
+
+    tensorboard: bool = Field(
+        default=False, description="also write the figures of metrics.jsonl for TensorBoard"
+    )
+
+
 class GenerateConfig(Section):
     """The flags of `gpt generate`."""
 
@@ -165,7 +173,7 @@ class GenerateConfig(Section):
     prompt: str | None = None
     prompt_file: str | None = None
     prompt_tokens: list[Annotated[int, Field(ge=0)]] | None = None
-    n: PositiveInt = 1
+    n: Annotated[int, Field(gt=0, le=1_000_000)] = 1  # all are kept until they are told
     max_new_tokens: PositiveInt = 200
     temperature: NonNegative = 0.8
     top_k: PositiveInt | None = None
@@ -215,6 +223,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     eval: EvalConfig = EvalConfig()
     samples: SamplesConfig = SamplesConfig()
+    report: ReportConfig = ReportConfig()
     generate: GenerateConfig = GenerateConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 

@@ -2,7 +2,9 @@
 
 The template is rendered with a placeholder for each message. Its own text is encoded with special
 tokens, each message as ordinary text, and the token lists are joined: whatever a message says, it
-cannot forge the tokens that tell who speaks.
+cannot forge the tokens that tell who speaks. A template that tells it in plain text, as the ones
+that come with this program do, cannot be guarded so: there a message may imitate other turns, which
+`ChatTokens.imitated` tells.
 """
 
 import re
@@ -24,6 +26,9 @@ from gptcli.data.tokenizer_source import NAMES
 from gptcli.errors import ConfigError, DataError
 
 _ROLE = re.compile(r"\w{1,40}")
+# For templates that tell the model the date: rows are the same tokens on every day, after a resume
+# and in an evaluation too. The one that Llama 3's templates name where they know no other.
+_TODAY = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class ChatTokens:
     what ends each of them.
 
     `last` is where the assistant's last message begins (without one, the end), `before` the text
-    up to there.
+    up to there. `imitated`: a message has a line like one by which the template, in plain text,
+    tells who speaks.
     """
 
     tokens: list[int]
     assistant: list[bool]
     last: int
     before: str
+    imitated: bool = False
 
 
 class _Generation(jinja2.ext.Extension):
@@ -70,7 +77,7 @@ class ChatTemplate:
             extensions=[_Generation, jinja2.ext.loopcontrols],
         )
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = _TODAY.strftime
         try:
             self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
@@ -155,7 +162,13 @@ class ChatTemplate:
             assistant += [True] * trained + [False] * (len(ids) - trained)
         if last is None:
             last, before = len(tokens), text
-        return ChatTokens(tokens, assistant, last, before)
+        return ChatTokens(tokens, assistant, last, before, self._imitated(parts, contents))
+
+    def _imitated(self, parts: list[Any], contents: list[str]) -> bool:
+        """Whether a message has a line that begins as the template's plain text before one."""
+        plain = [p for p in parts[:-1:2] if not (self._special and self._special.search(p))]
+        turns = tuple(line for p in plain for line in p.strip().splitlines()[-1:])
+        return any(line.startswith(turns) for text in contents for line in text.splitlines())
 
     def _length_of_end(self, ids: list[int]) -> int:
         """How many of the tokens behind an answer belong to it: up to one that ends texts."""

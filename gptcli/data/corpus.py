@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from gptcli.config.data_schema import DataConfig, SourceConfig
+from gptcli.config.data_schema import CanariesConfig, DataConfig, SourceConfig
 from gptcli.data import corpus_index, extras
+from gptcli.data.canaries import Canary, canary_hash, canary_shards, make_canaries
 from gptcli.data.cleaning import CleaningReport
 from gptcli.data.files import SourceFile, resolve
 from gptcli.data.pretokenised import PIECE_TOKENS
@@ -25,7 +26,7 @@ from gptcli.data.shards import (
     Shard,
     Split,
 )
-from gptcli.errors import DataError
+from gptcli.errors import ConfigError, DataError
 
 log = logging.getLogger("gptcli")
 
@@ -58,6 +59,7 @@ class Corpus:
     files: list[SourceFile]
     states: list[list[Any] | None]
     remote: bool = False
+    canaries: list[Canary] = field(default_factory=list)  # planted in `train`
 
     @property
     def documents(self) -> int | None:
@@ -99,6 +101,8 @@ def open_corpus(
     A corpus that has not changed since it was last opened is not read again (`data.cache`).
     Raises DataError for missing, empty or broken data, `stop.Stopped` when a stop is asked for.
     """
+    if data.canaries is not None and fields is not None:
+        raise ConfigError("data.canaries are planted in text, not among rows of a task")
     files = resolve(data.train, known)
     val_files = resolve(data.val, known) if data.val is not None else []
     states = corpus_index.file_states(files + val_files)
@@ -134,6 +138,8 @@ def open_corpus(
         states=states,
         remote=any(scan.documents is None for scan in scans),
     )
+    if data.canaries is not None:
+        _plant(corpus, data.canaries)
     corpus.check_unchanged()
     return corpus
 
@@ -147,7 +153,7 @@ def read_documents(sources: list[SourceConfig], max_tokens: int | None = None) -
     limit = (max_tokens or VAL_TOKENS) * _BYTES_PER_TOKEN if endless else None
     if max_tokens is not None and not endless:
         limit = max_tokens * _MOST_BYTES_PER_TOKEN
-    documents = _collect(shards, limit)[0]
+    documents = _collect(shards, sources, limit)[0]
     _warn(problems)
     if not documents:
         raise DataError(f"no text in {', '.join(source.path for source in sources)}")
@@ -160,11 +166,23 @@ def read_rows(sources: list[SourceConfig], fields: RowFields) -> list[tuple[str,
     scans, _ = _scan(sources, resolve(sources), fields, None, problems)
     if any(scan.documents is None for scan in scans):
         raise DataError("an endless stream cannot be scored whole; name a file of rows")
-    rows = _collect([s for scan in scans for s in _shards(scan, WHOLE, fields, None)], None)[1]
+    shards = [s for scan in scans for s in _shards(scan, WHOLE, fields, None)]
+    rows = _collect(shards, sources, None)[1]
     _warn(problems)
     if not rows:
         raise DataError(f"no rows in {', '.join(source.path for source in sources)}")
     return rows
+
+
+def _plant(corpus: Corpus, config: CanariesConfig) -> None:
+    """Put canaries behind the training shards, and into what identifies the data."""
+    corpus.canaries = make_canaries(config)
+    shards, digest = canary_shards(corpus.canaries), canary_hash(corpus.canaries)
+    size = sum(len(shard.text.encode()) for shard in shards)
+    corpus.train += shards
+    corpus.sources[0].train_bytes += size
+    corpus.fingerprint["canaries"] = {"bytes": size, "sha256": digest}
+    corpus.key = hashlib.sha256(f"{corpus.key} {digest}".encode()).hexdigest()
 
 
 def _read(
@@ -198,7 +216,8 @@ def _read(
     held_out = replace(split, part="val")
     held = [s for scan in val_scans or scans for s in _shards(scan, held_out, fields, eot)]
     most = _most_held_bytes(data, val_scans or scans, val_tokens)
-    documents, rows, sizes, all_read = _collect(held, most)
+    held_from = data.val if data.val is not None else data.train
+    documents, rows, sizes, all_read = _collect(held, held_from, most)
     facts = []
     for number, source in enumerate(data.train):
         own = [scan for scan in scans if scan.file.number == number]
@@ -304,11 +323,11 @@ def _most_held_bytes(data: DataConfig, scans: list[FileScan], val_tokens: int | 
 
 
 def _collect(
-    shards: list[Shard], max_bytes: int | None
+    shards: list[Shard], sources: list[SourceConfig], max_bytes: int | None
 ) -> tuple[list[Document], list[tuple[str, dict[str, Any]]], dict[int, int], bool]:
     """Held-out documents, their pieces joined again, rows with their places, bytes by source, and
     whether that is all: reading ends with the piece that reaches `max_bytes`."""
-    parts: list[tuple[str, list[Any], str]] = []
+    parts: list[tuple[str, list[Any], str, str]] = []
     rows: list[tuple[str, dict[str, Any]]] = []
     sizes: dict[int, int] = {}
     left, previous, all_read = max_bytes, None, True
@@ -323,7 +342,7 @@ def _collect(
         else:
             kind = "tokens" if "tokens" in record else "text"
             if record["part"] == 0 or name != previous:
-                parts.append((name, [record[kind]], kind))
+                parts.append((name, [record[kind]], kind, sources[record["source"]].path))
             else:
                 parts[-1][1].append(record[kind])
         previous = name
@@ -334,10 +353,10 @@ def _collect(
     return whole, rows, sizes, all_read
 
 
-def _document(name: str, pieces: list[Any], kind: str) -> Document:
+def _document(name: str, pieces: list[Any], kind: str, source: str) -> Document:
     if kind == "tokens":
-        return Document(name, "", np.concatenate(pieces))
-    return Document(name, pieces[0][:0].join(pieces))
+        return Document(name, "", np.concatenate(pieces), source)
+    return Document(name, pieces[0][:0].join(pieces), source=source)
 
 
 def _key(data: DataConfig, scans: list[FileScan], split: Split) -> str:

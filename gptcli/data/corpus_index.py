@@ -25,7 +25,7 @@ from gptcli.data.store import UNUSED_SECONDS
 
 log = logging.getLogger("gptcli")
 
-_FORMAT = 1  # raised when what is read from the same files changes
+_FORMAT = 2  # raised when what is read from the same files changes
 
 
 def entry(data: DataConfig, files: list[SourceFile], also: list[Any]) -> Path | None:
@@ -61,7 +61,9 @@ def load(
             split=Split(**saved["split"]),
             sources=[SourceFacts(**facts) for facts in saved["sources"]],
             problems=problems,
-            val_documents=[Document(name, text) for name, text in saved["val_documents"]],
+            val_documents=[
+                Document(name, text, source=source) for name, text, source in saved["val_documents"]
+            ],
             val_rows=[(name, row) for name, row in saved["val_rows"]],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,7 +83,7 @@ def save(path: Path | None, contents: Contents) -> None:
         "split": asdict(contents.split),
         "sources": [asdict(source) for source in contents.sources],
         "problems": asdict(contents.problems),
-        "val_documents": [[d.name, d.text] for d in contents.val_documents],
+        "val_documents": [[d.name, d.text, d.source] for d in contents.val_documents],
         "val_rows": contents.val_rows,
     }
     temporary = path.with_suffix(f".tmp-{os.getpid()}")

@@ -1,6 +1,7 @@
 """Rows of a finetuning task's examples: packed, several in a row, or one a row."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,20 +20,37 @@ Encoded: TypeAlias = Example | HeadExample | PreferencePair
 
 
 class Encoder(Protocol):
-    """What makes an example of a row: `task_formats.TaskEncoder`."""
+    """What makes an example of a row: `TaskEncoder`, and `ShotEncoder` for rows to score."""
 
-    counts: RowCounts
+    @property
+    def counts(self) -> RowCounts:
+        """What became of the rows so far."""
 
     def encode(self, row: dict[str, Any], where: str) -> Encoded | None:
         """One row; None when it is left out."""
 
 
 class ExampleStream:
-    """A stream of row records as one of examples, those that fit: records of a `Mixture`."""
+    """A stream of row records as one of examples, those that fit: records of a `Mixture`.
 
-    def __init__(self, stream: RecordStream, encoder: Encoder) -> None:
-        self._stream, self._encoder = stream, encoder
+    One that is longer than `block_size` comes in parts. `state` is what `state()` gave, from which
+    `stream` was restored.
+    """
+
+    def __init__(
+        self,
+        stream: RecordStream,
+        encoder: Encoder,
+        block_size: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._stream, self._encoder, self._block_size = stream, encoder, block_size
         self._found = True  # an example since the last epoch's end; before a resume, maybe
+        self._row_start: dict[str, Any] = {}
+        self._parts: list[Encoded] = []  # of the last row
+        self._given = 0  # of these
+        for _ in range((state or {}).get("part", 0)):
+            self.next()
 
     @property
     def epochs(self) -> float:
@@ -40,21 +58,38 @@ class ExampleStream:
         return self._stream.epochs
 
     def next(self) -> dict[str, Any] | None:
-        """The next row's "example" and all its "tokens", or None once at the end of each epoch.
-        DataError when an epoch has no row that fits."""
-        while (record := self._stream.next()) is not None:
+        """The next "example", all its "tokens" and which "part" of its row it is, or None once at
+        the end of each epoch. DataError when an epoch has no row that fits."""
+        while self._given == len(self._parts):
+            self._row_start = self._stream.state()
+            record = self._stream.next()
+            if record is None:
+                if not self._found:
+                    raise DataError("no row fits: every one is empty or longer than block_size")
+                self._found = False
+                return None
             example = self._encoder.encode(record["row"], record["document"])
-            if example is not None:
-                self._found = True
-                return {"example": example, "tokens": _tokens(example), "part": 0}
-        if not self._found:
-            raise DataError("no row fits: every one is empty or longer than block_size")
-        self._found = False
-        return None
+            self._parts = [] if example is None else parts_of(example, self._block_size)
+            self._given = 0
+        self._found = True
+        part, self._given = self._given, self._given + 1
+        example = self._parts[part]
+        return {"example": example, "tokens": _tokens(example), "part": part}
 
     def state(self) -> dict[str, Any]:
-        """The place behind the last row, JSON-able."""
+        """The place behind the last part, JSON-able: before its row, and how many were given."""
+        if self._given < len(self._parts):
+            return {**self._row_start, "part": self._given}
         return self._stream.state()
+
+
+def parts_of(example: Encoded, block_size: int) -> list[Encoded]:
+    """Examples of at most `block_size` inputs, which together train each token once: a text that is
+    longer goes on in the next one, which begins with its last token."""
+    if not isinstance(example, Example) or len(example.tokens) <= block_size + 1:
+        return [example]
+    parts = [slice(i, i + block_size + 1) for i in range(0, len(example.tokens) - 1, block_size)]
+    return [replace(example, tokens=example.tokens[p], trained=example.trained[p]) for p in parts]
 
 
 class ExampleRows:

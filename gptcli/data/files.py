@@ -14,7 +14,7 @@ from gptcli.data.builtin import BUILTIN_ROWS, stdlib_files
 from gptcli.data.hub import hub_files
 from gptcli.errors import ConfigError, DataError
 
-Kind = Literal["text", "lines", "rows", "table", "tokens", "binary", "builtin"]
+Kind = Literal["text", "lines", "rows", "table", "tokens", "binary", "builtin", "canary"]
 _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
@@ -41,9 +41,9 @@ class SourceFile:
     """One file of a source (or a builtin corpus, whose path is its name).
 
     `kind` says how it is read: text (one document), lines (text of many documents), rows (JSON
-    lines), table (.csv .tsv .parquet .arrow), tokens, binary, builtin. `number` is the place of its
-    source in the list. Remote files (path hf://...) have their `size` in bytes and an `identity`,
-    which changes with the content.
+    lines), table (.csv .tsv .parquet .arrow), tokens, binary, builtin, canary (no file at all: its
+    text is in the shard). `number` is the place of its source in the list. Remote files (path
+    hf://...) have their `size` in bytes and an `identity`, which changes with the content.
     """
 
     source: SourceConfig

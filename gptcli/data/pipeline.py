@@ -81,17 +81,21 @@ def should_cache(
 
 
 def _interleaved(corpus: Corpus) -> list[Shard]:
-    """The shards, each source's in order, so that the beginning holds something of each source."""
+    """The shards, each source's in order, so that the beginning holds something of each source.
+
+    Without canaries: a tokenizer with tokens of their own for some secrets would give them away.
+    """
+    shards = [shard for shard in corpus.train if shard.file.kind != "canary"]
     if len(corpus.sources) == 1:
-        return corpus.train
-    sizes = Counter(shard.file.number for shard in corpus.train)
+        return shards
+    sizes = Counter(shard.file.number for shard in shards)
     places: Counter[int] = Counter()
     keyed: list[tuple[float, int, int]] = []
-    for shard in corpus.train:
+    for shard in shards:
         number = shard.file.number
         keyed.append((places[number] / sizes[number], number, len(keyed)))
         places[number] += 1
-    return [corpus.train[place] for _, _, place in sorted(keyed)]
+    return [shards[place] for _, _, place in sorted(keyed)]
 
 
 def training_rows(

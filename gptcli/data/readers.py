@@ -61,6 +61,8 @@ def _records(shard: Shard, problems: Problems) -> Iterator[dict[str, Any]]:
         return read_tokens(shard)
     if shard.file.kind == "lines":
         return _line_records(shard, problems)
+    if shard.file.kind == "canary":
+        return _text_records(shard, shard.start, shard.text)
     return _row_records(shard, _rows(shard, problems), problems)
 
 

@@ -63,11 +63,12 @@ class FileScan:
 @dataclass(frozen=True)
 class Document:
     """A whole text with a name for messages; raw bytes (encoding binary) or token ids instead of
-    text where the source holds these."""
+    text where the source holds these. `source` is the path of the source, as configured."""
 
     name: str
     text: str | bytes
     tokens: np.ndarray[Any, Any] | None = None
+    source: str = ""
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Shard:
 
     With `fields`, rows stay whole (finetuning) and have these. Rows and lines whose numbers are in
     `dropped` are left out; `judged` says that filters have chosen these already. `eot` tells
-    where documents begin (kind tokens).
+    where documents begin (kind tokens); `text` is the one document of kind canary.
     """
 
     file: SourceFile
@@ -50,6 +50,7 @@ class Shard:
     dropped: frozenset[int] = frozenset()
     eot: int | None = None
     judged: bool = True
+    text: str = ""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from gptcli import stop
 from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
-from gptcli.data.example_rows import Encoded, ExampleRows, ExampleStream, PackedExamples
+from gptcli.data.example_rows import Encoded, Encoder, ExampleRows, ExampleStream, PackedExamples
 from gptcli.data.examples import Example, HeadExample, PreferencePair, RowCounts
 from gptcli.data.mixture import Mixture
 from gptcli.data.pipeline import source_groups
@@ -19,6 +19,7 @@ from gptcli.data.readers import read_shards
 from gptcli.data.row_fields import label_text, value_at
 from gptcli.data.rows import RowSource
 from gptcli.data.shards import row_place
+from gptcli.data.shots import ShotEncoder
 from gptcli.data.stream import RecordStream, ShardReader
 from gptcli.data.task_formats import TaskEncoder
 from gptcli.data.tokenizer import Tokenizer
@@ -75,6 +76,8 @@ class TaskData:
             ExampleStream(
                 RecordStream(ShardReader(shards), size, seed + i, shuffle_window, states[i]),
                 self._encoder(),
+                self.block_size,
+                states[i],
             )
             for i, (shards, size) in enumerate(groups)
         ]
@@ -118,14 +121,16 @@ def open_task(
     if settings.task in LABELLED_TASKS:
         corpus, labels, capped = _labelled(settings, corpus, labels)
     encoder = TaskEncoder(settings, tokenizer, block_size, labels)
-    held_out = _encode_held_out(encoder, corpus)
-    held_out_counts, encoder = encoder.counts, TaskEncoder(settings, tokenizer, block_size, labels)
+    scored: Encoder = TaskEncoder(settings, tokenizer, block_size, labels)
+    if settings.shots:
+        scored = ShotEncoder(settings, tokenizer, block_size, labels, corpus, config.seed)
+    held_out, held_out_counts = _encode_held_out(scored, corpus), scored.counts
     overlap = 0
     if not corpus.remote:
         overlap = _look_at_training_rows(encoder, corpus, [_digest(row) for row in held_out])
     encoder.counts.capped = capped
     counts = encoder.counts
-    left = counts.rows - counts.skipped_empty - counts.skipped_long
+    left = counts.rows - counts.left_out
     for what, rows, fitting in (
         ("training", counts, 1 if corpus.remote else left),
         ("held-out", held_out_counts, len(held_out)),
@@ -133,7 +138,8 @@ def open_task(
         if not fitting:
             raise DataError(
                 f"no {what} row fits: of {rows.rows}, {rows.skipped_empty} have an empty text or"
-                f" response, {rows.skipped_long} are longer than block_size {block_size}",
+                f" response, {rows.skipped_long} are longer than block_size {block_size},"
+                f" {rows.skipped_unlike} have answers to different conversations",
                 hint="add rows, or data.val" if what == "held-out" else None,
             )
     _warn(counts, held_out_counts, overlap, len(held_out))
@@ -230,7 +236,7 @@ def _label_order(label: str) -> tuple[int, int, str]:
     return 1, 0, label
 
 
-def _encode_held_out(encoder: TaskEncoder, corpus: Corpus) -> list[Encoded]:
+def _encode_held_out(encoder: Encoder, corpus: Corpus) -> list[Encoded]:
     held_out = []
     for name, row in corpus.val_rows:
         stop.raise_if_requested()
@@ -294,10 +300,17 @@ def _class_weights(settings: FinetuneConfig, counts: RowCounts) -> list[float] |
 
 def _warn(counts: RowCounts, held_out: RowCounts, overlap: int, held_out_rows: int) -> None:
     for name, rows in (("training", counts), ("held-out", held_out)):
-        if rows.skipped_empty or rows.skipped_long or rows.shortened:
+        if rows.left_out or rows.shortened:
+            unlike = f", {rows.skipped_unlike} whose answers follow different conversations"
             log.warning(
                 f"of {rows.rows} {name} rows, {rows.skipped_empty} with an empty text or response"
-                f" and {rows.skipped_long} that do not fit are left out; {rows.shortened} are cut"
+                f"{unlike if rows.skipped_unlike else ''} and {rows.skipped_long} that do not fit"
+                f" are left out; {rows.shortened} are cut"
+            )
+        if rows.imitations:
+            log.warning(
+                f"{rows.imitations} of {rows.rows} {name} rows have a message with a line that, in"
+                " this plain chat template, reads as another speaker's turn"
             )
     for here, there, name in ((counts, held_out, "held-out"), (held_out, counts, "training")):
         missing = [label for label, n in here.labels.items() if n and not there.labels.get(label)]

@@ -2,14 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig, Task
+from gptcli.config.finetune_schema import CONTINUED_TASKS, FinetuneConfig, Task
 from gptcli.data.chat_template import ChatTemplate, ChatTokens
+from gptcli.data.continuations import continuation_ids, fitted
 from gptcli.data.examples import Example, HeadExample, PreferencePair, RowCounts
 from gptcli.data.head_sequences import HeadSequences
 from gptcli.data.messages import Message, message_of, messages_of
-from gptcli.data.row_fields import Kind, RowFields, label_text, value_at
+from gptcli.data.questions import Question, Questions, choice_number
+from gptcli.data.row_fields import Kind, RowFields
 from gptcli.data.templates import CHAT_TEMPLATES, PromptTemplate, named_template
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
@@ -21,6 +24,9 @@ _KINDS: dict[Task, dict[str, Kind]] = {
     "classification": {"text": "text", "label": "label"},
     "pairs": {"text1": "text", "text2": "text", "label": "label"},
     "multiple_choice": {"prompt": "text", "choices": "texts", "label": "label"},
+    "continuation": {"prompt": "text", "choices": "texts", "label": "label"},
+    "cloze": {"text": "text", "choices": "texts", "label": "label"},
+    "last_word": {"text": "text"},
     "preference": {"prompt": "answer", "chosen": "answer", "rejected": "answer"},
     "text": {"text": "text"},
 }
@@ -33,7 +39,8 @@ def row_fields(settings: FinetuneConfig) -> RowFields:
 
 
 class TaskEncoder:
-    """Rows -> what the task trains on, of at most `block_size` inputs; `counts` tells of them.
+    """Rows -> what the task trains on, of at most `block_size` inputs, but for the task text;
+    `counts` tells of them.
 
     `labels` are the names of the labels in the order of their numbers; without any, labels are
     not looked at (and no head can learn them). ConfigError for a template that cannot be used,
@@ -55,55 +62,61 @@ class TaskEncoder:
         self._cuts = settings.too_long == "truncate"
         self._sequences = HeadSequences(tokenizer, block_size, self._cuts)
         self._prompt, self._chat = _templates(settings, tokenizer)
+        self._questions = Questions(settings, self._prompt, labels)
+        self._label_tokens = {label: tokenizer.encode(label) for label in labels}
 
     def encode(
-        self, row: dict[str, Any], where: str
+        self, row: dict[str, Any], where: str, shots: Sequence[dict[str, Any]] = ()
     ) -> Example | HeadExample | PreferencePair | None:
         """One row, whose fields are as `row_fields` says; None when it is left out, which `counts`
-        tells. DataError, with `where`, for an unknown label and a template that cannot be filled.
+        tells. Before it come the rows `shots` with their answers, as text or turns of the same
+        conversation; no task head reads these.
+
+        DataError, with `where`, for an unknown label and a template that cannot be filled.
         """
         self.counts.rows += 1
-        task, names = self._settings.task, self._settings.names
-        values = {name: value_at(row, field, None) for name, field in names.items()}
-        if task == "instruction":
-            values["input"] = values["input"] or ""
+        task, values = self._settings.task, self._questions.values(row)
         if self._settings.has_head:
             return self._head_example(row, values, where)
-        if task == "text":
+        if task == "text" and not shots:
             return self._text(values["text"], where)
         if task == "chat":
-            return self._conversation(messages_of(values["messages"]), where)
+            return self._conversation(messages_of(values["messages"]), where, shots)
         if task == "preference":
-            return self._preference(row, values, where)
-        return self._answer(row, values, where)
+            return self._preference(row, values, where, shots)
+        question = self._questions.of(row, values, where)
+        return self._answer(question, where, self._questions.before(shots, where))
 
-    def _answer(self, row: dict[str, Any], values: dict[str, Any], where: str) -> Example | None:
-        """A prompt from the template, and a response."""
-        choices: list[str] = []
-        label = None
-        if self._settings.task == "multiple_choice":
-            choices = values["choices"]
-            answers = [choices[_choice(values["label"], choices, where)]]
-        elif self._settings.task in LABELLED_TASKS:
-            choices, label = self._labels, self._label(values["label"], where)
-            answers = [label]
-        else:
-            name = "output" if self._settings.task == "instruction" else "response"
-            given = values[name]
-            answers = [given] if isinstance(given, str) else given
-        assert self._prompt is not None
-        text = self._prompt.render(row, values, where)
-        response = self._response(answers)
-        if response is None:
+    def _answer(self, question: Question, where: str, before: str) -> Example | None:
+        """A prompt, behind the examples `before` it, and a response."""
+        texts = question.choices or question.answers[:1]
+        filled = bool(texts) and all(text.strip() for text in texts)
+        body, found = self._tokens(before + question.prompt, texts) if filled else ([], [[]])
+        if not all(found):
+            self.counts.skipped_empty += 1
             return None
         # Every choice is to fit behind the prompt: their likelihoods are compared.
-        longest = max((len(self._tokenizer.encode(choice)) for choice in choices), default=0)
-        prompt = self._fitted_prompt(text, max(len(response), longest))
+        prompt = self._fitted_prompt(body, max(map(len, found)))
         if prompt is None:
             return None
-        if label is not None:
-            self._count_label(label)
-        return self._example(prompt, response, text, answers, where, choices)
+        if question.label is not None:
+            self._count_label(question.label)
+        response = found[texts.index(question.answers[0])]
+        example = self._example(prompt, response, question.prompt, question.answers, where)
+        if not question.choices:
+            return example
+        # A choice ends as answers are trained to, but for those that go on, or are as in examples.
+        goes_on = self._settings.shots or self._settings.task in CONTINUED_TASKS
+        end = [] if goes_on else [self._eot]
+        compared = [[*tokens, *end] for tokens in found]
+        return replace(example, choices=question.choices, choice_tokens=compared)
+
+    def _tokens(self, prompt: str, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of each of the texts behind it."""
+        if self._settings.task in CONTINUED_TASKS:
+            return continuation_ids(self._tokenizer, prompt, texts)
+        encode = self._tokenizer.encode
+        return encode(prompt), [self._label_tokens.get(text) or encode(text) for text in texts]
 
     def _response(self, answers: Sequence[str]) -> list[int] | None:
         response = self._tokenizer.encode(answers[0]) if answers and answers[0].strip() else []
@@ -112,21 +125,17 @@ class TaskEncoder:
             return None
         return response
 
-    def _fitted_prompt(self, text: str, response: int) -> list[int] | None:
-        """The tokens of a prompt, which loses its beginning where it leaves less room than
-        `response` tokens need; None when it may not, or if there is no room at all."""
+    def _fitted_prompt(self, body: list[int], response: int) -> list[int] | None:
+        """A prompt of the tokens of a text, which loses its beginning where it leaves less room
+        than `response` tokens need; None when it may not, or if there is no room at all."""
         room = self._block_size - response  # eot is a target only
         if room < 1:  # for the start, or the last token of a prompt without one
             self.counts.skipped_long += 1
             return None
-        body = self._tokenizer.encode(text)
         prompt = self._tokenizer.begin(body)
         if len(prompt) <= room:
             return prompt
-        if not self._count_cut():
-            return None
-        kept = room - (len(prompt) - len(body))
-        return self._tokenizer.begin(body[len(body) - kept :])
+        return fitted(self._tokenizer, body, room) if self._count_cut() else None
 
     def _count_cut(self) -> bool:
         """Whether a row that is too long may be cut; counts it."""
@@ -141,34 +150,50 @@ class TaskEncoder:
         text: str,
         answers: Sequence[str],
         where: str,
-        choices: Sequence[str] = (),
     ) -> Example:
         tokens = [*prompt, *response, self._eot]
         first = 1 if self._settings.loss_on == "all" else len(prompt)
         trained = [i >= first for i in range(len(tokens))]
-        return Example(tokens, trained, len(prompt), text, list(answers), where, list(choices))
+        return Example(tokens, trained, len(prompt), text, list(answers), where)
 
     def _text(self, text: str, where: str) -> Example | None:
-        """A text that is learned from its first token on; a long one loses its end, and its eot."""
+        """A text that is learned from its first token on. A long one stays whole: `parts_of` makes
+        several rows of it."""
         body = self._tokenizer.encode(text) if text.strip() else []
         if not body:
             self.counts.skipped_empty += 1
             return None
         tokens = [*self._tokenizer.begin(body), self._eot]
-        if len(tokens) > self._block_size + 1:
-            if not self._count_cut():
-                return None
-            tokens = tokens[: self._block_size + 1]
+        if len(tokens) > self._block_size + 1 and not self._cuts:
+            self.counts.skipped_long += 1
+            return None
         return Example(tokens, [i > 0 for i in range(len(tokens))], 1, "", [text], where)
 
-    def _conversation(self, messages: list[Message], where: str) -> Example | None:
+    def _conversation(
+        self, messages: list[Message], where: str, shots: Sequence[dict[str, Any]]
+    ) -> Example | None:
         """A conversation up to the assistant's last message."""
         messages = _up_to_answer(messages)
         if not messages or not messages[-1].content.strip():
             self.counts.skipped_empty += 1
             return None
-        found = self._fitted([messages], where)
+        found = self._fitted([self._behind_shots(messages, shots)], where)
         return None if found is None else self._chat_example(found[0], messages[-1].content, where)
+
+    def _behind_shots(
+        self, messages: list[Message], shots: Sequence[dict[str, Any]]
+    ) -> list[Message]:
+        """A conversation with those of other rows before it, but for what the system says there."""
+        turns: list[Message] = []
+        for values in map(self._questions.values, shots):
+            if self._settings.task == "chat":
+                turns += _up_to_answer(messages_of(values["messages"]))
+            else:
+                answer = Message("assistant", _answer_of(values["chosen"], "chosen", "an example"))
+                turns += [*_conversation_before(values, "chosen"), answer]
+        own = [message for message in messages if message.role == "system"] if turns else []
+        spoken = [message for message in [*turns, *messages] if message.role != "system"]
+        return [*own, *spoken] if turns else messages
 
     def _chat_example(self, chat: ChatTokens, answer: str, where: str) -> Example:
         trained = chat.assistant
@@ -181,6 +206,7 @@ class TaskEncoder:
         """Conversations that differ in their last message, as tokens. Where one is too long, all
         lose their first turns, and in the end the beginning of what is before the answer."""
         chats = [self._chat_tokens(messages, where) for messages in conversations]
+        self.counts.imitations += any(chat.imitated for chat in chats)
         most = self._block_size + 1
         if any(len(chat.tokens) - chat.last > self._block_size for chat in chats):
             self.counts.skipped_long += 1
@@ -218,17 +244,25 @@ class TaskEncoder:
         tokens, assistant = chat.tokens[:end], chat.assistant[:end]
         if tokens[-1] not in self._tokenizer.ends:
             tokens, assistant = [*tokens, self._eot], [*assistant, True]
-        return ChatTokens(tokens, assistant, chat.last, chat.before)
+        return replace(chat, tokens=tokens, assistant=assistant)
 
     def _preference(
-        self, row: dict[str, Any], values: dict[str, Any], where: str
+        self,
+        row: dict[str, Any],
+        values: dict[str, Any],
+        where: str,
+        shots: Sequence[dict[str, Any]],
     ) -> PreferencePair | None:
         names = ("chosen", "rejected")
         if all(isinstance(values[name], str) for name in ("prompt", *names)):
-            pair = self._preferred_texts(row, values, where)
+            pair = self._preferred_texts(row, values, where, self._questions.before(shots, where))
         else:
-            asked = _conversation_before(values)
-            answers = [_last_message(values[name]) for name in names]
+            answers = [_answer_of(values[name], name, where) for name in names]
+            before = [_conversation_before(values, name) for name in names]
+            if before[0] != before[1]:
+                self.counts.skipped_unlike += 1
+                return None
+            asked = self._behind_shots(before[0], shots)
             conversations = [[*asked, Message("assistant", answer)] for answer in answers]
             if not all(answer.strip() for answer in answers):
                 self.counts.skipped_empty += 1
@@ -246,7 +280,7 @@ class TaskEncoder:
         return PreferencePair(pair[0], pair[1], int.from_bytes(digest, "big") >> 1, where)
 
     def _preferred_texts(
-        self, row: dict[str, Any], values: dict[str, Any], where: str
+        self, row: dict[str, Any], values: dict[str, Any], where: str, before: str
     ) -> list[Example] | None:
         assert self._prompt is not None
         text = self._prompt.render(row, values, where)
@@ -255,7 +289,8 @@ class TaskEncoder:
         rejected = self._response(answers[1:]) if chosen else None
         if not chosen or not rejected:
             return None
-        prompt = self._fitted_prompt(text, max(len(chosen), len(rejected)))
+        body = self._tokenizer.encode(before + text)
+        prompt = self._fitted_prompt(body, max(len(chosen), len(rejected)))
         if prompt is None:
             return None
         return [
@@ -268,9 +303,9 @@ class TaskEncoder:
     ) -> HeadExample | None:
         settings, label = self._settings, None
         if settings.task == "multiple_choice":
-            number = _choice(values["label"], values["choices"], where)
+            number = choice_number(values["label"], values["choices"], where)
         else:
-            label = self._label(values["label"], where)
+            label = self._questions.label(values["label"], where)
             number = self._labels.index(label)
         if settings.task == "pairs":
             text = f"{values['text1']}\n{values['text2']}"
@@ -292,16 +327,8 @@ class TaskEncoder:
         self.counts.shortened += made.shortened
         if label is not None:
             self._count_label(label)
-        return HeadExample(made.sequences, number, text, where)
-
-    def _label(self, value: Any, where: str) -> str:
-        label = label_text(value)
-        if self._labels and label not in self._labels:
-            raise DataError(
-                f"{where}: unknown label {label!r} (known: {', '.join(self._labels)})",
-                hint="finetune.labels names them; without it they are those of the training rows",
-            )
-        return label
+        scored = self._tokenizer.decode_bytes(made.sequences[0][1:-1])
+        return HeadExample(made.sequences, number, text, where, len(scored))
 
     def _count_label(self, label: str) -> None:
         self.counts.labels[label] = self.counts.labels.get(label, 0) + 1
@@ -312,7 +339,7 @@ def _templates(
 ) -> tuple[PromptTemplate | None, ChatTemplate | None]:
     """What makes prompts, and what makes conversations, where the task has these."""
     task, template = settings.task, settings.template
-    textless = task == "text" or (settings.has_head and task == "pairs")
+    textless = task in ("text", "cloze", "last_word") or (settings.has_head and task == "pairs")
     if textless and template is not None:
         raise ConfigError(
             f"finetune.template: the task {task} has no prompt here",
@@ -324,19 +351,6 @@ def _templates(
         named = None if template is None else named_template(template, CHAT_TEMPLATES)
         return None, ChatTemplate(tokenizer, named)
     return PromptTemplate(settings), ChatTemplate(tokenizer) if task == "preference" else None
-
-
-def _choice(value: Any, choices: list[str], where: str) -> int:
-    """The number of the right choice, which is given by its number or its text."""
-    label = label_text(value)
-    if isinstance(value, str) and label in choices:
-        return choices.index(label)
-    if label.isascii() and label.isdigit() and int(label) < len(choices):
-        return int(label)
-    raise DataError(
-        f"{where}: {label!r} is neither one of the {len(choices)} choices nor the number of one,"
-        " counted from 0"
-    )
 
 
 def _up_to_answer(messages: list[Message]) -> list[Message]:
@@ -352,20 +366,25 @@ def _without_first_turn(messages: list[Message]) -> list[Message]:
     return messages[: asked[0]] + messages[asked[1] :] if len(asked) > 1 else []
 
 
-def _conversation_before(values: dict[str, Any]) -> list[Message]:
-    """What was said before the two answers, of a preference that is a conversation."""
-    chosen, prompt = values["chosen"], values["prompt"]
-    if isinstance(chosen, list) and len(chosen) > 1:  # the prompt is in it once more
-        return messages_of(chosen)[:-1]
+def _conversation_before(values: dict[str, Any], name: str) -> list[Message]:
+    """What was said before the answer `name`, of a preference that is a conversation."""
+    given, prompt = values[name], values["prompt"]
+    if isinstance(given, list) and len(given) > 1:  # the prompt is in it once more
+        return messages_of(given)[:-1]
     if isinstance(prompt, str):
         return [Message("user", prompt)]
     return messages_of(prompt) if isinstance(prompt, list) else [message_of(prompt)]
 
 
-def _last_message(value: Any) -> str:
+def _answer_of(value: Any, name: str, where: str) -> str:
+    """The answer that a preference is about, its last message. DataError, with `where`, where that
+    is not the assistant's."""
     if isinstance(value, str):
         return value
-    return (messages_of(value)[-1] if isinstance(value, list) else message_of(value)).content
+    message = messages_of(value)[-1] if isinstance(value, list) else message_of(value)
+    if message.role != "assistant":
+        raise DataError(f"{where}: the last message of {name!r} is by {message.role!r}, no answer")
+    return message.content
 
 
 def _behind(chat: ChatTokens) -> list[bool]:

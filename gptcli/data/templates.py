@@ -32,6 +32,7 @@ Below is a task{% if input %}, with the text that it is about{% endif %}. Do wha
 {% endfor %}
 Answer:
 """,
+    "continuation": "{{ prompt }} ",
 }
 
 # By name, for `finetune.template`. Variables are the task's fields and all others of the row.

@@ -1,4 +1,4 @@
-"""Probabilities of labels and choices: from a task head, or from the texts of the answers."""
+"""Probabilities of labels and choices from a task head."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,6 @@ from gptcli.device import Device, autocast
 from gptcli.evaluation.likelihoods import batches
 from gptcli.model.gpt import GPT
 from gptcli.model.heads import head_logits
-from gptcli.model.likelihood import log_likelihoods
-from gptcli.model.loss import IGNORED
 
 
 @torch.no_grad()
@@ -41,63 +39,6 @@ def label_log_probabilities(
     finally:
         model.train(training)
     return torch.stack(found)
-
-
-@torch.no_grad()
-def choice_log_likelihoods(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Sequence[int]]],
-    device: Device,
-    precision: str,
-) -> list[list[float]]:
-    """How likely the model finds each of several answers to each prompt: their ln p, in nats.
-
-    All are token ids: prompts with at least one, answers (of row i: `answers[i]`) with at least
-    one; together at most block_size. A prompt is read once for all its answers. Without dropout.
-    Raises `stop.Stopped` when a stop is asked for.
-    """
-    found = []
-    training = model.training
-    model.eval()
-    try:
-        for prompt, texts in zip(prompts, answers, strict=True):
-            stop.raise_if_requested()
-            with autocast(device, precision):
-                found.append(_of_answers(model, prompt, texts).tolist())
-    finally:
-        model.train(training)
-    return found
-
-
-def _of_answers(model: GPT, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
-    """ln p of each answer (A,) given the prompt, which is read once where a cache can be shared:
-    where no window has begun to move, and positions do not depend on the length of a text."""
-    width = max(len(answer) for answer in answers)
-    narrowest = min((window for window in model.windows if window), default=len(prompt))
-    if len(prompt) > narrowest or len(prompt) + width > model.cacheable_tokens:
-        rows = [_answer_rows(prompt, [answer], model.device) for answer in answers]
-        return torch.cat([log_likelihoods(model, *row) for row in rows])
-    cache = model.new_cache(len(answers), len(prompt) - 1 + width)
-    if len(prompt) > 1:
-        read = model.new_cache(1, len(prompt) - 1)
-        model.hidden(torch.tensor([prompt[:-1]], device=model.device), read)
-        cache.take(read)
-    return log_likelihoods(model, *_answer_rows(prompt[-1:], answers, model.device), cache)
-
-
-def _answer_rows(
-    prompt: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (A, T) int64: the prompt with each answer, of which that has loss."""
-    width = len(prompt) - 1 + max(len(answer) for answer in answers)
-    tokens = torch.zeros(len(answers), width, dtype=torch.int64)
-    targets = torch.full((len(answers), width), IGNORED)
-    for row, answer in enumerate(answers):
-        ids, length = torch.tensor([*prompt, *answer]), len(prompt) - 1 + len(answer)
-        tokens[row, :length] = ids[:-1]
-        targets[row, len(prompt) - 1 : length] = ids[len(prompt) :]
-    return tokens.to(device), targets.to(device)
 
 
 def _padded(examples: Sequence[HeadExample], most: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcli import stop
 from gptcli.data.examples import Example
+from gptcli.data.scan import Document
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, autocast
+from gptcli.errors import DataError
+from gptcli.evaluation.perplexity import encode_documents, score_documents
 from gptcli.model.gpt import GPT
 from gptcli.model.likelihood import log_likelihoods
 from gptcli.model.loss import IGNORED
@@ -37,6 +43,23 @@ def answer_log_likelihoods(
     finally:
         model.train(training)
     return found
+
+
+def text_nats(
+    model: GPT, tokenizer: Tokenizer, texts: Sequence[str], device: Device, precision: str
+) -> NDArray[np.float64]:
+    """-ln p of each text as a document of its own: (N,) float64, in nats.
+
+    DataError for a text of one token where the tokenizer has no token for a document's start, so
+    that nothing of it can be scored. Raises `stop.Stopped`.
+    """
+    documents = [Document(f"text {number}", text) for number, text in enumerate(texts)]
+    encoded = encode_documents(documents, tokenizer)
+    if len(encoded) < len(texts):
+        missing = {d.name for d in documents} - {d.name for d in encoded}
+        text = texts[int(min(missing).removeprefix("text "))]
+        raise DataError(f"a single token cannot be scored without a document's start: {text!r}")
+    return score_documents(model, encoded, device, precision=precision).nats
 
 
 def batches(lengths: Sequence[int], device: Device) -> Iterator[list[int]]:

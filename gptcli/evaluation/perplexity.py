@@ -13,7 +13,7 @@ are scored in the same windows, so that their figures compare with those of othe
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,19 @@ from gptcli import stop
 from gptcli.data.examples import Example, HeadExample, PreferencePair
 from gptcli.data.scan import Document
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import Device, autocast
+from gptcli.device import Device
 from gptcli.errors import DataError
-from gptcli.evaluation.statistics import bootstrap_ratio_ci
+from gptcli.evaluation.statistics import bootstrap_ratio_cis
+from gptcli.evaluation.token_scores import MOST_LOGITS, TargetScores, score_tokens
 from gptcli.model.gpt import GPT
 
-MOST_LOGITS = 1 << 24  # logits held at once: 64 MiB in fp32
 _Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Scores:
     """loss in nats per token; perplexity = exp(loss); bits_per_byte = nats / (ln 2 x bytes);
-    accuracy = share of tokens ranked first. The interval is bootstrapped over documents."""
+    accuracy = share of tokens ranked first. Intervals are bootstrapped over documents."""
 
     loss: float
     perplexity: float
@@ -51,6 +51,9 @@ class Scores:
     stride: int
     unscored_tokens: int
     seconds: float
+    loss_ci95: tuple[float, float] | None = None
+    perplexity_ci95: tuple[float, float] | None = None
+    accuracy_ci95: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping that `from_json` takes back."""
@@ -59,19 +62,46 @@ class Scores:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Scores":
         """The scores that `to_json` gave."""
-        interval = saved["bits_per_byte_ci95"]
-        return cls(**{**saved, "bits_per_byte_ci95": tuple(interval) if interval else None})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
     """Tokens (n,) int64 of which those from position `first` on are scored, how many tokens of the
-    text are not, and the UTF-8 bytes of the scored text."""
+    text are not, the UTF-8 bytes of the scored text, its name and the source that it is from."""
 
     tokens: Tensor
     unscored: int
     bytes: int
     first: int = 1
+    name: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The n scored tokens of a document in order, all (n,): -ln p in nats, whether it ranked first,
+    the number of tokens to its left that the model saw (the document's start counts), and the
+    likeliest token with its probability."""
+
+    nats: NDArray[np.float32]
+    first: NDArray[np.bool_]
+    context: NDArray[np.int32]
+    likeliest: NDArray[np.int32]
+    top: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """For each of N documents, all (N,): the nats of its scored tokens together, their number, how
+    many of them ranked first, the UTF-8 bytes of their text; and each token, where asked for."""
+
+    nats: _Array
+    tokens: _Array
+    correct: _Array
+    bytes: _Array
+    each: list[TokenScores] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,7 +118,7 @@ def encode_documents(
     """Documents as tokens, in order, up to `max_tokens` scored tokens in all."""
     encoded = []
     left = max_tokens if max_tokens is not None else math.inf
-    for ids, size in _token_ids(documents, tokenizer):
+    for document, ids, size in _token_ids(documents, tokenizer):
         stop.raise_if_requested()
         if len(ids) > left:
             ids = ids[: int(left)]
@@ -98,7 +128,15 @@ def encode_documents(
             ids = np.concatenate([[start], ids])
         if len(ids) >= 2:
             unscored = 0 if start is not None else 1
-            encoded.append(EncodedDocument(torch.from_numpy(ids), unscored, size))
+            encoded.append(
+                EncodedDocument(
+                    torch.from_numpy(ids),
+                    unscored,
+                    size,
+                    name=document.name,
+                    source=document.source,
+                )
+            )
             left -= len(ids) - 1
         if left <= 0:
             break
@@ -109,13 +147,15 @@ def encode_documents(
 
 def _token_ids(
     documents: Sequence[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """Token ids (n,) of each document and the bytes of its text; tokenised ones end at each eot."""
+) -> Iterator[tuple[Document, NDArray[np.int64], int]]:
+    """Each document with its token ids (n,) and the bytes of its text; tokenised ones are several,
+    which end at each eot."""
     for document in documents:
         if document.tokens is None:
             ids = tokenizer.encode_numpy(document.text).astype(np.int64)
             text = document.text
-            yield ids, len(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
+            data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+            yield document, ids, len(data)
             continue
         whole = document.tokens.astype(np.int64)
         if len(whole) and int(whole.max()) >= tokenizer.vocab_size:
@@ -126,7 +166,7 @@ def _token_ids(
             )
         for part in np.split(whole, np.flatnonzero(whole == tokenizer.eot)):
             ids = part[1:] if len(part) and part[0] == tokenizer.eot else part
-            yield ids, len(tokenizer.decode_bytes(ids.tolist()))
+            yield document, ids, len(tokenizer.decode_bytes(ids.tolist()))
 
 
 def encode_rows(
@@ -139,37 +179,14 @@ def encode_rows(
 
 def _document(row: Example | HeadExample | PreferencePair) -> EncodedDocument:
     if isinstance(row, HeadExample):
-        tokens, first, text = row.sequences[0], 1, row.text
+        tokens, first, size = row.sequences[0], 1, row.bytes
     else:
         example = row.chosen if isinstance(row, PreferencePair) else row
-        tokens, first, text = example.tokens, example.prompt, example.references[0]
-    size = len(text.encode("utf-8", "replace"))
-    return EncodedDocument(torch.tensor(tokens[:-1]), unscored=0, bytes=size, first=max(1, first))
-
-
-@torch.no_grad()
-def score_tokens(
-    model: GPT, tokens: Tensor, targets: Tensor, device: Device, precision: str
-) -> tuple[Tensor, Tensor]:
-    """-ln p of each target in nats (fp32) and whether it ranked first: both (B, T).
-
-    `tokens` and `targets` are (B, T) int64 on any device; targets below 0 give 0 nats. Logits are
-    made for a part of the targets at a time: those of a long window with a large vocabulary are
-    gigabytes (8192 x 49152 in fp32: 1.6 GB).
-    """
-    tokens, flat = tokens.to(device.torch), targets.to(device.torch).flatten()
-    nats = torch.zeros(flat.shape, device=device.torch)
-    scored = (flat >= 0).nonzero()[:, 0]
-    first = torch.zeros(flat.shape, dtype=torch.bool, device=device.torch)
-    with autocast(device, precision):
-        hidden = model.hidden(tokens).flatten(0, 1)  # (B T, C)
-        for part in torch.split(scored, max(1, MOST_LOGITS // model.vocab_size)):
-            logits = model.head(hidden[part]).float()
-            target = flat[part]
-            # Not cross_entropy, whose sum over a large vocabulary is 1e-5 off, always to one side.
-            nats[part] = logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0]
-            first[part] = logits.argmax(-1) == target
-    return nats.view(targets.shape), first.view(targets.shape)
+        tokens, first = example.tokens, example.prompt
+        size = len(example.references[0].encode("utf-8", "replace"))
+    return EncodedDocument(
+        torch.tensor(tokens[:-1]), unscored=0, bytes=size, first=max(1, first), name=row.where
+    )
 
 
 def perplexity(
@@ -182,62 +199,142 @@ def perplexity(
 ) -> Scores:
     """Score `documents`. Raises `stop.Stopped` when a stop is asked for."""
     began = time.perf_counter()
-    block_size = model.config.block_size
-    stride = stride or block_size
-    was_training = model.training
-    model.eval()
-    try:
-        nats, counts, correct = _sums(model, documents, device, stride, precision)
-    finally:
-        model.train(was_training)
-    sizes = np.array([document.bytes for document in documents], dtype=np.float64)
-    loss_mean = float(nats.sum() / counts.sum())
-    bits = nats / math.log(2)
+    found = score_documents(model, documents, device, stride=stride, precision=precision)
+    scores = total_scores(found, documents, model.config.block_size, stride)
+    return replace(scores, seconds=time.perf_counter() - began)
+
+
+def total_scores(
+    found: DocumentScores,
+    documents: Sequence[EncodedDocument],
+    block_size: int,
+    stride: int | None = None,
+    seconds: float = 0.0,
+) -> Scores:
+    """What `score_documents` found of `documents`, together; `seconds` is what that took."""
+    loss = float(found.nats.sum() / found.tokens.sum())
+    bits = found.nats / math.log(2)
+    tops = np.stack([found.nats, bits, found.correct])
+    bottoms = np.stack([found.tokens, found.bytes, found.tokens])
+    loss_ci95, bits_ci95, accuracy_ci95 = bootstrap_ratio_cis(tops, bottoms)
     return Scores(
-        loss=loss_mean,
-        perplexity=math.inf if loss_mean > 700 else math.exp(loss_mean),
-        bits_per_byte=float(bits.sum() / sizes.sum()),
-        bits_per_byte_ci95=bootstrap_ratio_ci(bits, sizes),
-        accuracy=float(correct.sum() / counts.sum()),
-        tokens=int(counts.sum()),
-        bytes=int(sizes.sum()),
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=float(bits.sum() / found.bytes.sum()),
+        bits_per_byte_ci95=bits_ci95,
+        accuracy=float(found.correct.sum() / found.tokens.sum()),
+        tokens=int(found.tokens.sum()),
+        bytes=int(found.bytes.sum()),
         documents=len(documents),
         block_size=block_size,
-        stride=stride,
+        stride=stride or block_size,
         unscored_tokens=sum(document.unscored for document in documents),
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
+        loss_ci95=loss_ci95,
+        perplexity_ci95=(_exp(loss_ci95[0]), _exp(loss_ci95[1])) if loss_ci95 else None,
+        accuracy_ci95=accuracy_ci95,
     )
 
 
-def _sums(
-    model: GPT, documents: Sequence[EncodedDocument], device: Device, stride: int, precision: str
-) -> tuple[_Array, _Array, _Array]:
-    """For each document the nats, the number of scored tokens and how many of them ranked first."""
+def _exp(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def score_documents(
+    model: GPT,
+    documents: Sequence[EncodedDocument],
+    device: Device,
+    *,
+    stride: int | None = None,
+    precision: str = "fp32",
+    tokens: bool = False,
+) -> DocumentScores:
+    """Score each of `documents`; with `tokens` each of their tokens too, which takes 17 bytes of
+    memory a token and no further pass. Raises `stop.Stopped` when a stop is asked for."""
+    was_training = model.training
+    model.eval()
+    try:
+        return _score(model, documents, device, stride, precision, tokens)
+    finally:
+        model.train(was_training)
+
+
+def _score(
+    model: GPT,
+    documents: Sequence[EncodedDocument],
+    device: Device,
+    stride: int | None,
+    precision: str,
+    each: bool,
+) -> DocumentScores:
+    """See `score_documents`; the model is in evaluation mode."""
+    block_size = model.config.block_size
     nats, counts, correct = (np.zeros(len(documents)) for _ in range(3))
+    kept = [_no_scores(len(d.tokens) - d.first) for d in documents] if each else []
     windows = [
         window
         for number, document in enumerate(documents)
-        for window in _windows(number, document, model.config.block_size, stride)
+        for window in _windows(number, document, block_size, stride or block_size)
     ]
     scaling = model.config.rope_scaling
     # Dynamic positions depend on the length of the sequence, and so on padding.
     padded = scaling is None or scaling.kind != "dynamic"
     for batch in _batches(windows, model.vocab_size, padded):
         stop.raise_if_requested()
-        width = max(w.stop - w.start for w in batch) - 1
-        tokens = torch.zeros(len(batch), width, dtype=torch.int64)
-        targets = torch.full((len(batch), width), -100)
-        for row, w in enumerate(batch):
-            ids = documents[w.document].tokens[w.start : w.stop]
-            tokens[row, : len(ids) - 1] = ids[:-1]
-            skip = w.first - w.start - 1
-            targets[row, skip : len(ids) - 1] = ids[skip + 1 :]
-        loss, first = score_tokens(model, tokens, targets, device, precision)
+        inputs, targets = _inputs(batch, documents)
+        found = score_tokens(model, inputs, targets, device, precision)
+        first = found.likeliest.cpu() == targets  # never where there is no target: -1 and -100
         owners = np.array([w.document for w in batch])
-        np.add.at(nats, owners, loss.double().sum(1).cpu().numpy())
+        np.add.at(nats, owners, found.nats.double().sum(1).cpu().numpy())
         np.add.at(counts, owners, (targets >= 0).sum(1).numpy())
-        np.add.at(correct, owners, first.sum(1).cpu().numpy())
-    return nats, counts, correct
+        np.add.at(correct, owners, first.sum(1).numpy())
+        if each:
+            _keep(kept, documents, batch, found, first)
+    sizes = np.array([document.bytes for document in documents], dtype=np.float64)
+    return DocumentScores(nats, counts, correct, sizes, kept)
+
+
+def _inputs(batch: list[_Window], documents: Sequence[EncodedDocument]) -> tuple[Tensor, Tensor]:
+    """Tokens and targets (B, T) int64 of the windows; -100 where a window scores nothing."""
+    width = max(w.stop - w.start for w in batch) - 1
+    tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+    targets = torch.full((len(batch), width), -100)
+    for row, w in enumerate(batch):
+        ids = documents[w.document].tokens[w.start : w.stop]
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        skip = w.first - w.start - 1
+        targets[row, skip : len(ids) - 1] = ids[skip + 1 :]
+    return tokens, targets
+
+
+def _no_scores(count: int) -> TokenScores:
+    """Arrays for `count` tokens, to be filled."""
+    return TokenScores(
+        nats=np.zeros(count, np.float32),
+        first=np.zeros(count, np.bool_),
+        context=np.zeros(count, np.int32),
+        likeliest=np.zeros(count, np.int32),
+        top=np.zeros(count, np.float32),
+    )
+
+
+def _keep(
+    kept: list[TokenScores],
+    documents: Sequence[EncodedDocument],
+    batch: list[_Window],
+    found: TargetScores,
+    first: Tensor,
+) -> None:
+    """Fill in the tokens that the windows scored."""
+    nats, likeliest = found.nats.cpu().numpy(), found.likeliest.cpu().numpy()
+    top = found.top.cpu().numpy()
+    for row, w in enumerate(batch):
+        into, begin = kept[w.document], documents[w.document].first
+        there = slice(w.first - begin, w.stop - begin)
+        here = slice(w.first - w.start - 1, w.stop - w.start - 1)
+        into.nats[there], into.top[there] = nats[row, here], top[row, here]
+        into.first[there], into.likeliest[there] = first[row, here], likeliest[row, here]
+        into.context[there] = np.arange(w.first, w.stop) - w.start
 
 
 def _windows(

@@ -4,7 +4,8 @@ Confines itself as far as the system allows, then runs PROGRAM as `__main__`. By
 neither starts processes, nor uses a network, nor changes a file outside its folder, nor grows
 beyond its memory, time and file sizes; it may read what its user may read. This guards against what
 a model writes by accident. It is no prison for a program that somebody made to break out (sqlite3,
-for one, opens files that Python does not see): that takes a container or a virtual machine.
+for one, can attach files that Python does not see, and root may have any number of threads): that
+takes a container or a virtual machine.
 """
 
 import ctypes
@@ -47,8 +48,14 @@ _CHANGES = (
     "os.chown",
     "os.truncate",
     "os.utime",
+    "os.setxattr",
+    "os.removexattr",
+    "os.chflags",
     "shutil.",
 )
+# What makes files or shared memory and tells nobody: modules, which then are not there, and calls.
+_UNSEEN_MODULES = ("_dbm", "_gdbm", "_posixshmem", "_multiprocessing")
+_UNSEEN_CALLS = ("mknod", "mkfifo")
 
 
 def main() -> None:
@@ -57,6 +64,9 @@ def main() -> None:
     _own_namespaces()
     _limit(memory, seconds)
     sys.argv = [program]
+    for name in _UNSEEN_CALLS:
+        for module in (os, sys.modules["posix"]):
+            vars(module).pop(name, None)
     sys.addaudithook(_guard(os.path.realpath(os.curdir)))
     runpy.run_path(program, run_name="__main__")
 
@@ -113,6 +123,11 @@ def _guard(folder: str) -> Any:
         refused = event.startswith(_REFUSED)
         if event == "open":
             refused = writes(*arguments[1:3]) and not inside(arguments[0])
+        elif event == "import" and arguments[0] in _UNSEEN_MODULES:
+            raise ImportError(f"not allowed here: {arguments[0]}")
+        elif event == "sqlite3.connect":
+            name = os.fsdecode(arguments[0])
+            refused = name.startswith("file:") or (name != ":memory:" and not inside(name))
         elif event.startswith(_CHANGES):
             paths = [a for a in arguments if isinstance(a, str | bytes | os.PathLike)]
             refused = not all(map(inside, paths))

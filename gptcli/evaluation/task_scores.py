@@ -3,24 +3,29 @@
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from gptcli import stop
-from gptcli.config.finetune_schema import HEAD_TASKS, LABELLED_TASKS, FinetuneConfig, Task
+from gptcli.config.finetune_schema import LABELLED_TASKS, FinetuneConfig, Task
 from gptcli.data.examples import Example, HeadExample, PreferencePair
+from gptcli.data.questions import SHOT_END
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import ConfigError
 from gptcli.evaluation.answers import exact_match, token_f1
+from gptcli.evaluation.choice_scores import (
+    choice_result,
+    choice_text_scores,
+    label_result,
+    last_word_scores,
+)
 from gptcli.evaluation.code_runs import code_runs
-from gptcli.evaluation.label_scores import LabelScore, label_scores
-from gptcli.evaluation.labels import choice_log_likelihoods, label_log_probabilities
+from gptcli.evaluation.labels import label_log_probabilities
 from gptcli.evaluation.perplexity import encode_rows, perplexity
 from gptcli.evaluation.preferences import pair_log_likelihoods
-from gptcli.evaluation.statistics import bootstrap_ratio_ci
+from gptcli.evaluation.task_result import TaskScores, mean_score, task_scores
 from gptcli.evaluation.text_scores import bleu, chrf, rouge
 from gptcli.generation.engine import Request, decode
 from gptcli.generation.sampling import Sampling
@@ -28,53 +33,10 @@ from gptcli.model.gpt import GPT
 
 HeldOut = Sequence[Example] | Sequence[HeadExample] | Sequence[PreferencePair]
 
-MOST_WORST = 10
 # Of log-likelihoods, relative: what batches of other sizes, and 16 bits, may change.
 _ROUNDING, _ROUNDING_16 = 1e-6, 1e-2
-MOST_SHOWN = 400  # characters of each text of a worst row
 # The packages of the scores; those of the extra `tasks` are imported only where they are used.
 _PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score", "labels": "sklearn"}
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """The scores of a model on `rows` rows.
-
-    `values` has one number a score, `ci95` their bootstrap intervals over rows, where there are
-    any, and `baseline` what needs no model: the share of the most frequent label, or chance.
-    `headline` names the score that the others yield to; of all, more is better. exact_match,
-    token_f1, rouge and all shares are from 0 to 1, bleu and chrf from 0 to 100. `predictions` has
-    a JSON-able object for each row, in order, and `worst` those with the least of the headline.
-    `signatures` says how scores were taken, in the words of the package that took them.
-    """
-
-    values: dict[str, float]
-    ci95: dict[str, tuple[float, float]]
-    headline: str
-    rows: int
-    predictions: list[dict[str, Any]]
-    baseline: dict[str, float] = field(default_factory=dict)
-    labels: list[str] | None = None
-    confusion: list[list[int]] | None = None
-    per_label: list[LabelScore] | None = None
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    signatures: dict[str, str] = field(default_factory=dict)
-
-    def entries(self, when: str) -> dict[str, dict[str, Any]]:
-        """The report's `tasks` with these as the scores of `when`: before, after or, of a model
-        that is only evaluated, value."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, value in self.values.items():
-            found[name] = {when: value, "rows": self.rows}
-            if name in self.ci95:
-                found[name][f"{when}_ci95"] = list(self.ci95[name])
-            if name in self.baseline:
-                found[name]["baseline"] = self.baseline[name]
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the predictions, JSON-able."""
-        return {name: value for name, value in asdict(self).items() if name != "predictions"}
 
 
 def check_scores(settings: FinetuneConfig, allow_code: bool) -> None:
@@ -133,7 +95,8 @@ def score_task(
     """Score `model` on all rows of `held_out` (at least one).
 
     Answers are generated greedily, up to `settings.max_new_tokens`; labels are the likeliest of
-    `labels`, by the task head or without one by the likelihood of their texts; a preference is
+    `labels`, by the task head or without one by the likelihood of their texts, as are choices; a
+    last word is right where each of its tokens is the likeliest; a preference is
     right where the chosen answer is the likelier one and, as `reward_accuracy`, where it has gained
     more over the `reference` model. Text without a task has the share of its tokens that rank
     first. Raises ConfigError as `check_scores`, `stop.Stopped` when a stop is asked for.
@@ -150,9 +113,9 @@ def score_task(
         truth = [example.label for example in examples]
         told = [{"where": example.where, "prompt": example.text} for example in examples]
         if not choice:
-            return _labels(truth, probabilities, told, labels)
+            return label_result(truth, probabilities, told, labels)
         sizes = [len(example.sequences) for example in examples]
-        return _choices(truth, probabilities, told, sizes)
+        return choice_result(truth, probabilities, told, sizes)
     rows = cast(Sequence[Example], held_out)
     if task == "text":
         scores = perplexity(model, encode_rows(rows), device, precision=precision)
@@ -160,20 +123,31 @@ def score_task(
         return TaskScores(
             {"token_accuracy": scores.accuracy}, {}, "token_accuracy", len(rows), where
         )
-    if task in HEAD_TASKS:
-        return _choice_texts(model, tokenizer, rows, labels, device, precision)
-    answers = greedy_answers(model, tokenizer, rows, settings.max_new_tokens)
+    if task == "last_word":
+        return last_word_scores(model, tokenizer, rows, device, precision)
+    if rows[0].choices:
+        # Endings of a text differ in length; those of a cloze hardly do.
+        headline = "accuracy_per_byte" if task == "continuation" else "accuracy"
+        return choice_text_scores(model, rows, labels, headline, device, precision)
+    # What comes behind an answer, of a model that answers as in examples, is one more of them.
+    ends = (SHOT_END,) if settings.shots and task != "chat" else ()
+    answers = greedy_answers(model, tokenizer, rows, settings.max_new_tokens, ends)
     return score_answers(rows, answers, settings.scores)
 
 
 def greedy_answers(
-    model: GPT, tokenizer: Tokenizer, rows: Sequence[Example], max_new_tokens: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    rows: Sequence[Example],
+    max_new_tokens: int,
+    ends: tuple[str, ...] = (),
 ) -> list[str]:
     """What the model answers to each prompt, the likeliest token each time, without blanks around.
 
-    Raises `stop.Stopped` when a stop is asked for.
+    An answer ends at eot, before one of the texts `ends`, or at the limit. Raises
+    `stop.Stopped` when a stop is asked for.
     """
-    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=ends)
     requests = [Request("", row.tokens[: row.prompt], sampling) for row in rows]
     answers = []
     for _, (answer,) in decode(model, tokenizer, requests):
@@ -208,7 +182,7 @@ def score_answers(
             score = exact_match if name == "exact_match" else token_f1
             found = {name: [score(*row) for row in zip(answers, references, strict=True)]}
         for part, of_rows in found.items():
-            values[part], intervals[part] = _mean(of_rows)
+            values[part], intervals[part] = mean_score(of_rows)
             own[part] = of_rows
     predictions = [
         {
@@ -222,77 +196,14 @@ def score_answers(
         for number, (row, answer) in enumerate(zip(rows, answers, strict=True))
     ]
     headline = "rouge_l" if names[0] == "rouge" else names[0]
-    return _scores(values, intervals, headline, predictions, own[headline], signatures=signatures)
+    return task_scores(
+        values, intervals, headline, predictions, own[headline], signatures=signatures
+    )
 
 
 def _error_of(answer: str) -> str | None:
     stop.raise_if_requested()
     return code_runs(answer)
-
-
-def _choice_texts(
-    model: GPT,
-    tokenizer: Tokenizer,
-    rows: Sequence[Example],
-    labels: Sequence[str],
-    device: Device,
-    precision: str,
-) -> TaskScores:
-    """Scores where labels, or choices if there are no `labels`, are answered as text: the likeliest
-    of these texts, each with eot."""
-    ends = [] if tokenizer.eot is None else [tokenizer.eot]
-    answers = [[[*tokenizer.encode(text), *ends] for text in row.choices] for row in rows]
-    rooms = [model.config.block_size + 1 - max(map(len, texts)) for texts in answers]
-    prompts = [row.tokens[: row.prompt][-room:] for row, room in zip(rows, rooms, strict=True)]
-    found = choice_log_likelihoods(model, prompts, answers, device, precision)
-    truth = [row.choices.index(row.references[0]) for row in rows]
-    told = [{"where": row.where, "prompt": row.prompt_text} for row in rows]
-    most = max(len(row.choices) for row in rows)
-    nats = np.full((len(rows), most), -np.inf)
-    for number, of_row in enumerate(found):
-        nats[number, : len(of_row)] = of_row
-    weights = np.exp(nats - nats.max(1, keepdims=True))
-    probabilities = weights / weights.sum(1, keepdims=True)
-    if labels:
-        return _labels(truth, probabilities, told, labels)
-    return _choices(truth, probabilities, told, [len(row.choices) for row in rows])
-
-
-def _labels(
-    truth: Sequence[int], probabilities: Any, told: list[dict[str, Any]], labels: Sequence[str]
-) -> TaskScores:
-    """Scores of labels with the probabilities (N, L)."""
-    predicted = probabilities.argmax(1)
-    found = label_scores(truth, predicted.tolist(), labels)
-    for row, right, label, of_row in zip(told, truth, predicted, probabilities, strict=True):
-        row |= {"label": labels[right], "predicted": labels[label]}
-        row["probabilities"] = dict(zip(labels, of_row.round(6).tolist(), strict=True))
-    return _scores(
-        {"accuracy": found.accuracy, "macro_f1": found.macro_f1},
-        {"accuracy": found.accuracy_ci95, "macro_f1": found.macro_f1_ci95},
-        "accuracy",
-        told,
-        probabilities[np.arange(len(truth)), truth],
-        baseline={"accuracy": found.majority},
-        labels=list(labels),
-        confusion=found.confusion,
-        per_label=found.per_label,
-    )
-
-
-def _choices(
-    truth: Sequence[int], probabilities: Any, told: list[dict[str, Any]], sizes: Sequence[int]
-) -> TaskScores:
-    """Scores of the choices with the probabilities (N, S), of which row i has `sizes[i]`."""
-    predicted = probabilities.argmax(1)
-    for number, row in enumerate(told):
-        row |= {"label": truth[number], "predicted": int(predicted[number])}
-        row["probabilities"] = probabilities[number, : sizes[number]].round(6).tolist()
-    accuracy, interval = _mean(np.equal(truth, predicted))
-    chance = float(np.mean([1 / size for size in sizes]))
-    own = probabilities[np.arange(len(truth)), truth]
-    values, intervals = {"accuracy": accuracy}, {"accuracy": interval}
-    return _scores(values, intervals, "accuracy", told, own, baseline={"accuracy": chance})
 
 
 def _preferences(
@@ -314,7 +225,7 @@ def _preferences(
     rounding = (_ROUNDING if precision == "fp32" else _ROUNDING_16) * np.abs(nats).max(1)
     for name, of_rows in margins.items():
         tied = np.abs(of_rows) <= (rounding if name == "reward_accuracy" else 0.0)
-        values[name], intervals[name] = _mean(np.where(tied, 0.5, of_rows > 0))
+        values[name], intervals[name] = mean_score(np.where(tied, 0.5, of_rows > 0))
     headline = list(margins)[-1]
     predictions = [
         {
@@ -329,34 +240,4 @@ def _preferences(
         for number, pair in enumerate(pairs)
     ]
     chance = dict.fromkeys(values, 0.5)
-    return _scores(values, intervals, headline, predictions, margins[headline], baseline=chance)
-
-
-def _mean(of_rows: Any) -> tuple[float, tuple[float, float] | None]:
-    """The mean over rows and its interval."""
-    numbers = np.asarray(of_rows, dtype=np.float64)
-    return float(numbers.mean()), bootstrap_ratio_ci(numbers, np.ones(len(numbers)))
-
-
-def _scores(
-    values: dict[str, float],
-    intervals: Mapping[str, tuple[float, float] | None],
-    headline: str,
-    predictions: list[dict[str, Any]],
-    own: Any,
-    **more: Any,
-) -> TaskScores:
-    """The scores with the rows of which `own`, the headline of each, is least."""
-    order = np.argsort(np.asarray(own, dtype=np.float64), kind="stable")[:MOST_WORST]
-    ci95 = {name: interval for name, interval in intervals.items() if interval is not None}
-    worst = [{key: _clipped(v) for key, v in predictions[i].items()} for i in order]
-    return TaskScores(values, ci95, headline, len(predictions), predictions, worst=worst, **more)
-
-
-def _clipped(value: Any) -> Any:
-    """Long texts cut, those in a list too."""
-    if isinstance(value, list):
-        return [_clipped(part) for part in value]
-    if isinstance(value, str) and len(value) > MOST_SHOWN:
-        return f"{value[:MOST_SHOWN]} …"
-    return value
+    return task_scores(values, intervals, headline, predictions, margins[headline], baseline=chance)

@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from gptcli.config.check import check
@@ -20,6 +19,7 @@ log = logging.getLogger("gptcli")
 _OWN = {"prompt", "prompt_tokens", "n", *(field.name for field in fields(Sampling))}
 _ROW_NAMES = (".jsonl", ".ndjson")
 _MOST_PROBLEMS = 100
+_MOST_BYTES = 10**9  # a stray `yes |` must not fill memory
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,15 @@ def read_prompts(path: str, defaults: GenerateConfig) -> list[FilePrompt]:
 
 
 def read_bytes(path: str) -> bytes:
-    """What the file holds. Raises ConfigError where it cannot be read."""
+    """What the file holds. Raises ConfigError where it cannot be read, or has no end."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(f"prompt_file: {path} has more than {_MOST_BYTES:,} bytes; split it")
+    return data
 
 
 def _lines(path: str) -> list[tuple[Place, str]]:
@@ -92,7 +96,11 @@ def _lines(path: str) -> list[tuple[Place, str]]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 at byte {error.start} of the file",
+            hint=f"convert it, as: iconv -f latin1 -t utf-8 {path}",
+        ) from error
     # Not splitlines(), which also cuts at U+2028 and other characters inside a prompt.
     lines = [
         (Place(Origin(path), number), line.removesuffix("\r"))

@@ -78,9 +78,12 @@ class LoraLinear(nn.Module):
         """The plain layer that computes the same, of fp32; int8 weights are the rounded ones."""
         outputs, inputs = self.weight.shape
         linear = nn.Linear(inputs, outputs, bias=self.bias is not None, device="meta")
-        change = self.lora_b.double() @ self.lora_a.double() * self.factor
-        weight = _widened(self.weight, self.scale).double() + change  # rounded once
-        linear.weight = nn.Parameter(weight.float())
+        home = self.weight.device
+        exact = torch.device("cpu") if home.type == "mps" else home  # which has no float64
+        a, b = self.lora_a.to(exact).double(), self.lora_b.to(exact).double()
+        whole = _widened(self.weight, self.scale).to(exact).double()
+        weight = whole.addmm_(b, a, alpha=self.factor)  # rounded once
+        linear.weight = nn.Parameter(weight.float().to(home))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach())
         return linear

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptcli.data.shown_rows import ShownRow, ShownToken
+from gptcli.reports.headlines import Headline
 from gptcli.reports.html import page_template
-from gptcli.reports.page import Headline
 from gptcli.reports.table import Table
 from gptcli.reports.text import compact, decimals, field, number, percent, size
 

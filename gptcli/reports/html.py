@@ -1,5 +1,6 @@
 """A report page as one HTML file that stands alone: no scripts, nothing fetched."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,40 @@ from markupsafe import Markup
 
 from gptcli.reports.page import Page
 from gptcli.reports.section import Plot
+from gptcli.reports.table import Table
 from gptcli.reports.text import visible
 
 # Classes for the badge; a status from a damaged file gets none of them.
 STATUS_CLASSES = {"running": "running", "finished": "good", "stopped": "stopped", "failed": "bad"}
 
 
-def render_html(page: Page, plots: list[Plot]) -> str:
-    """The page with its figures. All text in `page` is untrusted; the SVG of `plots` is ours."""
+# A cell of a column of figures: short, and begins as a number does. Other columns are text.
+_FIGURE = re.compile(r"(–|[-−+<>≥≤≈±]?\s?\d).{0,22}|inf|yes|no|", re.DOTALL)
+
+
+def render_html(page: Page) -> str:
+    """The page as HTML. All text in it is untrusted; the SVG of its figures is ours."""
     return page_template("report.html.jinja").render(
         page=page,
-        large=[(plot, Markup(plot.svg)) for plot in plots if plot.large],
-        small=[(plot, Markup(plot.svg)) for plot in plots if not plot.large],
         status_class=STATUS_CLASSES.get(page.status or "", ""),
+        column_classes=column_classes,
+        drawn=_drawn,
     )
+
+
+def column_classes(table: Table) -> list[str]:
+    """For each column: `n` for figures, `t` for text that is short, `w` for text that wraps."""
+    kinds = []
+    for column in zip(*table.rows, strict=False):
+        if all(_FIGURE.fullmatch(cell) for cell in column):
+            kinds.append("n")
+        else:
+            kinds.append("w" if max(map(len, column)) > 32 else "t")
+    return kinds
+
+
+def _drawn(plot: Plot) -> Markup:
+    return Markup(plot.svg)
 
 
 def page_template(name: str) -> Template:

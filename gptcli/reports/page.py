@@ -2,12 +2,37 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+from gptcli.reports.attention import attention_section
+from gptcli.reports.comparison import comparison_section
 from gptcli.reports.curves import best, lines_of, time_parts
-from gptcli.reports.table import Table, cleaning_table, source_table
+from gptcli.reports.eval_sections import (
+    breakdown_section,
+    calibration_section,
+    surprising_section,
+)
+from gptcli.reports.headlines import (
+    Headline,
+    eval_headlines,
+    run_headlines,
+    shown_perplexity,
+    with_task,
+)
+from gptcli.reports.history import history_table
+from gptcli.reports.lm_eval import lm_eval_section
+from gptcli.reports.plots import TrainingPlots, training_plots
+from gptcli.reports.privacy import (
+    canaries_section,
+    memorization_section,
+    pairs_section,
+)
+from gptcli.reports.samples import SampleStrip, sample_strips
+from gptcli.reports.section import Section
+from gptcli.reports.settings import Settings, settings
+from gptcli.reports.table import Table, bounded, cleaning_table, source_table
 from gptcli.reports.task_tables import (
     headline,
     meanings,
@@ -25,16 +50,18 @@ from gptcli.reports.text import (
     moment,
     number,
     percent,
+    spread,
 )
 
-T = TypeVar("T")
-
+SPLITS = {
+    "hash": "documents chosen by the hash of their text",
+    "tail": "the end of each document, for there are few",
+    "given": "a source of its own",
+}
 MAX_EVAL_ROWS = 40
-MAX_SAMPLE_STEPS = 10
-MAX_SAMPLES_A_STEP = 12
-MAX_SAMPLE_CHARACTERS = 4000
 MAX_FINGERPRINTS = 8
 MAX_EVENTS = 50
+MAX_NOTES, MAX_NOTE = 40, 600
 
 DEFINITIONS = [
     "bits per byte = total nats / (ln 2 × UTF-8 bytes); lower is better; comparable across"
@@ -49,17 +76,7 @@ PART_LABELS = {
     "optimizer_seconds": "optimizer",
     "other_seconds": "other",
 }
-SHAPE = (("n_layer", "layers"), ("n_embd", "wide"))
 RESUME_LABEL = "Continue this run (a finished one: add a larger --set training.max_steps=N)"
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One large figure: `note` says how it is to be read."""
-
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -72,26 +89,9 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A generated text: what it was given and how it went on."""
-
-    index: str
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True)
-class SampleStep:
-    """The texts of one step."""
-
-    title: str
-    samples: list[Sample]
-    left_out: int
-
-
-@dataclass(frozen=True)
 class Page:
-    """A whole report. Text in it is raw: each format escapes what it must."""
+    """A whole report. Text in it is raw: each format escapes what it must. It is no longer than a
+    reader can take in, whatever the run."""
 
     title: str
     kind: str
@@ -100,16 +100,19 @@ class Page:
     notes: list[str]
     headlines: list[Headline]
     definitions: list[str]
-    scores: Table | None
-    tasks: Table | None
-    task_parts: list[Table]
-    evals: Table | None
+    tasks: list[Table]
+    curves: TrainingPlots
     shares: list[Share]
     events: Table | None
-    samples: list[SampleStep]
+    samples: list[SampleStrip]
+    more_samples: bool
+    evals: Table | None
+    scores: Table | None
+    sections: list[Section]
+    settings: Settings | None
     facts: list[Table]
+    history: Table | None
     commands: dict[str, str]
-    config: str | None
 
 
 def build_page(
@@ -127,28 +130,38 @@ def build_page(
     job = {"pretrain": "Pretraining", "finetune": "Finetuning"}.get(str(run.get("job")), "Training")
     warnings = report.get("data", {}).get("warnings") or []
     tasks, task = report.get("tasks") or {}, report.get("task") or {}
+    notes = [clip(str(n), MAX_NOTE) for n in [*(report.get("notes") or []), *warnings]]
     commands = {"Command": report.get("command"), **_labelled(report.get("commands") or {})}
+    strips, more_samples = sample_strips(samples)
     return Page(
         title=str(run["name"]),
         kind=job if trained else "Evaluation",
         status=report.get("status"),
         subtitle=_subtitle(report),
-        notes=[str(n) for n in [*(report.get("notes") or []), *warnings]],
-        headlines=_with_task(
-            headline(tasks, task), _run_headlines(report) if trained else _eval_headlines(report)
+        notes=notes[:MAX_NOTES],
+        headlines=with_task(
+            headline(tasks, task), run_headlines(report) if trained else eval_headlines(report)
         ),
         definitions=[*meanings(tasks), *DEFINITIONS],
-        scores=_facts("Scores", report["scores"]),
-        tasks=score_table(tasks),
-        task_parts=task_parts(task),
-        evals=_evals(lines_of(metrics, "eval")),
+        tasks=_shown(score_table(tasks), *task_parts(task)),
+        curves=training_plots(metrics, _resumed(report.get("history"))),
         shares=_shares(metrics),
-        events=_events(metrics),
-        samples=_samples(samples),
-        facts=_all_facts(report),
+        events=_only(_events(metrics)),
+        samples=strips,
+        more_samples=more_samples,
+        evals=_only(_evals(lines_of(metrics, "eval"))),
+        scores=_only(_facts("Scores", report["scores"])),
+        sections=_sections(report),
+        settings=settings(config) if config is not None else None,
+        facts=_shown(*_all_facts(report)),
+        history=_only(history_table(report.get("history"))),
         commands={label: str(line) for label, line in commands.items() if line},
-        config=config,
     )
+
+
+def _resumed(history: Any) -> list[float]:
+    entries = [e for e in history or [] if isinstance(e, dict) and e.get("event") == "resume"]
+    return [float(entry["step"]) for entry in entries if finite(entry.get("step")) is not None]
 
 
 def _subtitle(report: dict[str, Any]) -> list[str]:
@@ -169,69 +182,11 @@ def _subtitle(report: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _with_task(task: tuple[str, str, str] | None, others: list[Headline]) -> list[Headline]:
-    """The task's score first, in place of the share of tokens that ranked first."""
-    if task is None:
-        return others
-    return [Headline(*task), *(shown for shown in others if shown.label != "Accuracy")]
-
-
-def _run_headlines(report: dict[str, Any]) -> list[Headline]:
-    training, model = report["training"], report.get("model") or {}
-    shape = [f"{number(model[k])} {w}" for k, w in SHAPE if finite(model.get(k)) is not None]
-    done = [
-        f"{number(training.get('steps'))} steps" if training.get("steps") is not None else "",
-        f"{compact(training['tokens'])} tokens" if training.get("tokens") else "",
-    ]
-    return [
-        *_score_headlines(report),
-        Headline("Speed", compact(training.get("tokens_per_second")), "tokens per second"),
-        Headline("Training time", duration(training.get("seconds")), _join(done)),
-        Headline("Parameters", compact(training.get("parameters")), _join(shape)),
-    ]
-
-
-def _score_headlines(report: dict[str, Any]) -> list[Headline]:
-    """Bits per byte, perplexity and accuracy: the final ones, else those of the last evaluation."""
-    scores, last = report["scores"], report.get("last_eval")
-    final = any(finite(scores.get(key)) is not None for key in ("loss", "bits_per_byte"))
-    shown = scores if final or not last else last
-    when = "" if shown is scores else f"at step {number(last['step'])}" if last else ""
-    interval = scores.get("bits_per_byte_ci95")
-    spread = "no interval" if finite(shown.get("bits_per_byte")) is not None else "not evaluated"
-    if final and isinstance(interval, list) and len(interval) == 2:
-        spread = f"95 % interval {decimals(interval[0], 3)} – {decimals(interval[1], 3)}"
-    loss = finite(shown.get("loss"))
-    perplexity = finite(shown.get("perplexity"))
-    # exp(loss) beyond the range of a float is null in JSON though the loss is known.
-    value = "inf" if perplexity is None and loss is not None else _perplexity(perplexity)
-    nats = f"loss {decimals(loss, 3)} nats per token" if loss is not None else "not evaluated"
-    return [
-        Headline(
-            "Bits per byte" if report["run"].get("job") == "eval" else "Validation bits per byte",
-            decimals(shown.get("bits_per_byte"), 3),
-            _join([spread, when]),
-        ),
-        Headline("Perplexity", value, _join([nats, when])),
-        Headline("Accuracy", percent(shown.get("accuracy")), "next token ranked first"),
-    ]
-
-
-def _eval_headlines(report: dict[str, Any]) -> list[Headline]:
-    scores, model = report["scores"], report.get("model") or {}
-    return [
-        *_score_headlines(report),
-        Headline("Text", field("bytes", scores.get("bytes")), _count(scores, "documents")),
-        Headline("Tokens scored", compact(scores.get("tokens")), _count(scores, "unscored_tokens")),
-        Headline("Parameters", compact(model.get("parameters")), str(model.get("preset") or "")),
-    ]
-
-
 def _evals(lines: list[dict[str, Any]]) -> Table | None:
     if not lines:
         return None
     lowest = best(lines)
-    kept = _spread(lines, MAX_EVAL_ROWS)
+    kept = spread(lines, MAX_EVAL_ROWS)
     if lowest is not None and lowest not in kept:
         kept = sorted([*kept, lowest], key=lambda line: float(line["step"]))
     rows = [
@@ -239,7 +194,7 @@ def _evals(lines: list[dict[str, Any]]) -> Table | None:
             number(line["step"]),
             compact(line.get("tokens")),
             decimals(line.get("loss"), 4),
-            _perplexity(line.get("perplexity")),
+            shown_perplexity(line.get("perplexity")),
             decimals(line.get("bits_per_byte"), 4),
             percent(line.get("accuracy")),
         ]
@@ -265,8 +220,8 @@ def _shares(metrics: list[dict[str, Any]]) -> list[Share]:
 
 
 def _events(metrics: list[dict[str, Any]]) -> Table | None:
-    """What happened besides training and evaluating: resumes, skipped updates."""
-    lines = [m for m in metrics if m.get("event") not in ("train", "eval", None)]
+    """What happened besides training and evaluating, such as updates that were skipped."""
+    lines = [m for m in metrics if m.get("event") not in ("train", "eval", "resume", None)]
     if not lines:
         return None
     rows = []
@@ -277,38 +232,60 @@ def _events(metrics: list[dict[str, Any]]) -> Table | None:
     return Table("Events", ["event", "step", "detail"], rows, note=note)
 
 
-def _samples(lines: list[dict[str, Any]]) -> list[SampleStep]:
-    """Latest step first; of many steps, some spread over the run."""
-    steps: dict[Any, list[dict[str, Any]]] = {}
-    for line in lines:
-        steps.setdefault(finite(line.get("step")) or 0, []).append(line)
-    groups = []
-    for step in reversed(_spread(sorted(steps), MAX_SAMPLE_STEPS)):
-        drawn = steps[step]
-        seen = drawn[-1].get("tokens")
-        title = f"Step {number(step)}" + (f", {compact(seen)} tokens" if finite(seen) else "")
-        shown = drawn[-MAX_SAMPLES_A_STEP:]
-        samples = [
-            Sample(
-                field("", line.get("sample", i)),
-                clip(str(line.get("prompt") or ""), MAX_SAMPLE_CHARACTERS),
-                clip(str(line.get("text") or ""), MAX_SAMPLE_CHARACTERS),
-            )
-            for i, line in enumerate(shown)
-        ]
-        groups.append(SampleStep(title, samples, len(drawn) - len(shown)))
-    return groups
+def _sections(report: dict[str, Any]) -> list[Section]:
+    """What the parts of an evaluation found, and what was trained on."""
+    sections = [_made(make, report) for make in SECTIONS]
+    return [
+        replace(section, tables=_shown(*section.tables))
+        for section in sections
+        if section is not None
+    ]
 
 
-def _all_facts(report: dict[str, Any]) -> list[Table]:
-    data = {k: v for k, v in (report.get("data") or {}).items() if k != "warnings"}
+def _made(
+    make: Callable[[dict[str, Any]], Section | None], report: dict[str, Any]
+) -> Section | None:
+    """A section; a damaged part of run.json costs no other one."""
+    try:
+        return make(report)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        name = make.__name__.removesuffix("_section")
+        return Section(name.capitalize(), [f"run.json is damaged here: {error!r}"])
+
+
+def data_section(report: dict[str, Any]) -> Section | None:
+    """What was trained on and what the filters did to it."""
+    data = report.get("data") or {}
+    split = (data.get("val") or {}).get("split") if isinstance(data.get("val"), dict) else None
     tables = [
-        _facts("Model", report.get("model")),
-        _facts("Training", report.get("training")),
-        _data({k: v for k, v in data.items() if k != "sources"}),
+        _data({k: v for k, v in data.items() if k not in ("sources", "warnings")}),
         source_table(data.get("sources") or [], report.get("mixture") or []),
         cleaning_table(data.get("sources") or []),
         row_counts(report.get("task_data") or {}),
+    ]
+    shown = [table for table in tables if table is not None]
+    text = [f"Held out for validation: {SPLITS[split]}."] if split in SPLITS else []
+    return Section("Data", text, tables=shown) if shown else None
+
+
+SECTIONS = (
+    breakdown_section,
+    surprising_section,
+    calibration_section,
+    lm_eval_section,
+    memorization_section,
+    canaries_section,
+    pairs_section,
+    comparison_section,
+    attention_section,
+    data_section,
+)
+
+
+def _all_facts(report: dict[str, Any]) -> list[Table | None]:
+    return [
+        _facts("Model", report.get("model")),
+        _facts("Training", report.get("training")),
         _facts("Machine", report.get("machine")),
         _facts("Automatic choices", report.get("choices")),
         _facts("Versions", report.get("versions")),
@@ -317,7 +294,14 @@ def _all_facts(report: dict[str, Any]) -> list[Table]:
         _facts("Text left out or replaced", report.get("skipped_text")),
         _facts("Fingerprints", _fingerprints(report.get("fingerprints") or {})),
     ]
-    return [table for table in tables if table is not None]
+
+
+def _shown(*tables: Table | None) -> list[Table]:
+    return [bounded(table) for table in tables if table is not None]
+
+
+def _only(table: Table | None) -> Table | None:
+    return None if table is None else bounded(table)
 
 
 def _fingerprints(prints: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +319,11 @@ def _data(data: dict[str, Any]) -> Table | None:
     if not parts:
         return _facts("Data", data)
     keys = list(dict.fromkeys(str(key) for part in parts.values() for key in part))
-    rows = [[key, *(field(key, part.get(key)) for part in parts.values())] for key in keys]
+    rows = [
+        [key, *(field(key, part.get(key)) for part in parts.values())]
+        for key in keys
+        if key != "split"
+    ]
     whole = {name: value for name, value in data.items() if name not in parts and value}
     blank = [""] * (len(parts) - 1)
     rows += [[str(name), field(str(name), value), *blank] for name, value in whole.items()]
@@ -353,24 +341,3 @@ def _facts(title: str, facts: dict[str, Any] | None) -> Table | None:
 def _labelled(commands: dict[str, Any]) -> dict[str, Any]:
     labels = {"reproduce": "Repeat from the resolved config", "resume": RESUME_LABEL}
     return {labels.get(key, key): line for key, line in commands.items()}
-
-
-def _count(scores: dict[str, Any], key: str) -> str:
-    words = key.replace("_tokens", "")
-    return f"{number(scores[key])} {words}" if finite(scores.get(key)) is not None else ""
-
-
-def _perplexity(value: Any) -> str:
-    value = finite(value)
-    return number(value) if value is None or value >= 1e6 else decimals(value, 2)
-
-
-def _spread(items: list[T], limit: int) -> list[T]:
-    """At most `limit` items, evenly spread, with the first and the last."""
-    if len(items) <= limit:
-        return items
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def _join(parts: Iterable[str]) -> str:
-    return ", ".join(part for part in parts if part)

@@ -9,10 +9,6 @@ from typing import Any
 
 from gptcli.errors import CheckpointError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
-from gptcli.reports.html import render_html
-from gptcli.reports.markdown import render_markdown
-from gptcli.reports.page import build_page
-from gptcli.reports.plots import training_plots
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
 from gptcli.runs.run_dir import json_bytes, read_run_json, write_atomic
@@ -33,6 +29,8 @@ SCORE_KEYS = (
 TRAINING_KEYS = ("steps", "tokens", "seconds", "tokens_per_second", "parameters", "best_step")
 # Parts of run.json that the report repeats as they are.
 COPIED = ("machine", "choices", "versions", "seeds", "fingerprints", "timings", "skipped_text")
+# Parts that only some runs have.
+FOUND = ("canaries", "surprising", "calibration", "breakdown", "attention")
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run_dir}: no such run directory")
     files = read_run(run_dir)
     report = build_report(run_dir, files)
-    page = build_page(report, files.metrics, files.samples, files.config)
-    _write(run_dir, report, render_html(page, training_plots(files.metrics)), render_markdown(page))
+    _write(run_dir, report, files)
     return report
 
 
@@ -75,8 +72,7 @@ def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
     full = _strict(report)
     full["run"] = {"name": directory.name} | _mapping(full, "run")
     full["scores"] = dict.fromkeys(SCORE_KEYS) | _mapping(full, "scores")
-    page = build_page(full, [], [], None)
-    _write(directory, full, render_html(page, []), render_markdown(page))
+    _write(directory, full, RunFiles({}, [], [], None, []))
 
 
 def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
@@ -111,6 +107,8 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
         "best_eval": best(evals),
         "mixture": run["mixture"] if isinstance(run.get("mixture"), list) else [],
         **{key: _mapping(run, key) for key in COPIED},
+        **{key: run[key] for key in FOUND if run.get(key)},
+        "history": _history(run),
         "notes": _notes(run, evals) + files.problems,
     }
     return _strict(report)
@@ -131,7 +129,14 @@ def read_run(run_dir: Path) -> RunFiles:
     return RunFiles(run, metrics, read_samples(run_dir), config, problems)
 
 
-def _write(directory: Path, report: dict[str, Any], html: str, markdown: str) -> None:
+def _write(directory: Path, report: dict[str, Any], files: RunFiles) -> None:
+    # Matplotlib takes most of a second: who only asks for the object goes without.
+    from gptcli.reports.html import render_html
+    from gptcli.reports.markdown import render_markdown
+    from gptcli.reports.page import build_page
+
+    page = build_page(report, files.metrics, files.samples, files.config)
+    html, markdown = render_html(page), render_markdown(page)
     # ASCII escapes: names with control characters or lone surrogates stay harmless in a terminal.
     text = json.dumps(report, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
     write_atomic(directory / "report.html", html.encode())
@@ -179,6 +184,15 @@ def _notes(run: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
     if run.get("skipped_text"):
         notes.append("Some text was left out or replaced; the counts are listed by file.")
     return notes
+
+
+def _history(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the run began and went on; of an older one the resumes are known."""
+    if isinstance(run.get("history"), list):
+        return [entry for entry in run["history"] if isinstance(entry, dict)]
+    resumes = run["resumes"] if isinstance(run.get("resumes"), list) else []
+    began = [{"event": "start", "at": run["created"], "step": 0}] if run.get("created") else []
+    return began + [{"event": "resume", **entry} for entry in resumes if isinstance(entry, dict)]
 
 
 def _job(run: dict[str, Any]) -> str:

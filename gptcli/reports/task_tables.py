@@ -14,6 +14,10 @@ MEANINGS = {
     " (SQuAD).",
     "accuracy": "accuracy (task) = share of rows with the right label; macro_f1 = mean F1 over the"
     " labels; the baseline always answers with the most frequent label, or by chance.",
+    "accuracy_per_byte": "accuracy_per_byte compares the likelihoods of choices per UTF-8 byte of"
+    " them (acc_norm in other reports), accuracy as they are.",
+    "last_word_perplexity": "accuracy = share of last words of which each token is the likeliest;"
+    " last_word_perplexity = exp of the mean -ln p of a word.",
     "bleu": "bleu and chrf are sacrebleu's, of all rows together, from 0 to 100.",
     "chrf": "bleu and chrf are sacrebleu's, of all rows together, from 0 to 100.",
     "rouge_l": "rouge_1, rouge_2 and rouge_l = mean F-measure of shared words, pairs of words and"

@@ -3,7 +3,9 @@
 import math
 import re
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 NOTHING = "–"
 
@@ -25,6 +27,13 @@ def clip(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     return f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+def spread(items: list[T], limit: int) -> list[T]:
+    """At most `limit` items (two or more), evenly spread, with the first and the last."""
+    if len(items) <= limit:
+        return items
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def number(value: Any, digits: int = 4) -> str:

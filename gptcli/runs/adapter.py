@@ -1,6 +1,7 @@
 """What a checkpoint with an adapter says of the model that it belongs to, its base."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from gptcli.model.gpt import GPT
 from gptcli.model.heads import attach_head
 from gptcli.model.lora import adapter_shapes, adapter_tensors, add_lora
 from gptcli.runs.manifest import ADAPTER, MANIFEST, MODEL, read_manifest, sha256_of
-from gptcli.runs.resolve import ModelPlace, locate
+from gptcli.runs.resolve import ModelPlace, hub_name, locate
 from gptcli.runs.tensors import Shapes
+
+log = logging.getLogger("gptcli")
 
 HEAD_WEIGHT, HEAD_BIAS = "task_head.weight", "task_head.bias"
 
@@ -84,6 +87,8 @@ def weights_sha256(path: Path) -> str:
 def find_base(adapter: Adapter, where: str) -> ModelPlace:
     """The adapter's base, whose weights are what they were. CheckpointError, which opens with
     `where` and says what to do, when it is gone or changed; `stop.Stopped`."""
+    if hub_name(adapter.base) is not None:
+        log.info(f"the base of this adapter is on the hub: {adapter.base}")
     try:
         place = locate(adapter.base)
     except CheckpointError as error:

@@ -151,6 +151,17 @@ def newest_first(
         log.warning("checkpoint skipped: %s", problem.message)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has all its files in their sizes; their contents are not checked."""
+    try:
+        verify(path, hashes=False)
+    except NewerFormatError:
+        return True  # not ours to judge, so not ours to delete
+    except CheckpointError:
+        return False
+    return True
+
+
 def read(directory: Path, *, with_optimizer: bool) -> Contents:
     """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
 
@@ -218,7 +229,7 @@ def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
     What cannot be deleted is a warning.
     """
     paths = list_checkpoints(run_dir)
-    whole = [path for path in paths if _is_whole(path)]
+    whole = [path for path in paths if is_whole(path)]
     if not whole:
         return
     keep = {_step(path) for path in whole[-max(keep_last, 1) :]} | set(protect)
@@ -267,7 +278,7 @@ def clean_leftovers(run_dir: Path) -> None:
         if not deleted and not path.name.startswith(".tmp-"):
             continue
         try:
-            if deleted and not os.path.lexists(path.with_name(deleted[1])) and _is_whole(path):
+            if deleted and not os.path.lexists(path.with_name(deleted[1])) and is_whole(path):
                 path.rename(path.with_name(deleted[1]))
             else:
                 _remove(path)
@@ -345,16 +356,6 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        verify(path, hashes=False)
-    except NewerFormatError:
-        return True  # not ours to judge, so not ours to delete
-    except CheckpointError:
-        return False
-    return True
 
 
 def _step(path: Path) -> int:

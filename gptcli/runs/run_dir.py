@@ -24,14 +24,15 @@ from gptcli.errors import CheckpointError, ConfigError, ResourceError
 log = logging.getLogger("gptcli")
 
 CHECKPOINTS = "checkpoints"
-_RUN_JSON, _LOCK = "run.json", ".lock"
+LOCK, LOG = ".lock", "log.txt"
+_RUN_JSON = "run.json"
 _RUN_JSON_BYTES = 16 * 2**20  # far above what a run writes; keeps a hostile file out of memory
-_BEFORE_A_CHECKPOINT = ("run.json", "config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl")
+_BEFORE_A_CHECKPOINT = ("run.json", "config.yaml", LOG, "metrics.jsonl", "samples.jsonl")
 _HOLDS_A_RUN = "{} holds a run; use --resume to continue or --overwrite to move it aside"
 _STAMP = "%Y%m%d-%H%M%S"
-_MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
+MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
 # Answers of file systems that cannot do what was asked at all, as opposed to failing at it.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -75,7 +76,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self.run_dir / _LOCK, flags, 0o666)
+            self._descriptor = os.open(self.run_dir / LOCK, flags, 0o666)
             self._acquire()
         except OSError as error:
             self._close()
@@ -105,7 +106,7 @@ class RunLock:
                 hint="wait for it or stop it; or choose another directory with --run-dir",
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             log.warning("%s: this file system has no locks; start no second process", self.run_dir)
         os.ftruncate(self._descriptor, 0)
@@ -349,15 +350,15 @@ def _runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Runs with their run.json, the oldest first."""
     found = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if is_run_dir(path) and not _MOVED_ASIDE.search(path.name):
+        if is_run_dir(path) and not MOVED_ASIDE.search(path.name):
             about = read_run_json(path)
-            found.append((_created(about), path, about))
+            found.append((created(about), path, about))
     for _, path, about in sorted(found, key=lambda item: item[0]):
         yield path, about
 
 
-def _created(about: dict[str, Any]) -> datetime:
-    """When a run began. Not the file times: a copy of a run has new ones."""
+def created(about: dict[str, Any]) -> datetime:
+    """When the run of this run.json began. Not the file times: a copy of a run has new ones."""
     try:
         return datetime.fromisoformat(about["created"]).astimezone(timezone.utc)
     except (KeyError, TypeError, ValueError, OverflowError):

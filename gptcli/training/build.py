@@ -14,21 +14,23 @@ from gptcli.data.rows import Prefetch, RowSource, step_batches
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, allow_tf32
 from gptcli.errors import ConfigError
-from gptcli.evaluation.perplexity import EncodedDocument, Scores, perplexity
+from gptcli.evaluation.perplexity import EncodedDocument, Scores
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel
 from gptcli.runs.run_dir import read_run_json
+from gptcli.runs.tensorboard_log import check_tensorboard
 from gptcli.training.choices import apply, choose, choose_again
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.session import Session
-from gptcli.training.start import LIMITS, Start, machine, resume_command
+from gptcli.training.start import LIMITS, Start, machine, note_end, resume_command
 from gptcli.training.trainable import set_trainable
 from gptcli.training.tuning import tune
+from gptcli.training.validation import Validation
 
 log = logging.getLogger("gptcli")
 
@@ -48,7 +50,9 @@ class RunResult:
 
 
 def check_limits(config: Config) -> None:
-    """Training needs at least one limit."""
+    """ConfigError unless training has a limit, and the package that its log needs."""
+    if config.report.tensorboard:
+        check_tensorboard()
     t = config.training
     if not (t.max_steps or t.max_tokens or t.max_epochs or t.max_time):
         raise ConfigError(
@@ -72,14 +76,14 @@ def build_session(
     initial: LoadedModel | None,
     *,
     outputs: int | None = None,
-    objective: Callable[[GPT], LossOf] = language_model_loss,
+    objective: Callable[[GPT, str], LossOf] | None = None,
 ) -> Session:
     """Model, optimizer and choices, from the checkpoint, from `initial` or from the seed.
 
     The checkpoint's tensors are taken out of `start.contents`, so that the run holds them once.
     `initial` gives its tensors to the session: it is not to be used, nor kept, afterwards.
-    `outputs` are those of a finetuning task's head, None without one; `objective` is what the
-    model is to minimise.
+    `outputs` are those of a finetuning task's head, None without one; `objective` gives
+    what the model is to minimise in the run's precision, else it is the loss of language models.
     """
     model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
@@ -91,7 +95,7 @@ def build_session(
     if choices is not None:
         apply(choices, model)
     else:
-        held = 4 * model.parameter_count()
+        held = sum(parameter.nbytes for parameter in model.parameters())
         choices = choose(config, device, model.vocab_size, held_bytes=held)
         if any(p.requires_grad for p in model.blocks.parameters()):  # else nothing to race
             choices = tune(choices, _probed(config, start), device, model, corpus.train_bytes)
@@ -107,8 +111,10 @@ def build_session(
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=start.state,
-        loss_of=objective(model),
-        score_validation=_scorer(model, validation, device, config, choices.precision),
+        loss_of=objective(model, choices.precision) if objective else language_model_loss(model),
+        score_validation=Validation(
+            model, validation, device, config.eval.stride, choices.precision
+        ),
         data_fingerprint=corpus.fingerprint,
         job=start.job,
         scores=saved_scores(start.contents),
@@ -127,6 +133,7 @@ def build_session(
         },
         data=_data_facts(corpus, validation),
         skipped_text=_left_out(corpus),
+        **({"planted_canaries": [asdict(c) for c in corpus.canaries]} if corpus.canaries else {}),
         **facts,
     )
     return session
@@ -167,6 +174,7 @@ def run_session(
     finally:
         try:
             session.write_run_json(status=status, **facts)
+            note_end(session.directory, status, session.state)
         finally:
             session.close()
     return RunResult(
@@ -209,14 +217,6 @@ def _probed(config: Config, start: Start) -> Config:
     return config.model_copy(
         update={"data": config.data.model_copy(update={"document_mask": True})}
     )
-
-
-def _scorer(
-    model: GPT, validation: list[EncodedDocument], device: Device, config: Config, precision: str
-) -> Callable[[], Scores]:
-    """Scores the validation part with the model as it is then."""
-    stride = config.eval.stride
-    return lambda: perplexity(model, validation, device, stride=stride, precision=precision)
 
 
 def _data_facts(corpus: Corpus, validation: list[EncodedDocument]) -> dict[str, Any]:

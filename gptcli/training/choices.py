@@ -19,6 +19,7 @@ from gptcli.errors import ResourceError
 from gptcli.model.gpt import GPT
 from gptcli.training.compiling import compile_blocks, compile_no_more, has_compiler
 from gptcli.training.footprint import footprint
+from gptcli.training.trainable import sequences_per_row
 
 log = logging.getLogger("gptcli")
 
@@ -200,7 +201,8 @@ def fits(
     if usable is None:
         return True
     # The exact figure takes a second or more to compute.
-    if _PLENTY * _roughly_bytes(config.model, vocab_size, rows) < usable:
+    sequences = rows * sequences_per_row(config.finetune)
+    if _PLENTY * _roughly_bytes(config.model, vocab_size, sequences) < usable:
         return True
     need = footprint(
         config, vocab_size, rows, precision, recompute=recompute, device_kind=device.kind

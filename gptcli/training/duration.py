@@ -11,9 +11,10 @@ from gptcli.config.units import parse_seconds
 from gptcli.device import DTYPES, Device
 from gptcli.evaluation.perplexity import EncodedDocument, perplexity
 from gptcli.model.gpt import GPT
-from gptcli.training.flops import flops_per_token
+from gptcli.training.flops import flops_per_token, learning_share
 from gptcli.training.probe import median_seconds, probe_speed, step_seconds, synchronise
 from gptcli.training.state import EVALUATION_SHARE
+from gptcli.training.trainable import sequences_per_row
 
 _SHARE_OF_PRODUCTS = 0.6  # of the speed of matrix products alone, where there is no probe
 _SAVED_BYTES_PER_SECOND = 250e6  # written, synced and hashed
@@ -93,8 +94,9 @@ def computed_paces(
     size = 1024 if device.kind == "cpu" else 4096
     a = torch.ones(size, size, device=device.torch, dtype=DTYPES[precision])
     product = median_seconds(lambda: a @ a, device, 0.5, least=3)
-    token = flops_per_token(config.model, vocab_size) / (2 * size**3 / product) / _SHARE_OF_PRODUCTS
-    forward = token / 3  # the backward pass takes twice as many operations
+    whole = flops_per_token(config.model, vocab_size) / (2 * size**3 / product) / _SHARE_OF_PRODUCTS
+    forward = whole / 3  # the backward pass takes twice as many operations
+    token = whole * learning_share(config.finetune.method) * sequences_per_row(config.finetune)
     return Paces(
         source="products",
         step_seconds=config.training.tokens_per_step * (token + forward * recompute),

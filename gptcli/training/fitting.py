@@ -60,17 +60,24 @@ def misfits(case: Case, needed: Footprint, memory: int | None) -> tuple[list[str
     how = "--set training.micro_batch_size=1 --set training.activation_checkpointing=on"
     changes.append((case.smaller(1, recompute=True), how))
     layers = case.config.model.n_layer
+    if case.config.init is not None:  # whose layers stay as many
+        return [problem], _advice(changes, memory) or ["choose a smaller model, or method lora"]
     while layers // 2 >= len(case.config.model.window or [0]):
         layers //= 2
         fewer = case.smaller(1, recompute=True, n_layer=layers)
         changes.append((fewer, f"{how} --set model.n_layer={layers}"))
     if changes[-1][0].need().total_bytes > memory:
         return [problem], [f"{layers} layers are too much too: choose a smaller model"]
+    return [problem], _advice(changes, memory)
+
+
+def _advice(changes: list[tuple[Case, str]], memory: int) -> list[str]:
+    """The first of the changes that makes a step fit."""
     for changed, words in changes:
         total = changed.need().total_bytes
         if total <= memory:
-            return [problem], [f"{words} takes {gib(total)}"]
-    return [problem], []
+            return [f"{words} takes {gib(total)}"]
+    return []
 
 
 def gib(size: int) -> str:

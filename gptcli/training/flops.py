@@ -53,6 +53,12 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
     return 6 * (model.n_layer * block + others + head) + 12 * attention
 
 
+def learning_share(method: str) -> float:
+    """Of the operations of training all weights, those of a finetuning `method`: frozen weights get
+    no gradients, and below a task head that learns alone nothing goes backward."""
+    return {"full": 1.0, "lora": 2 / 3, "head": 1 / 3}[method]
+
+
 def peak_flops(device: Device, precision: str) -> float | None:
     """Published dense operations per second of a known GPU in fp32, bf16 or fp16; else None."""
     if device.kind != "cuda" or (precision == "bf16" and not device.bf16):

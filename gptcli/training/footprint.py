@@ -10,14 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.device import Device, autocast
-from gptcli.evaluation.perplexity import MOST_LOGITS, score_tokens
+from gptcli.evaluation.token_scores import MOST_LOGITS, score_tokens
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
-from gptcli.model.loss import chunk_rows
+from gptcli.model.heads import attach_head, task_head
+from gptcli.model.likelihood import log_likelihoods
+from gptcli.model.loss import chunk_rows, linear_cross_entropy
 from gptcli.training.clipping import clip_gradients
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.trainable import as_finetuned, sequences_per_row
 
 # Of a process that has imported all that a run does, before its first tensor (VmRSS, torch 2.13 for
 # the CPU); on a GPU the CUDA context and cuBLAS's workspace, by PyTorch's documentation.
@@ -56,25 +60,28 @@ def footprint(
     recompute: bool,
     device_kind: str,
 ) -> Footprint:
-    """The peak of one training step with micro batches of `micro_batch_size` rows.
+    """The peak of one training step with micro batches of `micro_batch_size` rows, of finetuning
+    as `config.finetune` says.
 
-    The layers repeat, so a model of two repetitions tells how much each adds. Takes no memory for
-    any size of model. RuntimeError, OverflowError or TypeError for sizes beyond 64 bits.
+    The layers repeat, so a model of two repetitions tells how much each adds, and where layers are
+    frozen another one what these add. Takes no memory for any size of model. RuntimeError,
+    OverflowError or TypeError for sizes beyond 64 bits.
     """
-    model = config.model
+    model, frozen = config.model, config.finetune.freeze_layers
     period = len(model.window or [0])
     if 2 * period >= model.n_layer:
         at = _sizes(config, vocab_size, micro_batch_size, precision, recompute)
     else:
-        one, two = (
-            _sizes(_with_layers(config, n), vocab_size, micro_batch_size, precision, recompute)
-            for n in (period, 2 * period)
+        one, two, below = (
+            _sizes(_with_layers(config, *n), vocab_size, micro_batch_size, precision, recompute)
+            for n in ((period, 0), (2 * period, 0), (2 * period, period if frozen else 0))
         )
-        at = one.extended(two, (model.n_layer - period) / period)
+        at = one.extended(one, two, (model.n_layer - frozen - period) / period)
+        at = at.extended(one, below, frozen / period)
     # The step is simulated on the CPU; elsewhere chunks of logits are larger.
     more = _chunk_bytes(config, vocab_size, micro_batch_size, precision, device_kind)
     more -= _chunk_bytes(config, vocab_size, micro_batch_size, precision, "cpu")
-    peak = max(at.loss + more, at.backward + more, at.update, at.evaluation)
+    peak = max(at.building, at.loss + more, at.backward + more, at.update, at.evaluation)
     slack = int(_SLACK * (peak - at.weights - at.optimizer))
     other = _RUNTIME_BYTES[device_kind] + slack
     return Footprint(
@@ -90,8 +97,9 @@ def footprint(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes: of what a step keeps, and the peaks of its phases."""
+    """Bytes: of what a step keeps, and the peaks of the phases of a run."""
 
+    building: int
     weights: int
     gradients: int
     optimizer: int
@@ -102,10 +110,13 @@ class _Sizes:
     update: int
     evaluation: int
 
-    def extended(self, two: "_Sizes", times: float) -> "_Sizes":
-        """What it would be with `times` more of the layers that `two` has more."""
-        pairs = ((getattr(self, name), getattr(two, name)) for name in self.__dataclass_fields__)
-        return _Sizes(*(int(a + times * (b - a)) for a, b in pairs))
+    def extended(self, one: "_Sizes", two: "_Sizes", times: float) -> "_Sizes":
+        """What it would be with `times` more of the layers that `two` has more than `one`."""
+
+        def of(name: str) -> int:
+            return int(getattr(self, name) + times * (getattr(two, name) - getattr(one, name)))
+
+        return _Sizes(**{name: of(name) for name in self.__dataclass_fields__})
 
 
 def _chunk_bytes(config: Config, vocab_size: int, rows: int, precision: str, kind: str) -> int:
@@ -114,9 +125,10 @@ def _chunk_bytes(config: Config, vocab_size: int, rows: int, precision: str, kin
     return held * vocab_size * (4 if precision == "fp32" else 6)
 
 
-def _with_layers(config: Config, n_layer: int) -> Config:
+def _with_layers(config: Config, n_layer: int, frozen: int) -> Config:
     model = config.model.model_copy(update={"n_layer": n_layer})
-    return config.model_copy(update={"model": model})
+    finetune = config.finetune.model_copy(update={"freeze_layers": frozen})
+    return config.model_copy(update={"model": model, "finetune": finetune})
 
 
 _known: dict[tuple[str, int, int, str, bool], _Sizes] = {}
@@ -138,22 +150,26 @@ def _simulate(
     Without segments (data.document_mask): where documents begin is not known.
     """
     model = empty_model(config.model, vocab_size)
+    if config.finetune.has_head:
+        attach_head(model, 2)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     device, counted = Device("cpu", None, "", 1, True), _Counted()
     with FakeTensorMode(), counted:
         _fill(model, shapes)
+        as_finetuned(model, config.finetune)
         model.train()
         model.recompute = recompute
-        weights = counted.live
+        building, weights = counted.peak, counted.live  # int8 weights are made of fp32 ones
+        counted.peak = weights
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = counted.live - weights
         optimizer = Optimizer(model, config.optimizer)
         optimizer.step(1.0)
         optimizer.zero_grad()
         kept = counted.live
-        length = config.model.block_size
-        tokens = torch.empty(rows, length, dtype=torch.int64)
+        length, sequences = config.model.block_size, rows * sequences_per_row(config.finetune)
+        tokens = torch.empty(sequences, length, dtype=torch.int64)
         activations = 0
 
         def after_hidden(*_: object) -> None:
@@ -167,7 +183,7 @@ def _simulate(
         for _ in range(2 if several else 1):
             before = counted.live
             with autocast(device, precision):
-                loss = model.loss(tokens, tokens)
+                loss = _loss(model, config.finetune, tokens)
             loss_peak, logits = counted.peak, counted.peak - before - activations
             counted.peak = counted.live
             torch.autograd.backward(loss)
@@ -182,6 +198,7 @@ def _simulate(
         counted.peak = counted.live
         _evaluate(model, config, device, precision)
         return _Sizes(
+            building=building,
             weights=weights,
             gradients=gradients,
             optimizer=kept - weights,
@@ -192,6 +209,24 @@ def _simulate(
             update=update,
             evaluation=counted.peak,
         )
+
+
+def _loss(model: GPT, settings: FinetuneConfig, tokens: Tensor) -> Tensor:
+    """As training/objective.py, whose functions look at values, makes it of all these tokens."""
+    if settings.task == "preference":
+        return log_likelihoods(model, tokens, tokens).sum()
+    if not settings.has_head:
+        return model.loss(tokens, tokens)
+    if settings.method == "head":  # what it reads is made of one text at a time
+        with torch.no_grad():
+            read = model.hidden(tokens[:1])[:, -1].expand(len(tokens), -1)
+        return task_head(model)(model.drop(read)).sum()
+    hidden = model.hidden(tokens)
+    loss = task_head(model)(model.drop(hidden[:, -1])).float().sum()
+    if settings.lm_weight:
+        flat = hidden.flatten(0, 1)
+        loss = loss + linear_cross_entropy(flat, model.head.weight, tokens.flatten())
+    return loss
 
 
 def _evaluate(model: GPT, config: Config, device: Device, precision: str) -> None:

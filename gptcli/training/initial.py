@@ -17,7 +17,7 @@ from gptcli.errors import CheckpointError, ConfigError
 from gptcli.interop.word_vectors import check_word_vectors, start_from_word_vectors
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT, initialise
-from gptcli.model.heads import attach_head
+from gptcli.model.heads import attach_head, has_task_head
 from gptcli.model.lora import add_lora, has_lora
 from gptcli.runs.adapter import adapter_on, fill_adapter
 from gptcli.runs.load import LoadedModel, load_model, load_weights, reshaped, with_adapter
@@ -114,6 +114,9 @@ def starting_model(
         return _saved_model(config, start, tokenizer)
     generator, facts = torch.Generator().manual_seed(config.seed), dict[str, Any]()
     if initial is not None:
+        if has_task_head(initial.model):
+            new = "; this run begins a new one" if outputs is not None else ""
+            log.warning(f"the task head of {initial.path} is left out{new}")
         model = reshaped(config.model, initial)
         if start.job == "finetune" and config.finetune.method == "lora":
             adapter = adapter_on(initial.path, initial.hub, config.finetune.lora)

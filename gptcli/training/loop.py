@@ -7,9 +7,11 @@ from typing import Any
 
 from gptcli import stop
 from gptcli.data.rows import Prefetch
+from gptcli.device import peak_memory_bytes
 from gptcli.errors import DataError
 from gptcli.training.events import StepEvent
-from gptcli.training.flops import flops_per_token, peak_flops
+from gptcli.training.flops import flops_per_token, learning_share, peak_flops
+from gptcli.training.optimizers import peak_rate
 from gptcli.training.readings import (
     Reading,
     Readings,
@@ -135,7 +137,7 @@ def _log_interval(session: Session, reading: Reading | None) -> None:
     state, config = session.state, session.config
     sums, state.interval = state.interval, {}
     loss = sums.get("loss", math.nan) / max(sums.get("steps", 0), 1)
-    rate = config.optimizer.lr * reading.lr_ratio if reading is not None else math.nan
+    rate = peak_rate(config) * reading.lr_ratio if reading is not None else math.nan
     grad_norm = reading.grad_norm if reading is not None else math.nan
     update_ratio = reading.update_ratio if reading is not None else None
     times = {name: sums.get(name, 0.0) for name in _TIMES}
@@ -153,6 +155,9 @@ def _log_interval(session: Session, reading: Reading | None) -> None:
         "tokens_per_second": per_second,
         "seconds": state.seconds,
         **times,
+        "memory_bytes": peak_memory_bytes(session.device),
+        "progress": session.progress,
+        "left_seconds": session.left_seconds,
     }
     session.metrics.write(record | ({"mfu": mfu} if mfu is not None else {}))
     steps, left = expected_steps(state, config.training), session.left_seconds
@@ -185,9 +190,8 @@ def _mfu(session: Session, tokens_per_second: float) -> float | None:
     peak = peak_flops(session.device, session.choices.precision)
     if peak is None:
         return None
-    return (
-        tokens_per_second * flops_per_token(session.config.model, session.model.vocab_size) / peak
-    )
+    whole = flops_per_token(session.config.model, session.model.vocab_size)
+    return tokens_per_second * whole * learning_share(session.config.finetune.method) / peak
 
 
 def _add(sums: dict[str, float], values: dict[str, float]) -> None:

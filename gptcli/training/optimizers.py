@@ -5,12 +5,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gptcli.config.schema import OptimizerConfig
+from gptcli.config.schema import Config, OptimizerConfig
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 _FUSED = ("cpu", "cuda")  # kinds of device where AdamW is one kernel, which has `step` there too
+
+
+def peak_rate(config: Config) -> float:
+    """The peak learning rate to show for a run: that of the hidden matrices, or of what learns in
+    their place, which with muon has AdamW's."""
+    settings = config.optimizer
+    adapted = config.finetune.method != "full"
+    return settings.adamw_lr if settings.kind == "muon" and adapted else settings.lr
 
 
 class Optimizer:

@@ -16,6 +16,7 @@ from gptcli.device import Device, autocast
 from gptcli.model.gpt import GPT
 from gptcli.training.clipping import clip_gradients
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.trainable import sequences_per_row
 
 _OPTIMIZER_SHARE = 0.3  # of a probe's seconds
 
@@ -44,7 +45,7 @@ def probe_speed(
     with undisturbed(model, device):
         step = micro_batch(model, config, device, precision, rows)
         forward_backward = median_seconds(step, device, seconds * (1 - _OPTIMIZER_SHARE), least=2)
-        if model.wte.weight.grad is None:
+        if all(parameter.grad is None for parameter in model.parameters()):
             step()
         update = _update(model, config)
         return Speed(
@@ -83,19 +84,21 @@ def micro_batch(
     rows: int,
     loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
 ) -> Callable[[], None]:
-    """A call that computes the gradients of `rows` rows of random tokens as a step would.
+    """A call that computes the gradients of `rows` rows of random tokens as a step would; where a
+    row is several sequences, of as many.
 
     As there, those of later micro batches of a step are added to the first's. `loss_of` stands for
     `model.loss`.
     """
     length, several = config.model.block_size, config.training.tokens_per_step
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (rows, length + 1), generator=generator)
+    shape = (rows * sequences_per_row(config.finetune), length + 1)
+    tokens = torch.randint(model.vocab_size, shape, generator=generator)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     inputs, targets = inputs.to(device.torch), targets.to(device.torch)
     segments = None
     if config.data.document_mask:  # two documents a row
-        segments = (torch.arange(length, device=device.torch) * 2 // length).repeat(rows, 1)
+        segments = (torch.arange(length, device=device.torch) * 2 // length).repeat(len(tokens), 1)
     accumulates = rows * length < several
     compute = loss_of or model.loss
 

@@ -1,6 +1,5 @@
 """One training run: everything the loop works with, and what it does between steps."""
 
-import json
 import logging
 import math
 import time
@@ -23,8 +22,10 @@ from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.model.lora import adapter_tensors
 from gptcli.runs import checkpoint
-from gptcli.runs.metrics import METRICS, SAMPLES, MetricsLog
+from gptcli.runs.metrics import SAMPLES, MetricsLog
+from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
+from gptcli.runs.tensorboard_log import TensorBoardLog
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
 from gptcli.training.objective import LossOf
@@ -99,8 +100,9 @@ class Session:
 
     @cached_property
     def metrics(self) -> MetricsLog:
-        """metrics.jsonl."""
-        return MetricsLog(self.directory, METRICS)
+        """metrics.jsonl, and what TensorBoard reads where the config asks for it."""
+        tensorboard = self.config.report.tensorboard
+        return TensorBoardLog(self.directory) if tensorboard else MetricsLog(self.directory)
 
     @cached_property
     def samples(self) -> MetricsLog:
@@ -332,15 +334,8 @@ class Session:
 
     def _protected(self) -> list[int]:
         """The last checkpoint before the decay, from which a longer run could go on."""
-        steps = []
-        for path in checkpoint.list_checkpoints(self.directory):
-            try:
-                state = json.loads((path / "state.json").read_text())
-            except (OSError, ValueError):
-                continue
-            if not state.get("decaying", True):
-                steps.append(state["train"]["step"])
-        return steps[-1:]
+        kept = last_before_decay(self.directory)
+        return [int(checkpoint.read_state(kept)["train"]["step"])] if kept is not None else []
 
     def _minutes_due(self) -> bool:
         minutes = self.config.training.save_minutes

@@ -36,6 +36,7 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
+from gptcli.training.optimizers import peak_rate
 from gptcli.training.schedule import is_decaying, learning_rate
 from gptcli.training.state import TrainState, progress
 
@@ -117,6 +118,8 @@ def starting(
         except (GptError, stop.Stopped) as error:
             status = "stopped" if isinstance(error, stop.Stopped) else "failed"
             update_run_json(directory, status=status, error=str(error))
+            if read_run_json(directory)["history"][-1]["event"] in ("start", "resume"):
+                note_end(directory, status, start.state)
             raise
         finally:
             torch.set_num_threads(threads)
@@ -183,6 +186,7 @@ def write_new_run(directory: Path, config: Config, command: str, job: str) -> No
             "created": _now(),
             "versions": versions(),
             "seeds": {"seed": config.seed},
+            "history": [_event("start", 0)],
         },
     )
 
@@ -209,8 +213,10 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     _check_config(contents, config, directory)
     state = TrainState.from_json(contents.state["train"])
     before = progress(state, saved.training)
-    if any(getattr(saved.training, n) != getattr(config.training, n) for n in LIMITS):
+    limited = any(getattr(saved.training, n) != getattr(config.training, n) for n in LIMITS)
+    if limited or saved.finetune.patience != config.finetune.patience:
         state.reached = 0.0  # it was a share of other limits
+        state.stale_evaluations = 0  # who gives a run more has patience again
     now = progress(state, config.training)
     if now >= 1.0 and read_run_json(directory).get("status") == "finished":
         return contents, state, True
@@ -228,8 +234,15 @@ def prepare_resume(directory: Path, config: Config, state: TrainState, command: 
     _restore_best(directory, state)
     write_config(directory, config)
     about = read_run_json(directory)
-    resumes = [*about.get("resumes", []), {"at": _now(), "step": state.step, "command": command}]
-    update_run_json(directory, status="running", resumes=resumes, versions=versions())
+    history = [*about.get("history", []), {**_event("resume", state.step), "command": command}]
+    update_run_json(directory, status="running", history=history, versions=versions())
+
+
+def note_end(directory: Path, event: str, state: TrainState) -> None:
+    """Add how this process ended (finished, stopped or failed) to the run's history."""
+    ended = {"event": event, "at": _now(), "step": state.step}
+    ended["elapsed_seconds"] = state.elapsed_seconds
+    update_run_json(directory, history=[*read_run_json(directory).get("history", []), ended])
 
 
 def resume_command(job: str, directory: Path) -> str:
@@ -279,6 +292,12 @@ def check_fingerprint(
     if not allow_change:
         raise CheckpointError(message, hint="restore the files, or add --allow-data-change")
     log.warning(f"{message}; going on as told, the order of documents is not the same")
+
+
+def _event(name: str, step: int) -> dict[str, Any]:
+    """An entry of the run's history: when, at which step, and with what."""
+    found = {"gptcli": __version__, "torch": version("torch"), "cores": os.cpu_count()}
+    return {"event": name, "at": _now(), "step": step, **found}
 
 
 def _check_config(contents: Contents, config: Config, directory: Path) -> None:
@@ -336,7 +355,7 @@ def _show_rate(contents: Contents, config: Config, state: TrainState) -> None:
     """Warn where changed settings make the learning rate of the next step another one."""
     saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
     old, new = (
-        learning_rate(state.step, progress(state, c.training), c.schedule, c.optimizer.lr)
+        learning_rate(state.step, progress(state, c.training), c.schedule, peak_rate(c))
         for c in (saved, config)
     )
     if old != new:

@@ -1,10 +1,36 @@
 """Which weights of a model learn in finetuning."""
 
+import torch
+
 from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.errors import ConfigError
 from gptcli.model.gpt import GPT
+from gptcli.model.heads import attach_head, has_task_head
+from gptcli.model.lora import add_lora
 
 _ADAPTERS = ("lora_a", "lora_b")
+
+
+def as_finetuned(model: GPT, settings: FinetuneConfig) -> None:
+    """Give a model what a finetuning would, to plan with: adapters, a task head where it has none
+    (of two labels: how many there will be hardly matters), and weights that are frozen."""
+    if settings.method == "lora":
+        add_lora(model, settings.lora, torch.Generator())
+    if settings.has_head and not has_task_head(model):
+        attach_head(model, 2)
+    set_trainable(model, settings)
+
+
+def sequences_per_row(settings: FinetuneConfig) -> int:
+    """Sequences that the model reads of an example: both answers of a preference, both orders of
+    a pair, each choice (four of them, as is usual)."""
+    if settings.task == "preference":
+        return 2
+    if not settings.has_head:
+        return 1
+    return {"pairs": 2 if settings.pair_order == "both" else 1, "multiple_choice": 4}.get(
+        settings.task, 1
+    )
 
 
 def set_trainable(model: GPT, settings: FinetuneConfig) -> None:

@@ -31,6 +31,7 @@ from gptcli.training.choices import Choices, apply, fits, largest_divisor, with_
 from gptcli.training.compiling import compile_blocks, compile_no_more, failure, has_compiler
 from gptcli.training.duration import Paces, duration
 from gptcli.training.probe import micro_batch, synchronise, undisturbed
+from gptcli.training.trainable import sequences_per_row
 
 log = logging.getLogger("gptcli")
 
@@ -238,7 +239,7 @@ class _Trials:
             rows,
             choices.precision,
             recompute=choices.activation_checkpointing,
-            held_bytes=4 * self.model.parameter_count(),
+            held_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
         )
 
 
@@ -300,10 +301,14 @@ def _expected_seconds(config: Config, step_seconds: float, train_bytes: int) -> 
 
 
 def _optimizer_bytes(config: Config, model: GPT) -> int:
-    """Of its state: two moments for each parameter, but one for each of Muon's matrices."""
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    moments = 2 * model.parameter_count()
-    return 4 * (moments - matrices if config.optimizer.kind == "muon" else moments)
+    """Of its state: two moments for each parameter that learns, but one for each of Muon's
+    matrices."""
+    learning = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    moments = 2 * sum(learning.values())
+    if config.optimizer.kind == "adamw":
+        return 4 * moments
+    hidden = [n for n, p in model.blocks.named_parameters() if n.endswith("weight") and p.ndim == 2]
+    return 4 * (moments - sum(learning.get(f"blocks.{name}", 0) for name in hidden))
 
 
 def _place(choices: Choices, config: Config, device: Device, model: GPT) -> Path:
@@ -318,6 +323,7 @@ def _place(choices: Choices, config: Config, device: Device, model: GPT) -> Path
         "model": config.model.model_dump(),
         "vocab_size": model.vocab_size,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "sequences_per_row": sequences_per_row(config.finetune),
         "optimizer": config.optimizer.kind,
         "document_mask": config.data.document_mask,
         "tokens_per_step": training.tokens_per_step,

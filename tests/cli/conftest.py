@@ -3,6 +3,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ class Forked:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
+            with suppress(OSError):  # nobody reads any more; this process must end all the same
+                sys.stderr.flush()
             os._exit(code)
 
     def wait(self) -> tuple[int, str]:

@@ -136,9 +136,11 @@ def test_head_takes_one_line(forked, run_dir):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-def test_full_disk(shell, run_dir):
-    done = shell("gpt generate --prompt x --max-new-tokens 3 --quiet > /dev/full; echo rc $? >&2")
-    assert done.stderr == "error: stdout: No space left on device\nrc 6\n"
+def test_full_disk(forked, run_dir):
+    """A traceback, or success, where a text is lost."""
+    given = ["generate", "--prompt", "x", "--max-new-tokens", "3", "--quiet"]
+    done = forked(given, stdout=Path("/dev/full")).wait()
+    assert done == (6, "error: stdout: No space left on device\n")
 
 
 def test_stop_while_sampling(forked, run_dir):

@@ -36,6 +36,8 @@ FLAGS = dict.fromkeys(GenerateConfig.model_fields)
         (["--quantize", "int4"], "--quantize: "),
         (["--speculate", "yes"], "--speculate: "),
         (["-n", "0"], "-n: "),
+        (["-n", "99999999999"], "-n: "),  # filled memory before the first text
+        (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'\n"),
         (["--max-new-tokens", "0"], "--max-new-tokens: "),
         (["--logprobs", "-1"], "--logprobs: "),
         (["--truncate", "right"], "--truncate: "),
@@ -113,6 +115,11 @@ def test_empty_stdin(gpt, stdin):
     code, out, err = gpt("generate", "-")
     assert (code, out) == (2, "")
     assert "nothing on stdin" in err
+
+
+def test_prompts_from_stdin(tmp_path):
+    """`-` is stdin wherever a file is named, and not a file of that name."""
+    assert settings("{}", tmp_path, prompt_file="-").prompt_file == "/dev/stdin"
 
 
 def test_huge_stdin(gpt, stdin, monkeypatch):

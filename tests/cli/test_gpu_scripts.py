@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mfu import main as speed_of
 
 from gptcli.config.load import load_config
 from gptcli.runs.metrics import read_metrics
@@ -42,9 +43,9 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
-def test_three_steps_and_then_a_restart(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_restart_goes_on(gpt, tmp_path: Path, environment: dict[str, str]) -> None:
     """The recipe fails after an hour of setting up a rented box, or begins again from nothing when
-    the box was restarted."""
+    the box was restarted. The run until then is of this process, which has loaded everything."""
     text = tmp_path / "text.txt"
     text.write_text("A fine web page, for those who want to learn.\n" * 400)
     small = [
@@ -63,22 +64,24 @@ def test_three_steps_and_then_a_restart(tmp_path: Path, environment: dict[str, s
     ]
 
     run_dir = tmp_path / "runs" / "gpt2-124m"
-    for steps in (3, 5):
-        changes = [*small, f"training.max_steps={steps}"]
-        done = run(["bash", "scripts/gpt2_124m.sh", *changes], environment)
-        assert done.returncode == 0, done.stderr
-        assert f"report: {run_dir}/report.html" in done.stdout.splitlines()
-        assert (run_dir / "report.html").is_file()
+    changes = [part for change in small for part in ("--set", change)]
+    flags = ("--run-dir", str(run_dir), "--auto-resume", *changes)
+    code, _, err = gpt("pretrain", "gpt2-124m", *flags, "--set", "training.max_steps=3")
+    assert code == 0, err
+    done = run(["bash", "scripts/gpt2_124m.sh", *small, "training.max_steps=5"], environment)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {run_dir}/report.html" in done.stdout.splitlines()
+    assert (run_dir / "report.html").is_file()
     logged = [line["step"] for line in read_metrics(run_dir) if line["event"] == "train"]
     assert logged == [1, 2, 3, 4, 5]
     about = read_run_json(run_dir)
-    assert [resume["step"] for resume in about["resumes"]] == [3]
+    resumed = [entry["step"] for entry in about["history"] if entry["event"] == "resume"]
+    assert resumed == [3]
     assert about["status"] == "finished"
-    speed = run([sys.executable, "scripts/mfu.py", str(run_dir)], environment)
     assert re.fullmatch(
         r".*, fp32, compile \w+, \d+ rows at once: [\d,]+ tokens/s, [\d.]+ TFLOP/s,"
-        r" no published peak known\n",
-        speed.stdout,
+        r" no published peak known",
+        speed_of(run_dir),
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,10 @@ def test_list(gpt, runs):
     """In order of creation, which is not the order of names; a killed run still has figures."""
     code, out, err = gpt("runs", "list")
     assert (code, err) == (0, "")
-    assert [line.split() for line in out.splitlines()] == [
-        ["RUN", "STATUS", "STEP", "VAL", "BITS/BYTE"],
-        ["b-first", "finished", "10", "1.5000"],
-        ["a-second", "running", "10", "1.7500"],
-    ]
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0][:4] == ["RUN", "STATUS", "DONE", "STEP"]
+    assert rows[1][:7] == ["b-first", "finished", "100", "%", "10", "3.0000", "1.5000"]
+    assert rows[2][:6] == ["a-second", "killed", "-", "10", "3.0000", "1.7500"]
 
 
 def test_list_of_nothing(gpt, tmp_path):
@@ -50,10 +50,12 @@ def test_list_of_nothing(gpt, tmp_path):
 def test_show(gpt, runs):
     code, out, _ = gpt("runs", "show", "b-first")
     assert code == 0
-    facts = dict(line.split(None, 1) for line in out.splitlines())
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in out.split("\n\n")[0].splitlines())
     assert facts["status"] == "finished"
-    assert facts["loss"] == "2.5000"
+    assert facts["val loss"] == "2.5000"
     assert facts["command"] == "gpt pretrain small"
+    assert "nats per token" in out  # the plot, without colours where stdout is no terminal
+    assert "\x1b" not in out
 
 
 def test_show_takes_the_newest(gpt, runs):
@@ -72,7 +74,52 @@ def test_report(gpt, runs):
         assert Path(line).stat().st_size > 0
 
 
-@pytest.mark.parametrize("command", ["show", "report"])
+def test_list_loads_no_slow_library(shell, runs):
+    """Bug: torch or matplotlib is loaded to print a table, which then takes seconds."""
+    slow = "torch|matplotlib|numpy|plotext|datasets"
+    found = shell(
+        f"PYTHONPROFILEIMPORTTIME=1 gpt runs list 2>&1 >/dev/null | grep -cE '[|] +({slow})$'"
+    )
+    assert found.stdout.strip() == "0", found
+
+
+def test_tail_of_a_run_that_has_ended(gpt, runs):
+    """Bug: following a run that nobody trains waits for ever, or says nothing of how it ended."""
+    (runs / "b-first" / "log.txt").write_text("a\nb\nc\n")
+    code, out, err = gpt("runs", "tail", "b-first", "-n", "2")
+    assert (code, out) == (0, "b\nc\n")
+    assert err.endswith("b-first: finished at step 10\n")
+
+
+def test_stop_of_a_run_that_is_not_running(gpt, runs):
+    """Bug: the process that happens to have the number in the lock is ended."""
+    code, out, err = gpt("runs", "stop", "b-first", "--save")
+    assert (code, out) == (4, "")
+    assert "is not running" in err
+
+
+def test_prune_asks_first(gpt, runs):
+    """Bug: something is removed without --yes."""
+    (runs / "b-first").rename(runs / "b-first.old-20260101-000000")
+    code, out, err = gpt("runs", "prune")
+    assert code == 0
+    assert "would remove" in out
+    assert "moved aside" in out
+    assert "--yes" in err
+    assert (runs / "b-first.old-20260101-000000").is_dir()
+    assert gpt("runs", "prune", "--yes")[0] == 0
+    assert [path.name for path in sorted(runs.iterdir())] == ["a-second", "notes"]
+    assert gpt("runs", "prune")[2] == "nothing to remove\n"
+
+
+def test_compare_needs_two(gpt, runs):
+    """Bug: a run compared with nothing is a traceback."""
+    code, out, err = gpt("runs", "compare", "b-first")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: a comparison needs two models\n")
+
+
+@pytest.mark.parametrize("command", ["show", "report", "tail", "stop", "prune"])
 def test_unknown_run(gpt, runs, command):
     code, out, err = gpt("runs", command, "nowhere")
     assert (code, out) == (4, "")

@@ -1,13 +1,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 
-GPT = [sys.executable, "-m", "gptcli"]
 CONFIG = """\
 name: tiny
 tokenizer: {kind: bytes}
@@ -117,22 +115,17 @@ def test_missing_text(gpt):
     assert "nowhere.txt" in err
 
 
-def test_stop_and_continue(gpt, tmp_path):
+def test_stop_and_continue(gpt, forked, tmp_path):
     """SIGTERM saves, ends with 143, and the command that is printed really continues."""
-    process = subprocess.Popen(
-        [*GPT, "pretrain", "tiny.yaml", "--run-dir", "r", "--set", "training.max_steps=1000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 3/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 143
+    flags = ["--run-dir", "r", "--set", "training.max_steps=1000000"]
+    child = forked(["pretrain", "tiny.yaml", *flags])
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.02)
+    os.kill(child.process, signal.SIGTERM)
+    out = child.stdout.read().decode()
+    code, err = child.wait()
+    assert code == 143, err
     assert out.splitlines()[0] == "r"
     last = err.splitlines()[-1]
     assert last.startswith("stopped by SIGTERM at step ")

@@ -190,3 +190,10 @@ def test_finetuning_takes_the_published_template():
     made = without_end.encode({"messages": ["a", "b"]}, "here")
     assert isinstance(made, Example)
     assert spelled(made.tokens) == "user:a\nassistant:b[258]"
+
+
+def test_dates_are_the_same_on_every_day():
+    """Guards against rows that become other tokens after a resume on another day."""
+    template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0].content }}"
+    made = chat_tokenizer(template)
+    assert spelled(ChatTemplate(made).encode([Message("user", "a")]).tokens) == "26 Jul 2024|a"

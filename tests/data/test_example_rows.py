@@ -157,6 +157,28 @@ def test_each_epoch_gives_each_row_that_fits_once_and_resumes_anywhere(
         assert rest == taken[cut:], f"cut before row {cut}"
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_long_texts_go_on_in_further_rows_and_resume_in_their_middle(tmp_path: Path, packing: bool):
+    """Guards against text beyond the block that is never learned, or learned twice after a resume
+    between two parts of one text."""
+    texts = [chr(97 + n) * (5 + 17 * n) for n in range(4)]  # up to four blocks of 16
+    task = task_of(tmp_path, [{"text": t} for t in texts], task="text", packing=packing)
+    source = resumed(task, 3, None)
+    taken: list[list[int]] = []
+    states = []
+    while sum(map(len, taken)) < sum(map(len, texts)) + 4:  # each with its eot
+        states.append(json.dumps(source.state()))
+        targets = source.take(1).targets
+        taken.append(targets[targets != IGNORED].tolist())
+    assert sorted(chain(*taken)) == sorted([*"".join(texts).encode(), *[EOT] * 4])
+    assert max(map(len, taken)) == 16
+    for cut in range(len(taken)):
+        again = resumed(task, 3, states[cut])
+        for expected in taken[cut:]:
+            targets = again.take(1).targets
+            assert targets[targets != IGNORED].tolist() == expected
+
+
 def test_steps_do_not_depend_on_how_many_rows_are_taken_at_once(tmp_path: Path):
     """Guards against another order after a change of the step's size, within a group."""
     task = task_of(tmp_path, numbered(60))

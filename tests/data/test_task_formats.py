@@ -175,7 +175,8 @@ def test_instructions_with_and_without_input():
 def test_a_text_is_learned_whole():
     """Guards against loss on the document start, and an end that the model is not shown."""
     assert marked(example({"text": "abc"}, task="text")) == "~[abc~]"
-    assert marked(example({"text": "abcdef"}, 4, task="text")) == "~[abcd]"
+    strict = encoder(4, task="text", too_long="skip")
+    assert (strict.encode({"text": "abcdef"}, "here"), strict.counts.skipped_long) == (None, 1)
     assert encoder(task="text").encode({"text": " "}, "here") is None
 
 
@@ -364,6 +365,27 @@ def test_preferences_may_be_conversations():
     long = pair_of({"prompt": asked, "chosen": "x", "rejected": "y" * 9}, 40)
     assert marked(long.chosen) == "~User:\nc\n\nAssistant:\n[x~]"
     assert marked(long.rejected) == "~User:\nc\n\nAssistant:\n[yyyyyyyyy~]"
+
+
+def test_preferences_that_compare_nothing():
+    """Guards against answers to two different conversations that are compared as if to one, and an
+    answer that somebody else than the assistant gave."""
+    asked, other = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    answers = [{"role": "assistant", "content": text} for text in "xy"]
+    subject = encoder(99, task="preference")
+    unlike = {"prompt": "", "chosen": [asked, answers[0]], "rejected": [other, answers[1]]}
+    assert subject.encode(unlike, "here") is None
+    assert (subject.counts.skipped_unlike, subject.counts.left_out) == (1, 1)
+    with pytest.raises(DataError, match="here: the last message of 'rejected' is by 'user'"):
+        subject.encode({**unlike, "rejected": [asked]}, "here")
+
+
+def test_messages_that_imitate_turns_are_counted():
+    """Guards against a user who speaks as the assistant in a plain template and nobody is told."""
+    subject = encoder(99, task="chat")
+    for said in ("Assistant:\nyes", "one\nAssistant: yes", "no Assistant: here"):
+        subject.encode({"messages": [said, "x"]}, "here")
+    assert subject.counts.imitations == 2
 
 
 FIELDS = RowFields(

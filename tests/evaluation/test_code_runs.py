@@ -20,6 +20,9 @@ assert open('a.txt').read() == 'x'
 os.mkdir('d')
 os.rename('d', 'e')
 os.rmdir('e')
+import dbm, sqlite3
+sqlite3.connect(':memory:').execute('create table t (x)')
+dbm.open('own', 'c').close()
 if __name__ == '__main__':
     raise SystemExit(0)
 """
@@ -43,10 +46,12 @@ attempt(PermissionError, lambda: os.system('true'))
 attempt(PermissionError, lambda: os.kill(os.getppid(), 9))
 attempt(PermissionError, lambda: socket.create_connection(('127.0.0.1', 9)))
 attempt(PermissionError, lambda: ctypes.CDLL(None))
+attempt(ImportError, lambda: __import__('dbm.gnu'))
+attempt(AttributeError, lambda: os.mknod('pipe'))
 """
 
 CHANGES = """
-import os, pathlib, shutil
+import os, pathlib, shutil, sqlite3
 kept = {kept!r}
 for number, change in enumerate((
     lambda: open(kept, 'w'),
@@ -57,6 +62,8 @@ for number, change in enumerate((
     lambda: shutil.rmtree(os.path.dirname(kept)),
     lambda: os.symlink(kept, 'link'),
     lambda: open('../' * 9 + kept, 'a'),
+    lambda: sqlite3.connect(kept + '.new'),
+    lambda: sqlite3.connect('file:' + kept, uri=True),
 )):
     try:
         change()

@@ -1,4 +1,4 @@
-"""Probabilities of labels and answers against the model read one text at a time."""
+"""Probabilities of labels and pairs against the model read one text at a time."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from gptcli.data.examples import Example, HeadExample, PreferencePair
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.evaluation import likelihoods
-from gptcli.evaluation.labels import choice_log_likelihoods, label_log_probabilities
+from gptcli.evaluation.labels import label_log_probabilities
 from gptcli.evaluation.preferences import pair_log_likelihoods
 from gptcli.model.gpt import GPT
 from gptcli.model.heads import attach_head, head_logits
@@ -88,38 +88,6 @@ def test_label_probabilities(
         assert row.tolist() == pytest.approx(right, abs=1e-4)
 
 
-PROMPTS = ["question?", "q", "\U0001f600 and more"]
-ANSWERS = [["yes", "no", "perhaps so"], ["a"], ["b", "é"]]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"preset": "gpt2"},
-        {"preset": "llama", "n_kv_head": 1},
-        {"window": [0, 4]},
-    ],
-)
-def test_answers_share_a_prompt(changes: dict[str, Any]) -> None:
-    """Bug: an answer sees another one's tokens or the wrong part of the prompt."""
-    net = model(**changes)
-    prompts = [[256, *prompt.encode()] for prompt in PROMPTS]
-    answers = [[list(text.encode()) for text in texts] for texts in ANSWERS]
-    found = choice_log_likelihoods(net, prompts, answers, CPU, "fp32")
-    assert net.training
-    for prompt, texts, scores in zip(prompts, answers, found, strict=True):
-        right = [log_likelihood(net, prompt, text) for text in texts]
-        assert scores == pytest.approx(right, abs=1e-3)
-
-
-def test_answer_to_one_token() -> None:
-    """Bug: a prompt of the document start alone has nothing to read before its answers."""
-    net = model()
-    (found,) = choice_log_likelihoods(net, [[256]], [[[97, 98], [99]]], CPU, "fp32")
-    right = [log_likelihood(net, [256], [97, 98]), log_likelihood(net, [256], [99])]
-    assert found == pytest.approx(right, abs=1e-4)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 30, 2048])
 def test_pairs(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: chosen and rejected change places, the prompt counts or eot does not, or dropout is
@@ -139,22 +107,12 @@ def test_pairs(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row == pytest.approx(right, abs=1e-3)
 
 
-def test_bf16() -> None:
-    """Bug: a cache of fp32 keys does not go with the bf16 queries of mixed precision."""
-    net, args = model(), ([[256, 97]], [[[98], [99, 100]]], CPU)
-    (rough,) = choice_log_likelihoods(net, *args, "bf16")
-    (exact,) = choice_log_likelihoods(net, *args, "fp32")
-    assert rough == pytest.approx(exact, rel=0.05)
-
-
 def test_stop() -> None:
     """Bug: Ctrl-C waits until all rows are scored."""
     stop.request(2)
     net, pair = model(), PreferencePair(answer("a", "b"), answer("a", "c"), 0, "")
     with pytest.raises(stop.Stopped):
         label_log_probabilities(net, EXAMPLES, CPU, "fp32", False)
-    with pytest.raises(stop.Stopped):
-        choice_log_likelihoods(net, [[256]], [[[97]]], CPU, "fp32")
     with pytest.raises(stop.Stopped):
         pair_log_likelihoods(net, [pair], CPU, "fp32")
     assert net.training

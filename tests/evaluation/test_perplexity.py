@@ -15,6 +15,7 @@ from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.device import resolve_device
 from gptcli.errors import DataError
 from gptcli.evaluation import perplexity as module
+from gptcli.evaluation import token_scores
 from gptcli.evaluation.perplexity import EncodedDocument, Scores, encode_documents, perplexity
 from gptcli.model.gpt import GPT, initialise
 
@@ -116,10 +117,13 @@ def test_logits_of_a_part_at_a_time(
     wanted = F.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-100)
     sizes: list[int] = []
     model.head.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
-    monkeypatch.setattr(module, "MOST_LOGITS", at_once)
-    nats, first = module.score_tokens(model, tokens, targets, DEVICE, "fp32")
-    torch.testing.assert_close(nats, wanted, atol=1e-6, rtol=5e-7)  # losses of about 10
-    assert torch.equal(first, logits.argmax(-1) == targets)
+    monkeypatch.setattr(token_scores, "MOST_LOGITS", at_once)
+    found = token_scores.score_tokens(model, tokens, targets, DEVICE, "fp32")
+    torch.testing.assert_close(found.nats, wanted, atol=1e-6, rtol=5e-7)  # losses of about 10
+    scored = targets >= 0
+    top, likeliest = torch.softmax(logits, -1).max(-1)
+    assert torch.equal(found.likeliest, torch.where(scored, likeliest, -1))
+    torch.testing.assert_close(found.top, torch.where(scored, top, 0.0), atol=1e-6, rtol=1e-6)
     assert max(sizes) <= max(at_once, 257)
     assert sum(sizes) == 257 * int((targets >= 0).sum())
 

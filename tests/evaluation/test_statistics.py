@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptcli.evaluation import statistics
-from gptcli.evaluation.statistics import bootstrap_ratio_ci
+from gptcli.evaluation.statistics import bootstrap_ratio_ci, bootstrap_ratio_cis
 
 
 def _documents(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,9 +48,21 @@ def test_chunks_change_memory_not_the_result(monkeypatch: pytest.MonkeyPatch) ->
     bits, sizes = _documents(33)
     whole = bootstrap_ratio_ci(bits, sizes, resamples=101)
     monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", 100)
-    assert bootstrap_ratio_ci(bits, sizes, resamples=101) == whole
+    assert bootstrap_ratio_ci(bits, sizes, resamples=101) == pytest.approx(whole, rel=1e-14)
     monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", 1)
-    assert bootstrap_ratio_ci(bits, sizes, resamples=101) == whole
+    assert bootstrap_ratio_ci(bits, sizes, resamples=101) == pytest.approx(whole, rel=1e-14)
+
+
+def test_several_ratios_are_each_as_alone() -> None:
+    """Guards against ratios that share draws but get each other's sums, and against one without an
+    interval that takes the others theirs."""
+    bits, sizes = _documents(20)
+    tops = np.stack([bits, np.full(20, np.inf), sizes, bits * 0])
+    bottoms = np.stack([sizes, sizes, sizes + 1, sizes * 0])
+    found = bootstrap_ratio_cis(tops, bottoms, resamples=50)
+    assert found[0] == pytest.approx(bootstrap_ratio_ci(bits, sizes, resamples=50))
+    assert found[2] == pytest.approx(bootstrap_ratio_ci(sizes, sizes + 1, resamples=50))
+    assert (found[1], found[3]) == (None, None)
 
 
 def test_covers_the_true_ratio() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import resolve_device
 from gptcli.errors import ConfigError
 from gptcli.evaluation import task_scores
-from gptcli.evaluation.task_scores import TaskScores, check_scores, score_task
+from gptcli.evaluation.task_result import TaskScores
+from gptcli.evaluation.task_scores import check_scores, score_task
 from gptcli.model.gpt import GPT, initialise
 from gptcli.model.heads import attach_head
 
@@ -37,11 +39,18 @@ def speller(successors: dict[int, int]) -> GPT:
     return made
 
 
+# ln p of a speller's successor, and of another token. Its logit is what the norm makes of a one.
+LOGIT = (1 / 258 + 1e-6) ** -0.5
+NATS = (-math.log1p(256 * math.exp(-LOGIT)), -LOGIT - math.log1p(256 * math.exp(-LOGIT)))
+
+
 def example(prompt: str, *references: str, choices: tuple[str, ...] = ()) -> Example:
     tokens = [EOT, *prompt.encode(), *references[0].encode(), EOT]
     start = 1 + len(prompt.encode())
     trained = [i >= start for i in range(len(tokens))]
-    return Example(tokens, trained, start, prompt, list(references), "f:1", list(choices))
+    compared = [[*choice.encode(), EOT] for choice in choices]
+    texts = list(references), "f:1", list(choices), compared
+    return Example(tokens, trained, start, prompt, *texts)
 
 
 def score(
@@ -212,7 +221,7 @@ def test_labels_as_text() -> None:
         example("a", "b", choices=labels),
         example("x", "ccc", choices=labels),
         example("xx", "bc", choices=labels),
-        example("y" * 14 + "a", "b", choices=labels),  # loses its beginning to the longest label
+        example("y" * 11 + "a", "b", choices=labels),
     ]
     found = score(model, rows, labels, task="classification", head=False)
     assert found.labels == list(labels)
@@ -221,6 +230,49 @@ def test_labels_as_text() -> None:
     choices = score(model, rows, (), task="multiple_choice", head=False)
     assert choices.values["accuracy"] == 0.75
     assert choices.baseline["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_choices_by_byte() -> None:
+    """Bug: longer choices lose for their length alone where they are compared per byte, or the
+    blank before them counts."""
+    model = speller({ord("a"): ord(" "), ord(" "): ord("b"), ord("b"): ord("b")})
+    choices = (" b", " bbbb", " bc")
+    row = example("a", " bbbb", choices=choices)
+    tokens = [list(choice.encode()) for choice in choices]
+    row = replace(row, choice_tokens=tokens)
+    found = score(model, [row, row], task="continuation")
+    right, wrong = NATS  # of each token; of c
+    nats = [2 * right, 5 * right, 2 * right + wrong]
+    assert found.predictions[0]["log_likelihoods"] == pytest.approx(nats, abs=1e-4)
+    assert found.values == {"accuracy": 0.0, "accuracy_per_byte": 1.0}
+    assert (found.headline, found.predictions[0]["predicted"]) == ("accuracy_per_byte", 1)
+    assert found.baseline["accuracy_per_byte"] == pytest.approx(1 / 3)
+    json.dumps([found.predictions, found.to_json()])
+
+
+def test_last_words() -> None:
+    """Bug: a word counts as right when its first token is, eot is part of it, or the perplexity is
+    by token."""
+    model = speller({ord("a"): ord(" "), ord(" "): ord("b"), ord("b"): ord("c")})
+    found = score(model, [example("a", " bc"), example("a", " bd")], task="last_word")
+    right, wrong = NATS
+    nats = [3 * right, 2 * right + wrong]
+    assert [row["log_likelihood"] for row in found.predictions] == pytest.approx(nats, abs=1e-4)
+    assert [row["answer"] for row in found.predictions] == ["bc", "bc"]
+    assert found.values["accuracy"] == 0.5
+    expected = math.exp(-sum(nats) / 2)
+    assert found.values["last_word_perplexity"] == pytest.approx(expected, rel=1e-4)
+    low, high = found.ci95["last_word_perplexity"]
+    assert low <= expected * 1.0001
+    assert high >= expected * 0.9999
+
+
+def test_answers_among_examples_end_at_a_blank_line() -> None:
+    """Bug: what a model writes behind its answer, the next example, counts as the answer."""
+    model = speller({ord("a"): ord("b"), ord("b"): ord("\n"), ord("\n"): ord("\n")})
+    assert score(model, [example("a", "b")], shots=1).predictions[0]["answer"] == "b"
+    found = score(model, [example("a", "b")], max_new_tokens=2, shots=0)
+    assert found.values["exact_match"] == 1.0
 
 
 def test_preferences() -> None:

@@ -63,17 +63,16 @@ def together(model: GPT, requests: Sequence[Request], **how: Any) -> list[list[G
     return [samples for _, samples in found]
 
 
-@pytest.mark.parametrize("places", [3, 64])
 @pytest.mark.parametrize("shape", [*SHAPES, *ROLLING])
-def test_a_batch_equals_one_by_one(
-    shape: str, places: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_equals_one_by_one(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: keys of another row, positions of the longest row, a row that moved or entered
-    half-way, settings that spill over."""
-    monkeypatch.setattr(engine, "_MOST_ROWS", places)
+    half-way, settings that spill over. With places for all, and for few."""
     model = random_model(shape)
     requests = requests_for(model)
-    assert together(model, requests) == one_by_one(model, requests)
+    expected = one_by_one(model, requests)
+    assert together(model, requests) == expected
+    monkeypatch.setattr(engine, "_MOST_ROWS", 3)
+    assert together(model, requests) == expected
 
 
 def without_counts(found: list[list[Generated]]) -> list[list[Generated]]:

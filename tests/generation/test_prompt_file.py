@@ -49,6 +49,21 @@ def test_a_row_changes_only_itself(tmp_path):
     assert [first.where, second.where] == [f"{file}:1", f"{file}:3"]
 
 
+def test_a_line_that_is_no_utf8_is_named(tmp_path):
+    """Guards: an offset alone, which no editor finds."""
+    (tmp_path / "p.txt").write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"p\.txt:2: not UTF-8 at byte 7 of the file"):
+        read_prompts(str(tmp_path / "p.txt"), DEFAULTS)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_a_file_without_end(monkeypatch):
+    """Guards: memory filled by `yes | gpt generate --prompt-file -`."""
+    monkeypatch.setattr("gptcli.generation.prompt_file._MOST_BYTES", 1000)
+    with pytest.raises(ConfigError, match="more than 1,000 bytes"):
+        read_prompts("/dev/zero", DEFAULTS)
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "PROMPTS.JSONL", "p.ndjson"])
 def test_rows_are_known_by_what_they_are(tmp_path, name):
     """Guards: JSON continued as text because of the file's name."""

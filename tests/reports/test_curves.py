@@ -1,6 +1,17 @@
 import numpy as np
 
-from gptcli.reports.curves import Curve, best, by_time, curve, lines_of, smooth, thin, time_parts
+from gptcli.reports.curves import (
+    Curve,
+    best,
+    by_time,
+    by_tokens,
+    curve,
+    later,
+    lines_of,
+    smooth,
+    thin,
+    time_parts,
+)
 
 
 def _line(step: int, **values: object) -> dict[str, object]:
@@ -28,7 +39,7 @@ def test_thinning_keeps_spikes_and_gaps() -> None:
 def test_short_curves_stay_whole() -> None:
     """Guards against thinning what is drawn completely anyway."""
     points = Curve(np.arange(2000.0), np.arange(2000.0))
-    assert thin(points) is points
+    assert thin(points, 2000) is points
 
 
 def test_smoothing_against_a_loop() -> None:
@@ -47,6 +58,28 @@ def test_evaluations_are_placed_on_the_training_clock() -> None:
     evals = Curve(np.array([0.0, 10.0, 15.0, 20.0]), np.ones(4))
     assert by_time(evals, train).x.tolist() == [0.0, 5.0, 10.0, 15.0]
     assert len(by_time(evals, [_line(10)])) == 0
+
+
+def test_values_by_tokens_and_of_the_later_part() -> None:
+    """Guards against a token count that an evaluation or a damaged line puts out of order."""
+    train = [_line(10, tokens=100), _line(30, tokens=None), _line(20, tokens=200)]
+    evals = [
+        {"event": "eval", "step": 0, "tokens": 0},
+        {"event": "eval", "step": 20, "tokens": 200},
+    ]
+    values = Curve(np.array([0.0, 5.0, 20.0]), np.arange(3.0))
+    shown = by_tokens(values, train, evals)
+    assert shown.x.tolist() == [0.0, 50.0, 200.0]
+    assert later(shown, 50).y.tolist() == [1.0, 2.0]
+    assert len(by_tokens(values, [_line(10)])) == 0
+
+
+def test_values_that_are_no_numbers_are_gaps() -> None:
+    """Guards the quick way from lines to arrays: one damaged value makes no crash."""
+    found = curve(
+        [_line(1, loss="x"), _line(2, loss=None), _line(3, loss=1e400), _line(4, loss=2)], "loss"
+    )
+    assert np.isnan(found.y).tolist() == [True, True, True, False]
 
 
 def test_best_ignores_what_is_not_finite() -> None:

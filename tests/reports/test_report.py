@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 
+from gptcli.config.load import dump_config
+from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
+from gptcli.reports.history import history_table
+from gptcli.reports.html import column_classes
+from gptcli.reports.plots import TrainingPlots
 from gptcli.reports.report import write_eval_report, write_report
+from gptcli.reports.settings import Settings, settings
+from gptcli.reports.table import Table
 
 HOSTILE = (
     "<script>alert(1)</script><img src=http://evil.example/x>\x1b[2J\x9b\u202e\ud800 ```` 中文"
@@ -48,6 +55,7 @@ def _metrics(steps: int = 100) -> list[dict[str, Any]]:
                     "forward_backward_seconds": 2.0,
                     "optimizer_seconds": 0.25,
                     "other_seconds": 0.0,
+                    "memory_bytes": 500_000_000 + step,
                 }
             )
         if step % 25 == 0:
@@ -80,7 +88,13 @@ def _run(directory: Path, *, run: dict[str, Any] | None = None, text: str = " in
     (directory / "run.json").write_text(json.dumps(about))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in _metrics()))
     samples = [
-        {"step": step, "tokens": step * 512, "prompt": f"Once{step}", "text": text, "sample": k}
+        {
+            "step": step,
+            "tokens": step * 512,
+            "prompt": "Once",
+            "text": f"at{step}{text}",
+            "sample": k,
+        }
         for step in (0, 50, 100)
         for k in (0, 1)
     ]
@@ -111,7 +125,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of a second: tests of other things do without."""
-    monkeypatch.setattr("gptcli.reports.report.training_plots", lambda metrics: [])
+    monkeypatch.setattr(
+        "gptcli.reports.page.training_plots", lambda metrics, resumed: TrainingPlots([], [])
+    )
 
 
 def test_report_json_keeps_the_contract(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -245,7 +261,16 @@ def test_html_fetches_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
 def test_figures_are_there_and_ids_unique(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards against figures that borrow each other's clip paths when inlined together."""
     html = (finished[0] / "report.html").read_text()
-    assert html.count("<svg ") == 5
+    titles = re.findall("<figcaption>(.*)</figcaption>", html)
+    assert titles == [
+        *("Loss by step", "Loss by step, later half"),
+        *("Loss by tokens", "Loss by tokens, later half"),
+        *("Loss by training time", "Loss by training time, later half"),
+        *("Loss by tokens, both axes logarithmic", "Loss by training time, both axes logarithmic"),
+        *("Learning rate", "Gradient norm", "Tokens per second", "Peak memory"),
+    ]
+    assert html.count("<svg ") == len(titles)
+    assert "Validation: from 7.200 to 1.700, lowest 1.516." in html  # for those who cannot see it
     ids = re.findall(r' id="([^"]*)"', html)
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:xlink:href="|url\()#([^")]*)', html))
@@ -256,10 +281,9 @@ def test_figures_are_there_and_ids_unique(finished: tuple[Path, dict[str, Any]])
 def test_latest_samples_first(finished: tuple[Path, dict[str, Any]]) -> None:
     """Guards the order that lets a reader see at once what the model writes now."""
     html = (finished[0] / "report.html").read_text()
-    assert html.index("Once100") < html.index("Once50") < html.index("Once0<")
     markdown = (finished[0] / "report.md").read_text()
-    assert "Once100" in markdown
-    assert "Once50" not in markdown
+    for text in (html, markdown):
+        assert text.index("at100 in the east") < text.index("at50 in") < text.index("at0 in")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -305,10 +329,81 @@ def test_long_runs_stay_light(tmp_path: Path) -> None:
                 file.write(json.dumps({"event": "eval", "step": step, "loss": loss}) + "\n")
     with open(run / "samples.jsonl", "w") as file:
         for step in range(2000):
-            file.write(json.dumps({"step": step, "prompt": "a", "text": "b" * 9000}) + "\n")
+            row = {"step": step, "prompt": f"{step % 20}", "text": "\u202e" * 9000}
+            file.write(json.dumps(row) + "\n")
+    about = json.loads((run / "run.json").read_text())
+    facts = {"documents": 1, "train_bytes": 9, "cleaning": {"redact": {"examples": ["c" * 9000]}}}
+    about["data"]["sources"] = [{"path": f"{n}-{'d' * 500}", **facts} for n in range(3000)]
+    about["data"]["warnings"] = ["e" * 9000] * 3000
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "config.yaml").write_text("name: small\n" + "# long\n" * 200_000)
     write_report(run)
-    assert (run / "report.html").stat().st_size < 1_500_000
+    assert (run / "report.html").stat().st_size < 2_000_000
+    assert (run / "report.md").stat().st_size < 2_000_000
     assert "40 of 3000 evaluations" in (run / "report.html").read_text()
+
+
+def test_what_differs_from_the_defaults_is_marked(tmp_path: Path) -> None:
+    """Guards against a config of a hundred keys in which nobody finds the three that were set."""
+    sources = [{"path": "a.txt"}, {"path": "b.txt", "limit": 7}]
+    model = {"n_embd": 128, "n_head": 2}
+    given = {"name": "mine", "model": model, "data": {"train": sources}, "init": None}
+    whole = Config.model_validate(given)
+    shown = settings(dump_config(whole, loadable=True))
+    assert shown.changed is not None
+    assert shown.changed.rows == [
+        ["name", "mine", "–"],
+        ["data.train[0].path", "a.txt", "builtin:web-bible"],
+        ["data.train[1].path", "b.txt", "builtin:web-bible"],
+        ["data.train[1].limit", "7", "–"],
+        ["model.n_head", "2", "4"],
+        ["model.n_embd", "128", "256"],
+    ]
+    marked = [line.strip(" -") for line, differs in shown.lines if differs]
+    assert marked == [
+        *("name: mine", "path: a.txt", "path: b.txt", "limit: 7", "n_head: 2", "n_embd: 128")
+    ]
+    for damaged in ("", "[", "model: 3", "- 1\n- 2", "{a: {b: &x [*x]}}"):
+        assert settings(damaged) == Settings([(line, False) for line in damaged.split("\n")], None)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_damaged_part_costs_no_other(tmp_path: Path) -> None:
+    """Guards against a report that fails for one odd value in run.json."""
+    run = _run(tmp_path / "run", run={"attention": {"layers": 3}, "surprising": [1], "history": 3})
+    write_report(run)
+    html = (run / "report.html").read_text()
+    assert "run.json is damaged here" in html
+    assert "Held out" in html or "documents" in html
+
+
+def test_history_says_what_was_killed() -> None:
+    """Guards against a run that seems to have gone on without a break, or a table of nothing."""
+    start, stop = {"event": "start", "step": 0}, {"event": "stopped", "step": 5}
+    again, end = {"event": "resume", "step": 5, "torch": "2.13"}, {"event": "finished", "step": 9}
+    assert history_table([start, end]) is None
+    for nothing in (None, 3, [], ["x"]):
+        assert history_table(nothing) is None
+    table = history_table([start, stop, again, again, end])
+    assert table is not None
+    assert [row[1:3] for row in table.rows] == [
+        *(["start", "0"], ["stopped", "5"], ["resume", "5"], ["was killed", "–"]),
+        *(["resume", "5"], ["finished", "9"]),
+    ]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_of_before_knows_its_resumes(tmp_path: Path) -> None:
+    """Guards reports of runs whose run.json has `resumes` and no history."""
+    run = _run(tmp_path / "run", run={"resumes": [{"at": "2026-11-22T05:00:00", "step": 50}]})
+    assert [entry["event"] for entry in write_report(run)["history"]] == ["start", "resume"]
+    assert "2026-11-22 05:00" in (run / "report.html").read_text()
+
+
+def test_columns_of_figures_and_of_text() -> None:
+    """Guards against words set flush right, and sentences that widen a table beyond the page."""
+    rows = [["a", "1.47 – 1.55", "12 %", "short", "x" * 40], ["b", "–", "yes", "3 s", "1"]]
+    assert column_classes(Table("t", ["", "", "", "", ""], rows)) == ["t", "n", "n", "t", "w"]
 
 
 def test_eval_report_has_scores_and_no_curves(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from gptcli.config.schema import Config
+from gptcli.config.schema import Config, FinetuneConfig
 from gptcli.device import autocast, resolve_device
 from gptcli.model.gpt import GPT
 from gptcli.training.footprint import Footprint, footprint
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.trainable import as_finetuned
 
 VOCAB, ROWS, LENGTH = 300, 2, 32
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": LENGTH}
@@ -86,6 +87,30 @@ def test_state(kind: str, preset: str) -> None:
     assert found.weights_bytes == weights + tables
     assert found.gradients_bytes == weights
     assert found.optimizer_bytes == pytest.approx(state, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "finetune",
+    [
+        {"method": "lora", "lora": {"rank": 4, "quantize": "int8"}},
+        {"freeze_layers": 4, "freeze_embeddings": True},
+        {"task": "classification", "method": "head"},
+    ],
+)
+def test_what_is_frozen(finetune: dict[str, Any]) -> None:
+    """Bug: frozen weights are planned with gradients and moments, adapters or int8 weights are not
+    planned at all, or what is concluded of frozen layers is wrong."""
+    case = config("adamw", n_layer=6)
+    case = case.model_copy(update={"finetune": FinetuneConfig.model_validate(finetune)})
+    model = GPT(case.model, VOCAB)
+    as_finetuned(model, case.finetune)
+    learning = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = [*model.parameters(), *model.buffers()]
+    found = counted(case)
+    assert found.weights_bytes == pytest.approx(sum(t.nbytes for t in held), rel=0.001)
+    assert found.gradients_bytes == learning
+    assert found.optimizer_bytes == pytest.approx(2 * learning, rel=0.02)
+    assert found.activations_bytes < counted(config("adamw", n_layer=6)).activations_bytes
 
 
 def test_layers_repeat() -> None:

@@ -12,8 +12,9 @@ from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, initialise
 from gptcli.model.lora import adapter_tensors, add_lora
 from gptcli.training import optimizers
-from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights
+from gptcli.training.optimizers import Optimizer, orthogonalise, part_heights, peak_rate
 from gptcli.training.readings import update_ratio, watched_weights
+from gptcli.training.trainable import as_finetuned
 
 
 def model(**keys: Any) -> GPT:
@@ -248,3 +249,22 @@ def test_adapters(kind: str) -> None:
     assert {name.rpartition(".")[0] for name in state} == moved
     assert all(name.endswith(("exp_avg", "exp_avg_sq", "step")) for name in state)
     assert 1e-5 < update_ratio(old, made).item() < 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_rate_that_is_shown(kind: str, method: str) -> None:
+    """Guards: a rate in the log at which no weight learns."""
+    config = Config.model_validate(
+        {
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8},
+            "finetune": {"method": method},
+            "optimizer": {"kind": kind, "lr": 0.5, "adamw_lr": 0.25},
+        }
+    )
+    made = GPT(config.model, 16)
+    as_finetuned(made, config.finetune)
+    rates = {group["peak"] for group in Optimizer(made, config.optimizer)._groups}
+    if kind == "muon" and method == "full":
+        rates = {0.5}  # of the hidden matrices, which are in no group of AdamW
+    assert rates == {peak_rate(config)}

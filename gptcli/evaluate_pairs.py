@@ -1,0 +1,54 @@
+"""Evaluation of a model's fairness on paired sentences."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcli.config.schema import Config
+from gptcli.device import resolve_device
+from gptcli.evaluate import described, eval_directory, eval_precision
+from gptcli.evaluation.pairs import pair_report, read_pairs
+from gptcli.reports.report import write_eval_report
+from gptcli.runs.load import load_model
+
+log = logging.getLogger("gptcli")
+
+
+@dataclass(frozen=True)
+class PairsResult:
+    """The report as written (and printed by `--json`), and where; None if nowhere."""
+
+    report: dict[str, Any]
+    directory: Path | None
+
+
+def evaluate_pairs(
+    config: Config,
+    path: Path,
+    *,
+    model: str | None = None,
+    run_dir: Path | None = None,
+    command: str = "",
+) -> PairsResult:
+    """Compare how likely MODEL finds the two sentences of each pair in the file of JSON lines.
+
+    The report goes to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
+    """
+    pairs = read_pairs(path)  # before a model is loaded
+    device = resolve_device(config.training.device)
+    loaded = load_model(model if model is not None else config.eval.model, device.torch)
+    precision = eval_precision(config, loaded, device)
+    report = described(loaded, f"pairs of {path}", device, precision, command)
+    found = pair_report(loaded.model, loaded.tokenizer, pairs, device, precision)
+    report["pairs"] = {"file": str(path), **found}
+    if several := found["differ_in_several_places"]:
+        places = ", ".join(found["several_places"])
+        log.warning(
+            f"{several} of {len(pairs)} pairs differ in more than one place ({places}): their"
+            " difference is not that of a single term"
+        )
+    directory = eval_directory(loaded, run_dir, f"pairs {path.name}", config.eval)
+    if directory is not None:
+        write_eval_report(directory, report)
+    return PairsResult(report, directory)

@@ -1,0 +1,136 @@
+"""Comparing runs: the verdicts on real ones, and that all are scored on the same text."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptcli.compare import compare
+from gptcli.config.schema import Config
+from gptcli.errors import ConfigError, DataError
+from gptcli.evaluate import evaluate
+from gptcli.pretrain import pretrain
+
+WORDS = "the cat dog house sees finds takes small red old tree and under over near".split()  # noqa: SIM905
+
+
+def sentences(count: int, seed: int) -> str:
+    rng = random.Random(seed)
+    texts = (" ".join(rng.choices(WORDS, k=rng.randint(8, 30))) for _ in range(count))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(name, seed, steps, tokenizer, text) -> a run, trained on sentences that no order makes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("one", 0), ("other", 1)):
+        (folder / f"{name}.jsonl").write_text(sentences(400, seed))
+
+    def train(
+        name: str, seed: int = 1, steps: int = 60, tokenizer: str = "bpe", text: str = "one"
+    ) -> Path:
+        config = {
+            "name": name,
+            "seed": seed,
+            "tokenizer": {"kind": "bytes"}
+            if tokenizer == "bytes"
+            else {"kind": "bpe", "vocab_size": 300},
+            "data": {"train": str(folder / f"{text}.jsonl"), "val_fraction": 0.1},
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32},
+            "schedule": {"warmup_steps": 2},
+            "training": {
+                "max_steps": steps,
+                "tokens_per_step": 512,
+                "micro_batch_size": 16,
+                "eval_every": 1000,
+                "precision": "fp32",
+                "compile": "off",
+            },
+            "samples": {"n": 1, "max_new_tokens": 1},
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+            pretrain(Config.model_validate(config), run_dir=folder / name)
+        return folder / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trio(train: Callable[..., Path]) -> list[str]:
+    """Two runs that differ in the seed alone, and one that was trained for a sixth of the steps."""
+    runs = (train("seed-1"), train("seed-2", seed=2), train("short", steps=10))
+    return [str(run) for run in runs]
+
+
+def test_a_true_difference_and_none(trio: list[str], tmp_path: Path) -> None:
+    """Bug: chance is taken for a difference, or a difference for chance, or the sign is turned."""
+    same = compare(trio[:2]).report["comparison"]
+    assert same["differences"] == {"seed": [1, 2]}
+    (pair,) = same["pairs"]
+    # On enough text any two models differ: what must not be said is that one seed is better.
+    assert pair["seed_alone"]
+    assert pair["verdict"].startswith("no difference can be told between ")
+
+    far = compare([trio[2], trio[0]], run_dir=tmp_path / "out").report["comparison"]
+    (pair,) = far["pairs"]
+    assert (pair["a"], pair["b"], pair["winner"]) == ("short", "seed-1", "b")
+    assert pair["ci95"][0] < pair["difference"] < pair["ci95"][1] < 0
+    assert pair["better"] / far["units"] > 0.9
+    assert pair["sign_p"] < 1e-6
+    assert pair["verdict"].startswith("seed-1 is better than short by ")
+    assert not pair["seed_alone"]
+    assert far["differences"]["training.max_steps"] == [10, 60]
+    assert far["runs"][0]["name"] == "seed-1"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["comparison"] == far
+
+
+def test_scores_are_those_of_gpt_eval(trio: list[str]) -> None:
+    """Bug: the ranking shows other figures than gpt eval does for the same run."""
+    found = compare(trio).report["comparison"]
+    assert [row["bits_per_byte"] for row in found["runs"]] == sorted(
+        row["bits_per_byte"] for row in found["runs"]
+    )
+    assert {(pair["a"]) for pair in found["pairs"]} == {found["runs"][0]["name"]}
+    config = Config.model_validate({"training": {"precision": "fp32"}})
+    for run in trio:
+        scores = evaluate(config, model=run).scores
+        (row,) = [row for row in found["runs"] if row["name"] == Path(run).name]
+        assert row["bits_per_byte"] == pytest.approx(scores.bits_per_byte, abs=1e-9)
+        assert row["tokens"] == scores.tokens
+    assert found["units"] == scores.documents
+
+
+def test_other_tokenizers_and_few_documents(
+    trio: list[str], train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Bug: a limit in tokens gives each tokenizer another text; three documents have no
+    interval."""
+    run = train("bytes", tokenizer="bytes", steps=2)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("the cat sees the old tree\n" * 200)
+    found = compare([trio[0], str(run)], data=[f"{tmp_path}/*.txt"], max_tokens=2000)
+    comparison = found.report["comparison"]
+    assert comparison["unit"] == "pieces"
+    assert "pieces of 1 KiB" in comparison["notes"][0]
+    counts = {row["name"]: row["tokens"] for row in comparison["runs"]}
+    assert counts["seed-1"] <= 2000 + comparison["units"]  # a piece may end inside a token
+    assert counts["bytes"] == comparison["bytes"] > 2 * counts["seed-1"]
+    assert comparison["pairs"][0]["winner"] == "a"
+
+
+def test_different_data_are_refused(trio: list[str], train: Callable[..., Path]) -> None:
+    """Bug: each run is scored on its own validation part, and an easier text wins."""
+    run = train("elsewhere", text="other", steps=2)
+    with pytest.raises(DataError, match="trained on different data") as caught:
+        compare([trio[0], str(run)])
+    assert "--data" in (caught.value.hint or "")
+
+
+def test_the_same_model_twice(trio: list[str]) -> None:
+    """Bug: a model against itself is shown as a draw of two."""
+    with pytest.raises(ConfigError, match="twice"):
+        compare([trio[0], trio[0]])
