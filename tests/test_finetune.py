@@ -218,7 +218,7 @@ def test_describe(base: Path, rows: Path) -> None:
     """Bug: --dry-run of a finetuning fails, or counts other rows than the run uses."""
     text = describe(settings(rows).model_copy(update={"init": str(base)}))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
-    assert lines["rows"] == "60 (0 to train on are empty or do not fit, 0 are cut)"
+    assert lines["rows"] == "60 (0 to train on are left out, 0 are cut)"
     assert "max_steps 12" in lines["limits"]
     wrong = settings(rows, finetune={"fields": {"prompt": "q", "response": "answer"}})
     with pytest.raises(DataError, match="no field 'answer'"):

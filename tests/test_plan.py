@@ -143,7 +143,7 @@ def test_rows(tmp_path) -> None:
     assert 0.8 * 400 < alone / 32 < 400
 
 
-def test_adapters(tmp_path) -> None:
+def test_adapters(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     """Bug: adapters are planned as a training of all weights."""
     made = pretrain(config(samples={"prompts": []}), run_dir=tmp_path / "made")
     rows = [{"prompt": f"{n}?", "response": "yes" * (1 + n % 3)} for n in range(99)]
@@ -159,12 +159,12 @@ def test_adapters(tmp_path) -> None:
     case = Config.model_validate(tuning)
     found = plan(case)
     assert found.paces.source == "probe"
-    run = finetune(case, run_dir=tmp_path / "tuned").run_dir
+    with caplog.at_level("INFO", logger="gptcli"):
+        run = finetune(case, run_dir=tmp_path / "tuned").run_dir
     checkpoint = run / "checkpoints" / "step-00000002"
     size = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    assert found.checkpoint_bytes == pytest.approx(size, rel=0.3)  # names take as much as numbers
-    told = (run / "log.txt").read_text()
-    assert f"{found.learning_parameters:,} of" in told
+    assert found.checkpoint_bytes == pytest.approx(size, abs=8192)  # of names
+    assert f"{found.learning_parameters:,} of" in caplog.text
     assert found.memory.gradients_bytes == 4 * found.learning_parameters
 
 

@@ -62,7 +62,9 @@ class Scores:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Scores":
         """The scores that `to_json` gave."""
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
+        }
         return cls(**given)
 
 

@@ -17,7 +17,6 @@ text is read together with them as a guess. A guess counts where it is the token
 been chosen without it, by the same logits and the same random number; so the text stays the same.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,19 +117,29 @@ def _decode(
     speculate: bool,
     size: BatchSize,
 ) -> Iterator[tuple[int, list[Generated]]]:
-    by_request = [list(rows) for rows in _rows(tokenizer, requests, on_text, speculate)]
+    begun: list[list[Row]] = [[] for _ in requests]
+
+    def waiting() -> Iterator[Row]:  # made when there is a place: there may be millions
+        for number, rows in enumerate(_rows(tokenizer, requests, on_text, speculate)):
+            for row in rows:
+                begun[number].append(row)
+                yield row
+
     with torch.inference_mode():  # never across a yield: it would go on in the caller
         texts = [request.tokens[:-1] for request in requests]  # the last token goes with the first
         reader = Reader(model, decoder, size.rows, size.capacity, size.most_new, texts)
-        waiting = deque(row for rows in by_request for row in rows)
-        batch = _Batch(model, tokenizer, reader, waiting, size)
+        batch = _Batch(model, tokenizer, reader, waiting(), size)
     for number, request in enumerate(requests):
-        rows, by_request[number] = by_request[number], []  # nobody keeps them when they are told
-        while not all(row.finish_reason for row in rows):
+        rows, done = begun[number], 0
+        while done < request.n:
+            if done < len(rows) and rows[done].finish_reason:
+                done += 1
+                continue
             with torch.inference_mode():
                 going_on = batch.step()
             if not going_on:
                 break
+        begun[number] = []  # nobody keeps them when they are told
         samples = [row.result(request.prompt) for row in rows if row.begun]
         if not samples:
             return
@@ -199,7 +208,7 @@ class _Batch:
         model: GPT,
         tokenizer: Tokenizer,
         reader: Reader,
-        waiting: deque[Row],
+        waiting: Iterator[Row],
         size: BatchSize,
     ) -> None:
         self._model, self._reader, self._size = model, reader, size
@@ -224,8 +233,7 @@ class _Batch:
         return True
 
     def _admit(self) -> None:
-        while self._free and self._waiting:
-            row = self._waiting.popleft()
+        while self._free and (row := next(self._waiting, None)) is not None:
             row.begin(self._free.pop())
             self._sampler.begin(row.slot, row.sampling, row.prompt_tokens, row.sample)
             self._rows.append(row)

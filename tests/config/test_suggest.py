@@ -50,7 +50,7 @@ def hint(dotted: str) -> str:
         ("training.out_dir", "it is a flag: --run-dir"),
         ("n_layer", "it belongs to model"),
         ("training.lr", "it belongs to optimizer"),
-        ("training.seed", "it belongs to the top level or generate"),
+        ("training.seed", "it belongs to the top level, generate or data.canaries"),
         ("model.kind", "it belongs to tokenizer, optimizer, schedule or model.rope_scaling"),
         *[
             (f"model.{k}", "did you mean 'window'?")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from gptcli.reports import report as report_module
 from gptcli.reports.report import write_eval_report, write_report
 from gptcli.reports.task_tables import headline, row_counts, score_table, task_parts, worst_rows
 
@@ -139,9 +138,8 @@ def test_damaged_files(damaged: dict[str, Any]) -> None:
     score_table({"x": 3, "y": {"after": "z", "after_ci95": [1]}})
 
 
-def test_pages_have_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_have_it_all(tmp_path: Path) -> None:
     """Bug: HTML or Markdown lacks a part, or takes a row's text for markup."""
-    monkeypatch.setattr(report_module, "training_plots", lambda metrics: [])
     run = {"job": "finetune", "tasks": TASKS, "task": TASK, "task_data": TASK_DATA, "training": {}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))

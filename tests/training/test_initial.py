@@ -233,7 +233,7 @@ def test_a_run_holds_its_tensors_once(
     init names, the weights and the optimizer state of the checkpoint that it resumes."""
     surplus: list[int] = []
 
-    def watched(session: Session, rows: Any) -> RunResult:
+    def watched(session: Session, rows: Any, *rest: Any) -> RunResult:
         own = {**session.model.state_dict(), **session.optimizer.state_dict()}
         known = {t.untyped_storage().data_ptr() for t in [*own.values(), *before]}
         places = {t.untyped_storage().data_ptr(): t.nbytes for t in alive(torch.Tensor)}
@@ -242,7 +242,7 @@ def test_a_run_holds_its_tensors_once(
         for contents in alive(Contents):
             assert not contents.model
             assert not contents.optimizer
-        return run_session(session, rows)
+        return run_session(session, rows, *rest)
 
     monkeypatch.setattr("gptcli.pretrain.run_session", watched)
     source = publish(position="learned", n_embd=64, block_size=512)

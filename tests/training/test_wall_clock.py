@@ -80,7 +80,7 @@ def clocked(
 ) -> Iterator[Clock]:
     """Seconds that work takes inside the block; starting takes 2. A stop is asked for once
     `stop_at` have gone by."""
-    from gptcli.training import build, loop
+    from gptcli.training import loop, validation
 
     clock = Clock()
 
@@ -97,7 +97,8 @@ def clocked(
         patch.setattr(time, "monotonic", clock)
         patch.setattr("gptcli.pretrain.read_corpus", slow(_read_corpus(), 2.0))
         patch.setattr(loop, "forward_backward", slow(loop.forward_backward, step))
-        patch.setattr(build, "perplexity", slow(build.perplexity, evaluation))
+        scored = slow(validation.score_documents, evaluation)
+        patch.setattr(validation, "score_documents", scored)
         patch.setattr(checkpoint, "publish", slow(checkpoint.publish, save))
         patch.setattr("gptcli.pretrain.write_report", slow(lambda run_dir: None, report))
         yield clock
