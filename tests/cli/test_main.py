@@ -67,7 +67,7 @@ def test_help_is_quick_and_loads_no_torch():
         (["pretrain", "small", "extra"], "unexpected extra argument", "gpt pretrain --help"),
         (["generate", "-n", "two", "--prompt", "x"], "'-n'", "gpt generate --help"),
         (["generate", "--beams", "5"], "no such option: --beams", "gpt generate --help"),
-        (["runs", "prune"], "no such command 'prune'", "gpt runs --help"),
+        (["runs", "rename"], "no such command 'rename'", "gpt runs --help"),
         (["runs"], "missing command", "gpt runs --help"),
         (["--bogus"], "no such option: --bogus", "gpt --help"),
     ],

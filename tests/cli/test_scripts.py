@@ -120,6 +120,10 @@ def test_constraints_cover_the_direct_dependencies():
     }
     project = (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[0]
     wanted = set(re.findall(r'"([A-Za-z0-9_-]+)(?:[>=]=[\d.]+)"', project)) - {"setuptools"}
-    optional = {"llama-cpp-python", "lm-eval"}  # large; whoever asks for them chooses the version
+    optional = {
+        "llama-cpp-python",
+        "lm-eval",
+        "tensorboard",
+    }  # large; whoever asks for them chooses the version
     assert {"torch", "typer", "pytest"} <= wanted
     assert {name.lower() for name in wanted} - optional <= pinned

@@ -48,7 +48,8 @@ def test_a_run_from_start_to_text(gpt, tmp_path):
     assert err.splitlines()[-1].startswith("finished at step 4: validation ")
     assert "\x1b" not in err
     code, out, _ = gpt("runs", "list")
-    assert out.splitlines()[1].split()[:3] == [Path(run_dir).name, "finished", "4"]
+    name, status, _, _, step, *_ = out.splitlines()[1].split()
+    assert (name, status, step) == (Path(run_dir).name, "finished", "4")
     code, out, _ = gpt("generate", "--prompt", "One", "--max-new-tokens", "3")
     assert code == 0
     assert out.startswith("One")
@@ -141,7 +142,7 @@ def test_eval_of_the_newest_run(gpt, tmp_path):
     assert gpt("pretrain", "tiny.yaml", "--run-dir", "runs/r")[0] == 0
     code, out, err = gpt("eval", "--data", "text.txt", "--max-tokens", "500")
     assert code == 0, err
-    table = dict(line.split(None, 1) for line in out.splitlines())
+    table = dict(line.split(None, 1) for line in out.split("\n\n")[0].splitlines())
     code, out, err = gpt("eval", "--data", "text.txt", "--max-tokens", "500", "--json")
     assert code == 0, err
     scores = json.loads(out)["scores"]
