@@ -111,7 +111,9 @@ class Ours:
         return found, len(calls)
 
     def linear_calls(self, prompt: list[int]) -> "list[tuple[Callable[[Tensor], Tensor], Tensor]]":
-        """The linear layers of a step of decoding, each with the input that it had in one."""
+        """The linear layers of a step of decoding, each with the input that it had in one, which
+        is not recorded: the layers of a recorded one are not called."""
+        import torch
         from torch import nn
 
         from gptcli.model.empty import empty_model
@@ -124,7 +126,11 @@ class Ours:
             layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
             for name, layer in layers.items()
         ]
-        self.decode([prompt], 2)
+        decoder, rows = self.decoder(self._work.n), self._work.n
+        cache = decoder.new_batch_cache(rows, 1)
+        cache.begin([0] * rows, 1)
+        with torch.inference_mode():
+            decoder(torch.tensor(prompt[:1] * rows)[:, None], cache)
         for hook in hooks:
             hook.remove()
         if len(inputs) < len(names):
