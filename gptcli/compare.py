@@ -305,10 +305,14 @@ def _report(
 def _pair(
     entrants: list[_Entrant], scored: list[DocumentScores], a: int, b: int, comparisons: int
 ) -> dict[str, Any]:
-    """The paired test of two models. `seed_alone` tells that they are runs of one recipe, so that
-    what sets them apart is chance, however sure it is that one of the two is better."""
+    """The paired test of two models. `seed_alone` tells that they are runs of one recipe, both at
+    their end, with two seeds, so that what sets them apart is chance, however sure it is that one
+    of the two is better."""
     both = [entrants[a], entrants[b]]
-    recipes = all(entrant.state for entrant in both)
+    ended = all(
+        entrant.run_dir is not None and read_run_json(entrant.run_dir).get("status") == "finished"
+        for entrant in both
+    )
     bits = [found.nats / math.log(2) for found in scored]
     found = paired(bits[a], bits[b], scored[a].bytes, comparisons)
     about = {
@@ -316,7 +320,7 @@ def _pair(
         "b": both[1].name,
         **asdict(found),
         "winner": found.winner,
-        "seed_alone": recipes and set(_differences(both)) <= {"seed"},
+        "seed_alone": ended and set(_differences(both)) == {"seed"},
     }
     return {**about, "verdict": verdict(about)}
 

@@ -83,6 +83,9 @@ def test_a_true_difference_and_none(trio: list[str], tmp_path: Path) -> None:
     assert pair["sign_p"] < 1e-6
     assert pair["verdict"].startswith("seed-1 is better than short by ")
     assert not pair["seed_alone"]
+    early = f"{trio[0]}/checkpoints/step-00000030"
+    (pair,) = compare([early, trio[0]]).report["comparison"]["pairs"]
+    assert (pair["winner"], pair["seed_alone"]) == ("b", False)  # one run, early and late
     assert far["differences"]["training.max_steps"] == [10, 60]
     assert far["runs"][0]["name"] == "seed-1"
     written = json.loads((tmp_path / "out" / "report.json").read_text())["comparison"]

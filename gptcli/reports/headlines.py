@@ -68,13 +68,16 @@ def _score_headlines(report: dict[str, Any]) -> list[Headline]:
 
 
 def eval_headlines(report: dict[str, Any]) -> list[Headline]:
-    """Scores of an evaluation, what they are of, and the size of the model."""
+    """Scores of an evaluation of text, what they are of, and the size of the model."""
     scores, model = report["scores"], report.get("model") or {}
+    size = Headline("Parameters", compact(model.get("parameters")), str(model.get("preset") or ""))
+    if scores.get("tokens") is None:  # rows of a task, pairs, what is known by heart
+        return [size]
     return [
         *_score_headlines(report),
         Headline("Text", field("bytes", scores.get("bytes")), _count(scores, "documents")),
         Headline("Tokens scored", compact(scores.get("tokens")), _count(scores, "unscored_tokens")),
-        Headline("Parameters", compact(model.get("parameters")), str(model.get("preset") or "")),
+        size,
     ]
 
 

@@ -30,7 +30,7 @@ TRAINING_KEYS = ("steps", "tokens", "seconds", "tokens_per_second", "parameters"
 # Parts of run.json that the report repeats as they are.
 COPIED = ("machine", "choices", "versions", "seeds", "fingerprints", "timings", "skipped_text")
 # Parts that only some runs have.
-FOUND = ("canaries", "surprising", "calibration", "breakdown", "attention")
+FOUND = ("surprising", "calibration", "breakdown", "attention")
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def starting(
         except (GptError, stop.Stopped) as error:
             status = "stopped" if isinstance(error, stop.Stopped) else "failed"
             update_run_json(directory, status=status, error=str(error))
-            if read_run_json(directory)["history"][-1]["event"] in ("start", "resume"):
+            history = read_run_json(directory).get("history") or [{}]
+            if history[-1].get("event") in ("start", "resume"):
                 note_end(directory, status, start.state)
             raise
         finally:
