@@ -27,6 +27,7 @@ from gptcli.evaluation.perplexity import (
     score_documents,
     total_scores,
 )
+from gptcli.evaluation.result import Evaluation
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
 from gptcli.model.packed import is_quantized, quantize, weight_bytes
@@ -39,11 +40,9 @@ log = logging.getLogger("gptcli")
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
-    """The report as written (and printed by `--json`), and where; None if nowhere."""
+class EvaluateResult(Evaluation):
+    """With the scores of the text, or of the text of the task's rows."""
 
-    report: dict[str, Any]
-    directory: Path | None
     scores: Scores
 
 

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,13 @@ from gptcli.config.suggest import for_value
 from gptcli.device import resolve_device
 from gptcli.errors import ConfigError, DataError, GptError
 from gptcli.evaluate import described, eval_directory, eval_precision
+from gptcli.evaluation.result import Evaluation
 from gptcli.reports.report import write_eval_report
 from gptcli.runs.load import load_model
 
 log = logging.getLogger("gptcli")
 
 _RESAMPLES = 1000  # for the standard errors of scores that are no means
-
-
-@dataclass(frozen=True)
-class LmEvalResult:
-    """The report as written (and printed by `--json`), and where; None if nowhere."""
-
-    report: dict[str, Any]
-    directory: Path | None
 
 
 def evaluate_lm_eval(
@@ -43,7 +35,7 @@ def evaluate_lm_eval(
     shots: int | None = None,
     run_dir: Path | None = None,
     command: str = "",
-) -> LmEvalResult:
+) -> Evaluation:
     """Score MODEL on `tasks`: names that the harness knows or that the task files (YAML) below
     `include_path` have, or paths of such files.
 
@@ -69,7 +61,7 @@ def evaluate_lm_eval(
     directory = eval_directory(loaded, run_dir, about, config.eval)
     if directory is not None:
         write_eval_report(directory, report)
-    return LmEvalResult(report, directory)
+    return Evaluation(report, directory)
 
 
 def _task_manager(tasks: list[str], include_path: Path | None) -> Any:

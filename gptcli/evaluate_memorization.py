@@ -29,6 +29,7 @@ from gptcli.evaluation.memorization import (
     passage_sizes,
     verbatim_rates,
 )
+from gptcli.evaluation.result import Evaluation
 from gptcli.generation.engine import generate_samples
 from gptcli.generation.sampling import Sampling
 from gptcli.reports.report import write_eval_report
@@ -41,14 +42,6 @@ SAMPLES = 16
 _SAMPLE_TOKENS = 128
 _SEED = 0  # of what is drawn: an evaluation may be repeated
 MOST_BYTES = 2**28  # of training text that is read, in a random order of its parts
-
-
-@dataclass(frozen=True)
-class MemorizationResult:
-    """The report as written (and printed by `--json`), and where; None if nowhere."""
-
-    report: dict[str, Any]
-    directory: Path | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def evaluate_memorization(
     run_dir: Path | None = None,
     passages: int | None = None,
     command: str = "",
-) -> MemorizationResult:
+) -> Evaluation:
     """Measure how much of its training text MODEL continues or repeats verbatim.
 
     The text is that of the model's run, or `data`, of any model, taken for training text; up to
@@ -104,7 +97,7 @@ def evaluate_memorization(
     directory = eval_directory(loaded, run_dir, name, config.eval)
     if directory is not None:
         write_eval_report(directory, report)
-    return MemorizationResult(report, directory)
+    return Evaluation(report, directory)
 
 
 def _named_text(data: list[str]) -> _Text:

@@ -1,26 +1,17 @@
 """Evaluation of a model's fairness on paired sentences."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gptcli.config.schema import Config
 from gptcli.device import resolve_device
 from gptcli.evaluate import described, eval_directory, eval_precision
 from gptcli.evaluation.pairs import pair_report, read_pairs
+from gptcli.evaluation.result import Evaluation
 from gptcli.reports.report import write_eval_report
 from gptcli.runs.load import load_model
 
 log = logging.getLogger("gptcli")
-
-
-@dataclass(frozen=True)
-class PairsResult:
-    """The report as written (and printed by `--json`), and where; None if nowhere."""
-
-    report: dict[str, Any]
-    directory: Path | None
 
 
 def evaluate_pairs(
@@ -30,7 +21,7 @@ def evaluate_pairs(
     model: str | None = None,
     run_dir: Path | None = None,
     command: str = "",
-) -> PairsResult:
+) -> Evaluation:
     """Compare how likely MODEL finds the two sentences of each pair in the file of JSON lines.
 
     The report goes to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
@@ -51,4 +42,4 @@ def evaluate_pairs(
     directory = eval_directory(loaded, run_dir, f"pairs {path.name}", config.eval)
     if directory is not None:
         write_eval_report(directory, report)
-    return PairsResult(report, directory)
+    return Evaluation(report, directory)

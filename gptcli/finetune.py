@@ -2,11 +2,12 @@
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +15,7 @@ from gptcli import stop
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
-from gptcli.data.examples import PreferencePair
+from gptcli.data.examples import HeadExample, PreferencePair
 from gptcli.data.task_data import TaskData, open_task
 from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ from gptcli.training.build import (
     nothing_to_do,
     run_session,
 )
+from gptcli.training.features import frozen_features
 from gptcli.training.initial import (
     load_trained,
     required_eot,
@@ -59,6 +61,8 @@ from gptcli.training.session import Session, TaskScore
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
 
 log = logging.getLogger("gptcli")
+
+T = TypeVar("T")
 
 
 def finetune(
@@ -264,27 +268,41 @@ def _objective(
     """What a step of the task minimises. Of preferences `reference` is filled, by `model` as it is
     before the training or from what the run kept."""
     settings = config.finetune
+    resumed = start.contents is not None
     if settings.has_head:
+        features_of = None
+        if settings.method == "head":
+            features_of = frozen_features(
+                model,
+                None if task.corpus.remote else lambda: _of_kind(HeadExample, task.examples()),
+                device,
+                start.directory,
+                resumed=resumed,
+                precision=precision,
+            )
         return head_loss(
             model,
             settings.lm_weight,
             task.class_weights,
             choice=settings.task == "multiple_choice",
-            cache_features=settings.method == "head",
+            features_of=features_of,
         )
     if settings.task == "preference":
-        held_out = [row for row in task.held_out if isinstance(row, PreferencePair)]
         found = reference_log_probabilities(
             model,
-            lambda: chain(task.pairs(), held_out),
+            lambda: _of_kind(PreferencePair, chain(task.examples(), task.held_out)),
             device,
             start.directory,
-            resumed=start.contents is not None,
+            resumed=resumed,
             precision=precision,
         )
         reference.update(found)
         return preference_loss(model, settings.dpo_beta, reference)
     return language_model_loss(model)
+
+
+def _of_kind(kind: type[T], rows: Iterable[Any]) -> Iterator[T]:
+    return (row for row in rows if isinstance(row, kind))
 
 
 def _reference_text(config: Config, tokenizer: Tokenizer) -> list[EncodedDocument]:

@@ -3,12 +3,13 @@
 
     python scripts/profile_step.py                    # training; a Markdown table
     python scripts/profile_step.py --decode           # decoding in fp32, one text
-    python scripts/profile_step.py --decode int8 -n 5
+    python scripts/profile_step.py --decode int8 -n 5 --prompt 512
     PYTHONPATH=CLONE python scripts/profile_step.py   # the same of another version of the code
 
 Training: gpt2 preset, 6 layers of 384, T 256, B 8, V 8192, fp32; forward, backward, clipping and
 AdamW on random tokens. Decoding: the shape of GPT-2 124M, random weights, n texts of 100 tokens,
-greedily, as `gpt generate` makes them: packed layers, raced threads and recorded steps.
+greedily, as `gpt generate` makes them: packed layers, raced threads and recorded steps. Reading a
+prompt is a part of the work, and so of the steps, that is also timed alone.
 
 The operators' own times are by PyTorch's profiler, on whatever threads they run, over all steps
 after some to warm up. The step's own time is taken without it.
@@ -37,6 +38,7 @@ from gptcli.training.optimizers import Optimizer
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 VOCAB, ROWS, STEPS = 8192, 8, 5
 DECODED_VOCAB, DECODED_TOKENS = 50257, 100
+LONGEST_PROMPT = 1024 - DECODED_TOKENS  # the block of GPT-2 holds it with what follows
 LEAST_MS = 0.05  # kinds of less are not listed
 # The first kind whose word is in the operator's name.
 KINDS = {
@@ -62,18 +64,24 @@ def main() -> None:
     kinds = ["fp32", "int8", "fp16"]
     parser.add_argument("--decode", nargs="?", const="fp32", choices=kinds, help="not training")
     parser.add_argument("-n", type=int, default=1, help="texts that are decoded together (1)")
+    parser.add_argument("--prompt", type=int, default=1, help="tokens before the texts (1)")
     given = parser.parse_args()
-    if given.n < 1:
-        parser.error("-n is at least 1")
-    if given.n > 1 and given.decode is None:
-        parser.error("-n goes with --decode")
+    if not (given.n >= 1 and 1 <= given.prompt <= LONGEST_PROMPT):
+        parser.error(f"-n is at least 1, --prompt from 1 to {LONGEST_PROMPT}")
+    if (given.n > 1 or given.prompt > 1) and given.decode is None:
+        parser.error("-n and --prompt go with --decode")
     keep_freed_memory()
     if given.decode is None:
         print(measured(training(), STEPS))
     else:
-        work, threads = decoding(given.decode, given.n)
+        work, threads = decoding(given.decode, given.n, given.prompt)
         with decode_threads(threads):
             print(measured(work, DECODED_TOKENS))
+            if given.prompt > 1:
+                began = time.perf_counter()
+                work(1)
+                seconds = time.perf_counter() - began
+                print(f"Reading the prompt and one step: {1e3 * seconds:,.0f} ms.")
 
 
 def training() -> Callable[[], None]:
@@ -94,18 +102,20 @@ def training() -> Callable[[], None]:
     return steps
 
 
-def decoding(kind: Kind | Literal["fp32"], n: int) -> tuple[Callable[[], None], int]:
-    """`DECODED_TOKENS` steps of `n` texts, after as many to record them, and how many threads are
-    to take them. A prompt of one token: nothing but steps."""
+def decoding(kind: Kind | Literal["fp32"], n: int, prompt: int) -> tuple[Callable[..., None], int]:
+    """A function of a number of steps, `DECODED_TOKENS` unless told, that continues a prompt of so
+    many tokens by `n` texts, called once to record the steps; and how many threads are to take
+    them. A prompt of one token is not read: nothing but steps."""
     model = random_model(ModelConfig(preset="gpt2", **PRESETS["gpt2"]), DECODED_VOCAB).eval()
     if kind != "fp32":
         quantize(model, kind)
-    decoder = packed_for(model, n, DECODED_TOKENS)
-    threads = best_threads(decoder, n, DECODED_TOKENS)
-    sampling = Sampling(temperature=0.0, max_new_tokens=DECODED_TOKENS)
-    requests = [Request("", [0], sampling, n)]
+    decoder = packed_for(model, n, prompt + DECODED_TOKENS)
+    threads = best_threads(decoder, n, prompt + DECODED_TOKENS)
+    ids = torch.randint(DECODED_VOCAB, (prompt,), generator=torch.Generator().manual_seed(1))
 
-    def steps() -> None:
+    def steps(count: int = DECODED_TOKENS) -> None:
+        sampling = Sampling(temperature=0.0, max_new_tokens=count)
+        requests = [Request("", ids.tolist(), sampling, n)]
         list(decode(model, IdsTokenizer(DECODED_VOCAB), requests, decoder=decoder))
 
     with decode_threads(threads):

@@ -183,11 +183,11 @@ def test_wrong_input(folder: Path, gpt: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert (code, "lm-eval could not run own_broken" in err) == (3, True)
     for given, said in (
         (["--lm-eval", "x", "--data", "y"], "--data is not for --lm-eval"),
-        (["--lm-eval", "x", "--task"], "--task is not for --lm-eval"),
+        (["--lm-eval", "x", "--task"], "--task and --lm-eval do not go together"),
         (["--lm-eval", " ,"], "names no task"),
         (["--lm-eval", "x", "--include-path", "nowhere"], "no such directory"),
-        (["--limit", "3"], "--limit is for --lm-eval"),
-        (["--shots", "3"], "--shots is for --task and --lm-eval"),
+        (["--limit", "3"], "--limit is not for text, but for --lm-eval and --memorization"),
+        (["--shots", "3"], "--shots is not for text, but for --task and --lm-eval"),
         (["--task", "--shots", "-1"], "--shots"),
     ):
         code, _, err = gpt("eval", "--model", model, *given)

@@ -148,7 +148,10 @@ def test_commands(planted: Path, tmp_path: Path, gpt: Run) -> None:
     assert "9 passages of the training text" in out
     assert "copies in a pass" in out
     for flags, message in (
-        (["--memorization", "--pairs", str(pairs)], "--pairs is not for --memorization"),
+        (
+            ["--memorization", "--pairs", str(pairs)],
+            "--memorization and --pairs do not go together",
+        ),
         (["--memorization", "--stride", "3"], "--stride is not for --memorization"),
         (["--pairs", str(pairs), "--data", "x"], "--data is not for --pairs"),
         (["--pairs", str(pairs), "--limit", "3"], "--limit is not for --pairs"),

@@ -170,6 +170,6 @@ def test_command(runs: Path, gpt: Any) -> None:
     assert json.loads(out)["task"]["headline"] == "accuracy"
     for flags in (["--stride", "4"], ["--max-tokens", "9"], ["--quantize", "int8"]):
         code, _, err = gpt("eval", "--task", "--model", model, *flags)
-        assert (code, f"{flags[0]} is for text" in err) == (2, True)
+        assert (code, f"{flags[0]} is not for --task, but for text" in err) == (2, True)
     code, _, err = gpt("eval", "--allow-code-execution", "--model", model)
     assert (code, "--task" in err) == (2, True)

@@ -22,7 +22,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("arguments", [[], ["--decode"], ["--decode", "int8", "-n", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--decode"], ["--decode", "int8", "-n", "2", "--prompt", "9"]]
+)
 def test_tables(script, capsys, monkeypatch, arguments: list[str]) -> None:
     """Bug: an operator's kind is not found, so that what takes the time is said to be `other`."""
     monkeypatch.setattr("sys.argv", ["profile_step.py", *arguments])
@@ -36,11 +38,12 @@ def test_tables(script, capsys, monkeypatch, arguments: list[str]) -> None:
     assert (shares.get("optimizer", 0) > 0.1) == (not arguments)
     assert (shares.get("rows to int8", 0) > 3) == ("int8" in arguments)
     assert re.search(r"^One step takes [\d.]+ ms on 1 threads", out, re.MULTILINE)
+    assert ("Reading the prompt" in out) == ("--prompt" in arguments)
 
 
 def test_wrong_flags(script, monkeypatch) -> None:
     """Bug: a profile of training is taken for one of five texts."""
-    for arguments in (["-n", "5"], ["--decode", "-n", "0"], ["--decode", "q8"]):
+    for arguments in (["-n", "5"], ["--decode", "-n", "0"], ["--decode", "q8"], ["--prompt", "9"]):
         monkeypatch.setattr("sys.argv", ["profile_step.py", *arguments])
         with pytest.raises(SystemExit):
             script.main()

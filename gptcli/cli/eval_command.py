@@ -1,4 +1,4 @@
-"""`gpt eval`: score a model on held-out text, or on the rows of a task."""
+"""`gpt eval`: score a model on text or on a task, or measure what it knows by heart or prefers."""
 
 import json
 import logging
@@ -8,100 +8,125 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.eval_tables import comparison_rows, lm_eval_rows, shown, task_tables, text_tables
-from gptcli.cli.invocation import Invocation, invocation
+from gptcli.cli.eval_tables import tables
+from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import AllowCodeOption, ModelOption
-from gptcli.cli.terminal import columns, write_out
+from gptcli.cli.terminal import write_out
 from gptcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from gptcli.config.schema import Config
+    from gptcli.evaluation.result import Evaluation
 
 log = logging.getLogger("gptcli")
+
+# The ways to score -> the flags that one takes, beside CONFIG, --model, --run-dir and --json.
+_FLAGS_OF = {
+    "text": ("data", "stride", "max_tokens", "quantize"),
+    "--task": ("data", "shots", "allow_code_execution"),
+    "--lm-eval": ("include_path", "limit", "shots"),
+    "--memorization": ("data", "limit"),
+    "--pairs": (),
+}
+
+ConfigArgument = Annotated[
+    str | None, typer.Argument(metavar="CONFIG", help="A YAML whose eval: section is used.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="SOURCE", help="What to score. [the held-out part]"),
+]
+StrideOption = Annotated[
+    int | None, typer.Option("--stride", metavar="N", help="Tokens between windows.")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Score at most this many.")
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="int8|fp16|bf16",
+        help="Score with smaller weights too, and show what that changes.",
+    ),
+]
+TaskOption = Annotated[
+    bool,
+    typer.Option(
+        "--task", help="Score the finetuning task of CONFIG, else that of the model's own run."
+    ),
+]
+ShotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shots",
+        metavar="K",
+        min=0,
+        help="With --task or --lm-eval: put K examples from the training rows before each row.",
+    ),
+]
+LmEvalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASKS",
+        help="Score tasks of the lm-evaluation-harness: names or YAML files, with commas between"
+        " them.",
+    ),
+]
+IncludePathOption = Annotated[
+    Path | None,
+    typer.Option("--include-path", metavar="DIR", help="Own task files for --lm-eval."),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        min=1,
+        help="Only N rows of each --lm-eval task, N passages of --memorization. [all, 256]",
+    ),
+]
+MemorizationOption = Annotated[
+    bool,
+    typer.Option(
+        "--memorization",
+        help="Measure how much of its training text, and of planted canaries, the model knows by"
+        " heart; with --data, of that text.",
+    ),
+]
+PairsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--pairs",
+        metavar="FILE",
+        help='Compare paired sentences, JSON lines {"a", "b", "group"}: which are likelier?',
+    ),
+]
+EvalDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the report here.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the whole report.")]
 
 
 def evaluate(
     context: typer.Context,
-    config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A YAML whose eval: section is used.")
-    ] = None,
+    config: ConfigArgument = None,
     model: ModelOption = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="SOURCE", help="What to score. [the held-out part]"),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", metavar="N", help="Tokens between windows.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", metavar="N", help="Score at most this many.")
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            "--quantize",
-            metavar="int8|fp16|bf16",
-            help="Score with smaller weights too, and show what that changes.",
-        ),
-    ] = None,
-    task: Annotated[
-        bool,
-        typer.Option(
-            "--task", help="Score the finetuning task of CONFIG, else that of the model's own run."
-        ),
-    ] = False,
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            "--shots",
-            metavar="K",
-            min=0,
-            help="With --task or --lm-eval: put K examples from the training rows before each row.",
-        ),
-    ] = None,
+    data: DataOption = None,
+    stride: StrideOption = None,
+    max_tokens: MaxTokensOption = None,
+    quantize: QuantizeOption = None,
+    task: TaskOption = False,
+    shots: ShotsOption = None,
     allow_code: AllowCodeOption = False,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            "--lm-eval",
-            metavar="TASKS",
-            help="Score tasks of the lm-evaluation-harness: names or YAML files, with commas"
-            " between them.",
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option("--include-path", metavar="DIR", help="Own task files for --lm-eval."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=1,
-            help="Only N rows of each --lm-eval task, N passages of --memorization. [all, 256]",
-        ),
-    ] = None,
-    memorization: Annotated[
-        bool,
-        typer.Option(
-            "--memorization",
-            help="Measure how much of its training text, and of planted canaries, the model knows"
-            " by heart; with --data, of that text.",
-        ),
-    ] = False,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(
-            "--pairs",
-            metavar="FILE",
-            help='Compare paired sentences, JSON lines {"a", "b", "group"}: which are likelier?',
-        ),
-    ] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Write the report here.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report.")] = False,
+    lm_eval: LmEvalOption = None,
+    include_path: IncludePathOption = None,
+    limit: LimitOption = None,
+    memorization: MemorizationOption = False,
+    pairs: PairsOption = None,
+    run_dir: EvalDirOption = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Score a model: loss, perplexity, bits per byte, accuracy; with --task what it answers, with
     --lm-eval tasks of the lm-evaluation-harness, with --memorization what it knows by heart, with
@@ -113,154 +138,79 @@ def evaluate(
     from gptcli.cli.section_flags import with_flags
     from gptcli.config.load import load_config
 
-    base = load_config(config).config
-    flags = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
-    section = with_flags(base.eval, flags)
-    settings = base.model_copy(update={"eval": section})
+    flags = {
+        "data": data,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "quantize": quantize,
+        "shots": shots,
+        "allow_code_execution": allow_code or None,
+        "include_path": include_path,
+        "limit": limit,
+    }
+    chosen: dict[str, Any] = {"--task": task or None, "--lm-eval": lm_eval}
+    chosen |= {"--memorization": memorization or None, "--pairs": pairs}
+    way, what = _way(chosen, flags)
+    settings = load_config(config).config
+    of_section = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
+    settings = settings.model_copy(update={"eval": with_flags(settings.eval, of_section)})
     call = invocation(context)
-    if memorization or pairs is not None:
-        kind = "--memorization" if memorization else "--pairs"
-        _refuse(f"not for {kind}", stride=stride, max_tokens=max_tokens, quantize=quantize)
-        _refuse(f"not for {kind}", task=task or None, lm_eval=lm_eval, shots=shots)
-        _refuse(f"not for {kind}", allow_code_execution=allow_code or None)
-        _refuse(f"not for {kind}", include_path=include_path)
-        if memorization:
-            _refuse("not for --memorization", pairs=pairs)
-            return _memorization(call, settings, model, data, limit, run_dir, as_json)
-    if pairs is not None:
-        _refuse("not for --pairs", data=data, limit=limit)
-        return _pairs(call, settings, pairs, model, run_dir, as_json)
-    if lm_eval is not None:
-        _refuse("not for --lm-eval", stride=stride, max_tokens=max_tokens, quantize=quantize)
-        _refuse("not for --lm-eval", data=data, task=task or None)
-        _refuse("for --task", allow_code_execution=allow_code or None)
-        return _lm_eval(
-            call, settings, lm_eval, model, include_path, limit, shots, run_dir, as_json
-        )
-    _refuse("for --lm-eval", include_path=include_path, limit=limit)
-    if task:
-        _refuse("for text, not for --task", stride=stride, max_tokens=max_tokens, quantize=quantize)
+    given = {name: flags[name] for name in _FLAGS_OF[way]}
+    given |= {"model": model, "run_dir": run_dir, "command": call.command}
+    with call.display.live():
+        result = _evaluated(way, what, settings, given, own_task=config is None)
+    if as_json:
+        write_out(json.dumps(result.report, indent=2) + "\n")
+    else:
+        write_out("\n".join(tables(result.report)))
+    if result.directory is not None:
+        log.info(f"report: {result.directory}")
+    return 0
+
+
+def _way(chosen: dict[str, Any], flags: dict[str, Any]) -> tuple[str, Any]:
+    """The one way to score that is chosen, with its value, else `text`.
+
+    ConfigError when there are two, or a flag is given that it does not take.
+    """
+    ways = [way for way, value in chosen.items() if value is not None] or ["text"]
+    if len(ways) > 1:
+        raise ConfigError(f"{ways[0]} and {ways[1]} do not go together: give one of them")
+    way = ways[0]
+    for name, value in flags.items():
+        if value is not None and name not in _FLAGS_OF[way]:
+            takers = [other for other, taken in _FLAGS_OF.items() if name in taken]
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is not for {way}, but for {' and '.join(takers)}")
+    return way, chosen.get(way)
+
+
+def _evaluated(
+    way: str, what: Any, settings: "Config", given: dict[str, Any], own_task: bool
+) -> "Evaluation":
+    """What the job of that way returns. `own_task`: no CONFIG is given that names a task."""
+    if way == "--lm-eval":
+        names = [name.strip() for name in what.split(",") if name.strip()]
+        if not names:
+            raise ConfigError("--lm-eval names no task")
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars into pipes and logs
+        from gptcli.evaluate_lm_eval import evaluate_lm_eval
+
+        return evaluate_lm_eval(settings, names, **given)
+    if way == "--memorization":
+        from gptcli.evaluate_memorization import evaluate_memorization
+
+        return evaluate_memorization(settings, passages=given.pop("limit"), **given)
+    if way == "--pairs":
+        from gptcli.evaluate_pairs import evaluate_pairs
+
+        return evaluate_pairs(settings, what, **given)
+    if way == "--task":
         from gptcli.evaluate_task import evaluate_task
 
-        with call.display.live():
-            result = evaluate_task(
-                None if config is None else settings,
-                model=model,
-                data=data,
-                run_dir=run_dir,
-                shots=shots,
-                allow_code=allow_code,
-                command=call.command,
-            )
-    else:
-        _refuse("for --task", allow_code_execution=allow_code or None)
-        _refuse("for --task and --lm-eval", shots=shots)
-        from gptcli.evaluate import evaluate as run
+        allow_code = bool(given.pop("allow_code_execution"))
+        return evaluate_task(None if own_task else settings, allow_code=allow_code, **given)
+    from gptcli.evaluate import evaluate as evaluate_text
 
-        with call.display.live():
-            result = run(settings, data=data, run_dir=run_dir, command=call.command)
-    if as_json:
-        write_out(json.dumps(result.report, indent=2) + "\n")
-    elif task:
-        write_out("\n".join(task_tables(result.report)))
-    elif "quantized" in result.report:
-        write_out(columns(comparison_rows(result.report), right=frozenset({1, 2, 3})))
-    else:
-        write_out("\n".join(text_tables(result.report)))
-    if result.directory is not None:
-        log.info(f"report: {result.directory}")
-    return 0
-
-
-def _refuse(kind: str, **flags: Any) -> None:
-    """ConfigError for flags that are given, but are `kind`: for something else."""
-    for name, value in flags.items():
-        if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is {kind}")
-
-
-def _lm_eval(
-    call: Invocation,
-    settings: "Config",
-    tasks: str,
-    model: str | None,
-    include_path: Path | None,
-    limit: int | None,
-    shots: int | None,
-    run_dir: Path | None,
-    as_json: bool,
-) -> int:
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("--lm-eval names no task")
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars into pipes and logs
-    from gptcli.evaluate_lm_eval import evaluate_lm_eval
-
-    with call.display.live():
-        result = evaluate_lm_eval(
-            settings,
-            names,
-            model=model,
-            include_path=include_path,
-            limit=limit,
-            shots=shots,
-            run_dir=run_dir,
-            command=call.command,
-        )
-    if as_json:
-        write_out(json.dumps(result.report, indent=2) + "\n")
-    else:
-        write_out(columns(lm_eval_rows(result.report["lm_eval"]), right=frozenset({2, 3, 4, 5})))
-    if result.directory is not None:
-        log.info(f"report: {result.directory}")
-    return 0
-
-
-def _memorization(
-    call: Invocation,
-    settings: "Config",
-    model: str | None,
-    data: list[str] | None,
-    limit: int | None,
-    run_dir: Path | None,
-    as_json: bool,
-) -> int:
-    from gptcli.evaluate_memorization import evaluate_memorization
-
-    with call.display.live():
-        result = evaluate_memorization(
-            settings,
-            model=model,
-            data=data,
-            run_dir=run_dir,
-            passages=limit,
-            command=call.command,
-        )
-    return _show_privacy(result.report, result.directory, as_json)
-
-
-def _pairs(
-    call: Invocation,
-    settings: "Config",
-    path: Path,
-    model: str | None,
-    run_dir: Path | None,
-    as_json: bool,
-) -> int:
-    from gptcli.evaluate_pairs import evaluate_pairs
-
-    with call.display.live():
-        result = evaluate_pairs(settings, path, model=model, run_dir=run_dir, command=call.command)
-    return _show_privacy(result.report, result.directory, as_json)
-
-
-def _show_privacy(report: dict[str, Any], directory: Path | None, as_json: bool) -> int:
-    from gptcli.reports.privacy import privacy_tables
-
-    if as_json:
-        write_out(json.dumps(report, indent=2) + "\n")
-    else:
-        write_out("\n".join(shown(table) for table in privacy_tables(report)))
-    if directory is not None:
-        log.info(f"report: {directory}")
-    return 0
+    given = {name: given[name] for name in ("data", "run_dir", "command")}  # the rest is in eval:
+    return evaluate_text(settings, **given)

@@ -11,7 +11,22 @@ WORST, CHARACTERS = 5, 48  # rows and text of the most surprising parts; reports
 MOST_LABELS = 12  # of a confusion matrix in a terminal; reports have larger ones
 
 
-def text_tables(report: dict[str, Any]) -> list[str]:
+def tables(report: dict[str, Any]) -> list[str]:
+    """What a terminal shows of a report of `gpt eval`, whatever it is of."""
+    from gptcli.reports.privacy import privacy_tables
+
+    if report.get("tasks"):
+        return _task_tables(report)
+    if report.get("lm_eval"):
+        return [columns(_lm_eval_rows(report["lm_eval"]), right=frozenset({2, 3, 4, 5}))]
+    if report.get("quantized"):
+        return [columns(_comparison_rows(report), right=frozenset({1, 2, 3}))]
+    if report.get("scores"):
+        return _text_tables(report)
+    return [_shown(table) for table in privacy_tables(report)]
+
+
+def _text_tables(report: dict[str, Any]) -> list[str]:
     """What a terminal shows of an evaluation on text: the scores, where they are good and bad, and
     the most surprising documents and tokens."""
     from gptcli.reports.eval_sections import breakdown_tables, surprising_tables
@@ -19,10 +34,10 @@ def text_tables(report: dict[str, Any]) -> list[str]:
     error = report["calibration"]["expected_calibration_error"]
     scores = score_rows(report["scores"] | {"expected_calibration_error": error})
     parts = [*breakdown_tables(report), *surprising_tables(report, WORST, CHARACTERS)]
-    return [columns(scores, right=frozenset({1})), *map(shown, parts)]
+    return [columns(scores, right=frozenset({1})), *map(_shown, parts)]
 
 
-def shown(table: "Table") -> str:
+def _shown(table: "Table") -> str:
     """A table of a report; columns of figures are right-aligned."""
     cells = enumerate(zip(*table.rows, strict=True))
     right = frozenset(i for i, values in cells if all(v[:1] in "-–0123456789" for v in values))
@@ -30,7 +45,7 @@ def shown(table: "Table") -> str:
     return f"{table.title}\n{columns([table.columns, *table.rows], right=right)}{note}"
 
 
-def lm_eval_rows(found: dict[str, Any]) -> list[list[str]]:
+def _lm_eval_rows(found: dict[str, Any]) -> list[list[str]]:
     """A row for each score of each task of the harness."""
     rows = [["task", "score", "", "standard error", "shots", "rows"]]
     for score in found["scores"]:
@@ -43,7 +58,7 @@ def lm_eval_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def task_tables(report: dict[str, Any]) -> list[str]:
+def _task_tables(report: dict[str, Any]) -> list[str]:
     """What a terminal shows of an evaluation on a task: the scores with their intervals, and where
     there are labels the confusion matrix."""
     rows = [["", "", "95 % interval", "baseline", "rows"]]
@@ -60,7 +75,7 @@ def task_tables(report: dict[str, Any]) -> list[str]:
     return tables
 
 
-def comparison_rows(report: dict[str, Any]) -> list[list[str]]:
+def _comparison_rows(report: dict[str, Any]) -> list[list[str]]:
     """Scores and memory of the weights: before, after, and the change where there is one."""
     about, after = report["quantized"], report["scores"]
     before = about["scores_before"]

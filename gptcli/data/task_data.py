@@ -87,13 +87,13 @@ class TaskData:
             return PackedExamples(mixture, self.block_size, seed, shuffle_window > 0, position)
         return ExampleRows(mixture)
 
-    def pairs(self) -> Iterator[PreferencePair]:
-        """All training pairs of a preference task, in file order."""
+    def examples(self) -> Iterator[Encoded]:
+        """All training rows in file order, each once."""
         encoder = self._encoder()
         for record in self.corpus.train_records():
-            pair = encoder.encode(record["row"], record["document"])
-            if isinstance(pair, PreferencePair):
-                yield pair
+            example = encoder.encode(record["row"], record["document"])
+            if example is not None:
+                yield example
 
     def _encoder(self) -> TaskEncoder:
         return TaskEncoder(self.settings, self.tokenizer, self.block_size, self.labels)

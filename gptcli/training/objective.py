@@ -3,7 +3,6 @@
 Legend of shapes: R rows, S sequences of a row, T time in tokens, C n_embd, L labels.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -16,12 +15,11 @@ from gptcli.model.gpt import GPT
 from gptcli.model.heads import logits_of_features, sequence_features
 from gptcli.model.likelihood import log_likelihoods
 from gptcli.model.loss import IGNORED, linear_cross_entropy
+from gptcli.training.features import FeaturesOf
 
 # Of some rows of a step (on the device of the model) and of the whole step: the share of these rows
 # in the step's loss, an fp32 scalar. Shares of all rows add up to the loss, however they are cut.
 LossOf: TypeAlias = Callable[[StepBatch, StepBatch], Tensor]
-
-_FEATURE_BYTES = 2**30  # kept of frozen models: those of 350,000 texts at n_embd 768
 
 
 def language_model_loss(model: GPT) -> LossOf:
@@ -38,17 +36,16 @@ def head_loss(
     lm_weight: float,
     class_weights: list[float] | None,
     choice: bool,
-    cache_features: bool = False,
+    features_of: FeaturesOf | None = None,
 ) -> LossOf:
     """Cross-entropy of the task head, mean over the step's rows, + `lm_weight` x the mean loss of
     the language model on their targets (Radford et al. 2018, equation 5), in nats.
 
     With `class_weights` (L,) the mean is weighted by those of the rows' labels. `choice` says that
-    the head scores each sequence of a row, and the label is the number of one. `cache_features` is
-    for a model of which the head alone learns: what the head reads is computed once for each text,
-    without dropout, and there is no loss of the language model, which would change nothing.
+    the head scores each sequence of a row, and the label is the number of one. `features_of` gives
+    what the head reads where it alone learns (see `frozen_features`); then there is no loss of the
+    language model, which would change nothing.
     """
-    features_of = frozen_features(model) if cache_features else None
 
     def loss_of(rows: StepBatch, step: StepBatch) -> Tensor:
         ends, labels, all_labels = rows.ends, rows.labels, step.labels
@@ -93,38 +90,6 @@ def preference_loss(
         return -F.logsigmoid(beta * (chosen - rejected)).sum() / len(step.tokens)
 
     return loss_of
-
-
-def frozen_features(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of tokens (R, S, T) and ends (R, S) that gives what a task head reads (R, S, C),
-    without gradient or dropout; see `sequence_features`. The model must not change.
-
-    Each text is read once and by itself, so that its numbers depend on no other: a run that was
-    stopped goes on with the same ones. They are kept, up to 1 GiB of them.
-    """
-    kept: dict[bytes, Tensor] = {}
-    most = _FEATURE_BYTES // (4 * model.config.n_embd)
-
-    def feature(text: Tensor) -> Tensor:  # (T,) int64, on the CPU -> (C,)
-        key = hashlib.blake2b(text.numpy().tobytes(), digest_size=16).digest()
-        if key in kept:
-            return kept[key]
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            found = model.hidden(text[None].to(model.device))[0, -1].float()
-        model.train(training)
-        if len(kept) < most:
-            kept[key] = found
-        return found
-
-    def features_of(tokens: Tensor, ends: Tensor) -> Tensor:
-        lengths = (ends.clamp_min(0) + 1).flatten().tolist()
-        texts = zip(tokens.flatten(0, 1).cpu(), lengths, strict=True)
-        found = torch.stack([feature(text[:length]) for text, length in texts])
-        return torch.unflatten(found, 0, ends.shape)
-
-    return features_of
 
 
 def _scored(step: StepBatch) -> int:

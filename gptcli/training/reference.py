@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from gptcli import stop
@@ -19,14 +18,12 @@ from gptcli.device import Device
 from gptcli.errors import CheckpointError
 from gptcli.evaluation.preferences import pair_log_likelihoods
 from gptcli.model.gpt import GPT
-from gptcli.runs.run_dir import write_atomic
-from gptcli.runs.tensors import read_tensors
+from gptcli.training.kept_values import read_kept, write_kept
 
 log = logging.getLogger("gptcli")
 
 REFERENCE = "reference.safetensors"  # in the run directory: keys int64 (N,), values fp32 (N, 2)
 _PAIRS_AT_ONCE = 512  # of which those of like length go into a batch
-_HINT = "it is written when a run begins: start a new one"
 
 
 def reference_log_probabilities(
@@ -47,11 +44,11 @@ def reference_log_probabilities(
     """
     path = directory / REFERENCE
     if resumed:
-        found = _read(path)
+        found = _by_key(*read_kept(path, 2, "log-likelihoods"))
         _check(found, pairs(), path)
         return found
     keys, values = _computed(model, pairs(), device, precision)
-    write_atomic(path, save({"keys": keys, "values": values}))
+    write_kept(path, keys, values)
     return _by_key(keys, values)
 
 
@@ -66,16 +63,6 @@ def _computed(
         values = pair_log_likelihoods(model, new, device, precision)
         found.update((pair.key, value) for pair, value in zip(new, values, strict=True))
     return torch.tensor(list(found), dtype=torch.int64), torch.stack(list(found.values()))
-
-
-def _read(path: Path) -> dict[int, tuple[float, float]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing, which preference training needs", hint=_HINT)
-    tensors = read_tensors(path)
-    keys, values = tensors.get("keys"), tensors.get("values")
-    if keys is None or values is None or values.shape != (*keys.shape, 2):
-        raise CheckpointError(f"{path} holds no log-likelihoods of pairs", hint=_HINT)
-    return _by_key(keys, values)
 
 
 def _check(found: Container[int], pairs: Iterable[PreferencePair], path: Path) -> None:

@@ -189,7 +189,7 @@ def test_all_training_pairs_come_in_file_order(tmp_path: Path):
     rows = [{"prompt": str(i), "chosen": "good", "rejected": "bad"} for i in range(7)]
     rows.insert(3, {"prompt": "x", "chosen": "good", "rejected": ""})
     task = opened(tmp_path, rows, task="preference")
-    pairs = list(task.pairs())
+    pairs = list(task.examples())
     assert [pair.chosen.prompt_text for pair in pairs] == [str(i) for i in range(7)]
     rows_of = task.rows(1, 100).take(7)
     assert rows_of.labels is not None
