@@ -1,10 +1,11 @@
 """The console entry `gpt`: the commands, the global flags, and the one place that catches errors.
 
-Command modules import their job, and with it torch, only when they run, so that help, usage errors
-and config errors come at once.
+Only the module of the command that is asked for is imported, for help those of all, and a command
+imports its job, and with it torch, when it runs: help, usage errors and config errors come at once.
 """
 
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -13,22 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from gptcli import __version__, stop
-from gptcli.cli import (
-    config_command,
-    data_command,
-    doctor_command,
-    eval_command,
-    explain_command,
-    export_command,
-    finetune_command,
-    generate_command,
-    import_command,
-    plan_command,
-    pretrain_command,
-    runs_command,
-    signals,
-    tokenizer_command,
-)
+from gptcli.cli import signals
 from gptcli.cli.display import Display
 from gptcli.cli.invocation import Invocation, invocation
 from gptcli.cli.terminal import (
@@ -47,15 +33,24 @@ EXIT_CODES_HELP = """Exit codes: 0 done; 1 a bug; 2 usage or config; 3 data or t
 # No space, quota, memory or file handles left: not a bug, wherever it shows.
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
-app = typer.Typer(
-    name="gpt",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXIT_CODES_HELP,
-)
+# Each command's function in its module, or group of commands; in the order of `gpt --help`.
+_COMMANDS = {
+    "pretrain": ("pretrain_command", "pretrain"),
+    "finetune": ("finetune_command", "finetune"),
+    "generate": ("generate_command", "generate"),
+    "eval": ("eval_command", "evaluate"),
+    "explain": ("explain_command", "explain"),
+    "plan": ("plan_command", "plan"),
+    "export": ("export_command", "export_model"),
+    "import": ("import_command", "import_model"),
+    "doctor": ("doctor_command", "doctor"),
+}
+_GROUPS = {
+    "runs": ("runs_command", "runs_app"),
+    "config": ("config_command", "config_app"),
+    "tokenizer": ("tokenizer_command", "tokenizer_app"),
+    "data": ("data_command", "data_app"),
+}
 
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
@@ -74,7 +69,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     context: typer.Context,
     version: Annotated[
@@ -99,21 +93,6 @@ def root(
         write_out(context.get_help() + "\n")
 
 
-app.command("pretrain")(pretrain_command.pretrain)
-app.command("finetune")(finetune_command.finetune)
-app.command("generate")(generate_command.generate)
-app.command("eval")(eval_command.evaluate)
-app.command("explain")(explain_command.explain)
-app.command("plan")(plan_command.plan)
-app.command("export")(export_command.export_model)
-app.command("import")(import_command.import_model)
-app.command("doctor")(doctor_command.doctor)
-app.add_typer(runs_command.runs_app, name="runs")
-app.add_typer(config_command.config_app, name="config")
-app.add_typer(tokenizer_command.tokenizer_app, name="tokenizer")
-app.add_typer(data_command.data_app, name="data")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run `gpt` with `argv` (default: the process's arguments) and return its exit code."""
     call = Invocation([], Display())
@@ -122,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             prepare_streams()
             call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
-            code = _command().main(call.arguments, prog_name="gpt", standalone_mode=False, obj=call)
+            code = _command(call.arguments).main(
+                call.arguments, prog_name="gpt", standalone_mode=False, obj=call
+            )
             write_out("")  # a stdout that fails only now must not fail silently at exit
             return code if isinstance(code, int) else 0
         except (Exception, SystemExit) as error:  # the one boundary: everything ends here
@@ -131,11 +112,33 @@ def main(argv: list[str] | None = None) -> int:
             settle_stdout()
 
 
-def _command() -> Any:
-    """The Typer app as a command tree in which every command also takes the global flags."""
-    group = typer.main.get_command(app)
+def _command(arguments: list[str]) -> Any:
+    """The command tree in which every command also takes the global flags; of the first level, the
+    one command that `arguments` name, or all."""
+    app = typer.Typer(
+        name="gpt",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=EXIT_CODES_HELP,
+        callback=root,
+    )
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    known = name in _COMMANDS or name in _GROUPS
+    for place, (module, attribute) in (_COMMANDS | _GROUPS).items():
+        if known and place != name:
+            continue
+        found = getattr(importlib.import_module(f"gptcli.cli.{module}"), attribute)
+        if place in _COMMANDS:
+            app.command(place)(found)
+        else:
+            app.add_typer(found, name=place)
+    # A single command would be the whole program: what is asked for is its group.
+    group = typer.main.get_group(app)
     shared = [option for option in group.params if option.name in ("debug", "quiet")]
-    pending = list(group.commands.values())  # type: ignore[attr-defined]
+    pending = list(group.commands.values())
     while pending:
         command = pending.pop()
         command.params.extend(shared)

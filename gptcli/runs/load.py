@@ -18,7 +18,6 @@ from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.interop.fit import MAX_POSITION_NUMBERS
-from gptcli.interop.hf_folder import open_folder
 from gptcli.model import packed
 from gptcli.model.empty import empty_model, parameter_shapes
 from gptcli.model.gpt import GPT
@@ -320,6 +319,8 @@ def _from_folder(
     place: ModelPlace, device: torch.device, dtype: torch.dtype, allow_pickle: bool
 ) -> LoadedModel:
     """The model of a Hugging Face folder, whose files `open_folder` has checked."""
+    from gptcli.interop.hf_folder import open_folder  # much to import, which runs do not need
+
     folder = open_folder(place.path, allow_pickle=allow_pickle)
     model = empty_model(folder.config.model, folder.config.vocab_size)
     config = published_config(place.name, model.config)
