@@ -1,6 +1,7 @@
 """What the model reads: prompts into the cache of a batch, then the next tokens of every row."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from gptcli.model.cache import KVCache
 from gptcli.model.gpt import GPT
 
 _LEAST_SHARED_TOKENS = 16  # shorter beginnings cost less to read again than to keep
+_LEAST_SHARED_KEYS = 64  # fewer are read in each row as fast as they are read for all
 _MOST_PREFIXES = 4  # beginnings that are kept, each with its keys and values
 _READ_AT_ONCE_TOKENS = 4096  # of several texts, filled up to the longest of them
 
@@ -43,6 +45,12 @@ class Reader:
         self._narrowest = min(windows, default=capacity)
         self._prefixes = shared_prefixes(texts, _LEAST_SHARED_TOKENS, self._narrowest)
         self._kept: dict[tuple[int, ...], KVCache] = {}
+        # Whether attention reads what rows begin with once for all of them, what each was filled
+        # with, and of how many rows how many tokens were found to be shared.
+        fp32 = (model.device.type, model.dtype) == ("cpu", torch.float32)
+        self._can_share = fp32 and not windows
+        self._held: dict[int, tuple[int, ...]] = {}
+        self._shared = (0, 0)
 
     def fill(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Read the texts of the rows by whose numbers they go; equal ones are read once.
@@ -50,6 +58,8 @@ class Reader:
         Ends early when a stop is requested; then the cache does not hold them.
         """
         rows_of: dict[tuple[int, ...], list[int]] = {}
+        self._held.update((row, tuple(text)) for row, text in texts.items())
+        self._shared = (0, 0)
         for row, text in texts.items():
             if text:
                 rows_of.setdefault(tuple(text), []).append(row)
@@ -66,9 +76,11 @@ class Reader:
     ) -> Tensor:
         """Logits (R, T, V) after each of the next `tokens` (R, T) of the first rows, which have
         `lengths` tokens (R,) in the cache. About so many `steps` of this kind are to come."""
-        if self._recorded is not None and self._recorded.fit(lengths, len(tokens[0]), steps):
-            return self._recorded.step(torch.tensor(tokens), lengths)
-        self._cache.begin(lengths, len(tokens[0]))
+        count, shared = len(tokens[0]), self._shared_tokens(len(lengths))
+        shared = shared if shared <= min(lengths) else 0  # 0 of a row that is read again
+        if self._recorded is not None and self._recorded.fit(lengths, count, shared, steps):
+            return self._recorded.step(torch.tensor(tokens), lengths, shared)
+        self._cache.begin(lengths, count, shared)
         ids = torch.tensor(tokens, device=self._model.device)
         logits: Tensor = self._decoder(ids, self._cache)
         return logits
@@ -86,6 +98,15 @@ class Reader:
     def move(self, row: int, to: int) -> None:
         """Let row `to` hold what `row` holds."""
         self._cache.move(row, to)
+        self._held[to], self._shared = self._held.get(row, ()), (0, 0)
+
+    def _shared_tokens(self, rows: int) -> int:
+        """What the first `rows` rows begin with alike, where that is worth a part of its own."""
+        if self._shared[0] != rows:
+            texts = {self._held.get(row, ()) for row in range(rows)}
+            shared = len(reduce(_common, texts)) if self._can_share and rows > 1 else 0
+            self._shared = rows, shared if shared >= _LEAST_SHARED_KEYS else 0
+        return self._shared[1]
 
     def _groups(self, texts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Texts that are read together: they begin alike and are about as long.

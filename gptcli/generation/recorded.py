@@ -32,7 +32,8 @@ _FIRST_STEPS = 8
 _CAN_TRACE = sys.version_info < (3, 14)  # which torch.jit does not know
 _WARM_UP_STEPS = 3  # of a CUDA graph, as its documentation has it
 
-_Shape = tuple[int, int, int]  # rows, tokens a row, room (0: any, of rows of one length)
+# Rows, tokens a row, room (0: any, of rows of one length), whether the rows share their beginning.
+_Shape = tuple[int, int, int, bool]
 _traced: WeakKeyDictionary[GPT, dict[_Shape, Any]] = WeakKeyDictionary()
 
 
@@ -44,10 +45,10 @@ class RecordedSteps:
         self._model, self._cache, self._rows, self._capacity = model, cache, rows, capacity
         self._kind = model.device.type
         self._graphs: dict[_Shape, _Graph] = {}
-        self._shape, self._in_a_row = (0, 0, 0), 0
+        self._shape, self._in_a_row = (0, 0, 0, False), 0
         self._pool: Any = None  # one memory for all graphs: they never run together
 
-    def fit(self, lengths: Sequence[int], count: int, steps: int) -> bool:
+    def fit(self, lengths: Sequence[int], count: int, shared: int, steps: int) -> bool:
         """Whether this step and `steps` more like it are worth recording, after some that were not,
         and can be: with rotations from the model's table, as others are copied from the host. To be
         asked once a step."""
@@ -57,23 +58,27 @@ class RecordedSteps:
         room = self._room(lengths, count)
         if table is not None and max(room, max(lengths) + count) > table:
             return False
-        shape = (self._recorded_rows(len(lengths)), count, room)
+        shape = (self._recorded_rows(len(lengths)), count, room, bool(shared and not room))
         self._in_a_row = self._in_a_row + 1 if shape == self._shape else 1
         self._shape = shape
         if shape in self._graphs or shape in _traced.get(self._model, {}):
             return True
         return self._in_a_row > _FIRST_STEPS and steps >= _LEAST_STEPS[self._kind]
 
-    def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits (R, T, V) after `tokens` (R, T), valid until the next step of that shape."""
+    def step(self, tokens: Tensor, lengths: Sequence[int], shared: int) -> Tensor:
+        """Logits (R, T, V) after `tokens` (R, T), valid until the next step of that shape. Of the
+        `lengths` tokens (R,) that the rows hold the first `shared` are the same."""
         room = self._room(lengths, tokens.size(1))
         if self._kind == "cuda":
             return self._replay(tokens, lengths, room)
         traced = _traced.setdefault(self._model, {})
-        shape = (*tokens.shape, room)
-        given = (tokens, _positions(lengths, tokens.size(1)), *self._cache.k, *self._cache.v)
+        shape = (*tokens.shape, room, bool(shared and not room))
+        numbers = [tokens, _positions(lengths, tokens.size(1))]
+        if shape[-1]:
+            numbers.append(torch.tensor(shared))
+        given = (*numbers, *self._cache.k, *self._cache.v)
         if shape not in traced:
-            traced[shape] = _trace(self._model, room, given)
+            traced[shape] = _trace(self._model, room, shape[-1], given)
         # Optimising takes seconds and gains nothing.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             logits: Tensor = traced[shape](*given)
@@ -95,7 +100,7 @@ class RecordedSteps:
         more = self._recorded_rows(rows) - rows  # what is in the cache above is no one's
         tokens = torch.cat([tokens, tokens[:1].expand(more, -1)])
         positions = _positions([*lengths, *[0] * more], count)
-        shape = (rows + more, count, room)
+        shape = (rows + more, count, room, False)
         if shape not in self._graphs:
             self._graphs[shape] = self._record(tokens, positions, room)
         graph = self._graphs[shape]
@@ -135,30 +140,32 @@ class _Graph:
 
 
 class _Step(nn.Module):
-    """A step as a function of tensors alone: tokens, positions, keys and values of all layers."""
+    """A step as a function of tensors alone: tokens, positions, with `sharing` how many of the
+    tokens before are shared, and the keys and values of all layers."""
 
-    def __init__(self, model: GPT, room: int) -> None:
+    def __init__(self, model: GPT, room: int, sharing: bool) -> None:
         super().__init__()
-        self.model, self.room = model, room
+        self.model, self.room, self.sharing = model, room, sharing
         self.eval()
 
-    def forward(self, tokens: Tensor, positions: Tensor, *kept: Tensor) -> Tensor:
-        """(R, T), (R, T), (rows, K, slots, D) x 2 n_layer -> logits (R, T, V)."""
+    def forward(self, tokens: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+        """(R, T), (R, T), (), (rows, K, slots, D) x 2 n_layer -> logits (R, T, V)."""
+        shared, kept = (rest[0], rest[1:]) if self.sharing else (None, rest)
         layers = len(kept) // 2
         cache = BatchCache.over(kept[:layers], kept[layers:])
         if self.room:
             cache.begin_at(positions, self.room)
         else:
-            cache.begin_alike(positions)
+            cache.begin_alike(positions, shared)
         logits: Tensor = self.model(tokens, cache)
         return logits
 
 
-def _trace(model: GPT, room: int, given: tuple[Tensor, ...]) -> Any:
+def _trace(model: GPT, room: int, sharing: bool, given: tuple[Tensor, ...]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shapes that are constants: they are meant to be
         return torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Step(model, room), given, check_trace=False, _store_inputs=False
+            _Step(model, room, sharing), given, check_trace=False, _store_inputs=False
         )
 
 

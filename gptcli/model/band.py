@@ -5,6 +5,7 @@ S queries in a block, N blocks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,14 @@ class Reach:
     By `mask` (1 or B, 1, T, P + T) bool, True where a query sees a key; or in blocks, each with the
     block of keys before it, by `mask` (1 or B, N, S, 2 S), S being `block`; or by `lengths`, those
     of the segments that see only themselves. None of these: every query sees all keys up to its
-    own, the only query every key.
+    own, the only query every key; then the first `shared` keys, a number or a tensor of one, are
+    those of row 0 in every row.
     """
 
     mask: Tensor | None = None
     block: int = 0
     lengths: list[int] | None = None
+    shared: int | Tensor = 0
 
     @classmethod
     def of(
@@ -70,6 +73,8 @@ class Reach:
         """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, P + T, D): as q. Each key
         head is for H / K query heads that follow one another."""
         groups = q.size(1) // k.size(1)
+        if isinstance(self.shared, Tensor) or self.shared:
+            return _attend_shared(q, k, v, self.shared)
         plain = self.mask is None and self.lengths is None and not self.block and q.size(2) > 1
         if groups > 1 and plain and q.device.type == "cpu":  # whose kernel copies and keeps nothing
             return F.scaled_dot_product_attention(
@@ -90,7 +95,30 @@ class Reach:
     def attend_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the last token alone: its query heads q (B, K, G, D) in groups over
         k, v (B, K, P + 1, D): as q."""
+        if isinstance(self.shared, Tensor) or self.shared:
+            return _attend_shared(q, k, v, self.shared)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+def _attend_shared(q: Tensor, k: Tensor, v: Tensor, shared: Any) -> Tensor:
+    """Attention of the last token alone, q (B, K, G, D) over k, v (B, K, S, D), where the first
+    `shared` keys are alike in all rows: these are read once, by the queries of all rows. As q.
+
+    The two parts of a softmax over all keys are weighted by their sums of exponentials, as in
+    Dao et al. 2022 (FlashAttention), section 3.1.
+    """
+    B, K, G, D = q.shape  # noqa: N806
+    # narrow: for a program that is recorded, `shared` is a tensor.
+    before_k, before_v = k[:1].narrow(2, 0, shared), v[:1].narrow(2, 0, shared)
+    after_k, after_v = (x.narrow(2, shared, x.size(2) - shared) for x in (k, v))
+    together = q.transpose(0, 1).reshape(1, K, B * G, D)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    before, before_sum = attend(together, before_k, before_v)
+    after, after_sum = attend(q, after_k, after_v)
+    before, before_sum = before.view(K, B, G, D), before_sum.reshape(K, B, G)
+    share = torch.sigmoid(before_sum.transpose(0, 1) - after_sum)[..., None]
+    y: Tensor = torch.lerp(after, before.transpose(0, 1), share)
+    return y
 
 
 def _block_mask(back: Tensor, size: int) -> Tensor:

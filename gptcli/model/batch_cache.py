@@ -41,13 +41,14 @@ class BatchCache:
         self.positions = torch.empty((0, 0), dtype=torch.int64, device=device)  # (R, T)
         self.longest = 0  # tokens of the longest row, the new ones included
         self._start: int | Tensor | None = 0  # place of the first new token, None if rows differ
+        self._shared: int | Tensor = 0
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # slots -> where new tokens go
 
     @classmethod
     def over(cls, k: Sequence[Tensor], v: Sequence[Tensor]) -> "BatchCache":
         """A cache that uses the keys and values of another one."""
         cache = cls.__new__(cls)
-        cache.k, cache.v, cache._places = list(k), list(v), {}
+        cache.k, cache.v, cache._places, cache._shared = list(k), list(v), {}, 0
         return cache
 
     @property
@@ -55,11 +56,12 @@ class BatchCache:
         """Bytes that the keys and values of one row take."""
         return sum(x.shape[1:].numel() * x.element_size() for x in [*self.k, *self.v])
 
-    def begin(self, lengths: Sequence[int], count: int) -> None:
+    def begin(self, lengths: Sequence[int], count: int, shared: int = 0) -> None:
         """Announce `count` new tokens for each of the first len(lengths) rows, which hold so many
-        valid ones; what a row held beyond is forgotten."""
+        valid ones; what a row held beyond is forgotten. The rows' first `shared` tokens are the
+        same, so that their keys need to be read once; only on a CPU, in fp32."""
         device = self.positions.device
-        self.longest, self._places = max(lengths) + count, {}
+        self.longest, self._places, self._shared = max(lengths) + count, {}, shared
         self._start = lengths[0] if min(lengths) == max(lengths) else None
         starts = torch.tensor(lengths, device=device)
         self.positions = starts[:, None] + torch.arange(count, device=device)
@@ -68,11 +70,14 @@ class BatchCache:
         """`begin` for new tokens at `positions` (R, T), all below `room`, in work that is the same
         wherever they are: it can be recorded and repeated with other numbers in `positions`."""
         self.positions, self.longest, self._start, self._places = positions, room, None, {}
+        self._shared = 0
 
-    def begin_alike(self, positions: Tensor) -> None:
+    def begin_alike(self, positions: Tensor, shared: Tensor | None) -> None:
         """`begin` for one new token a row at `positions` (R, 1), which are all the same, in a
-        program that can be recorded and repeated with other numbers there. Only for caches in which
-        every layer has room for the whole text; it attends to no more keys than there are."""
+        program that can be recorded and repeated with other numbers there, and in `shared`, where
+        it is not None. Only for caches in which every layer has room for the whole text; it attends
+        to no more keys than there are."""
+        self._shared = 0 if shared is None else shared
         self.positions, self.longest, self._start = positions, 0, positions[0, 0]
         # Any: `narrow` takes a number that is a tensor only where a program is recorded.
         self._end: Any = self._start + 1
@@ -86,7 +91,7 @@ class BatchCache:
         size, count = self.k[layer].size(2), self.positions.size(1)
         fits = not window or self.longest <= window or (size == window and count == 1)
         if self._start is not None and count == 1 and fits:
-            return Reach()
+            return Reach(shared=0 if window else self._shared)
         slots = torch.arange(min(self.longest, size), device=self.positions.device)
         last = self.positions[:, -1:]  # (R, 1)
         held = last - (last - slots) % size  # (R, S): the newest token that belongs into each slot

@@ -57,6 +57,17 @@ def test_help_is_quick_and_loads_no_torch():
     assert min(times) < 1.0  # 0.25 s on an idle core; the bound leaves room for a busy one
 
 
+def test_a_command_is_imported_alone():
+    """The modules of a dozen commands take longer to import than a short answer to compute."""
+    script = (
+        "import sys; from gptcli.cli.main import main; code = main(['--quiet', 'plan', '-h']);"
+        "found = [m.removeprefix('gptcli.cli.') for m in sys.modules if m.endswith('_command')];"
+        "print(code, found, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == "0 ['plan_command']\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [

@@ -11,12 +11,13 @@ from test_engine import GREEDY, ROLLING, SHAPES, TOKENIZER, random_model
 
 from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
-from gptcli.generation import engine, recorded
+from gptcli.generation import engine, reader, recorded
 from gptcli.generation.engine import Request, decode, generate_samples
 from gptcli.generation.lookup import Lookup
 from gptcli.generation.reader import shared_prefixes
 from gptcli.generation.row import Generated
 from gptcli.generation.sampling import Sampling
+from gptcli.model import band
 from gptcli.model.batch_cache import BatchCache
 from gptcli.model.gpt import GPT, initialise
 from gptcli.model.packed import OneDnnLinear, quantize
@@ -206,7 +207,39 @@ def test_recorded_packed_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
     monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
     assert together(model, [request], decoder=model) == expected
-    assert list(recorded._traced[model]) == [(2, 1, 0)]  # one program for every length
+    assert list(recorded._traced[model]) == [(2, 1, 0, False)]  # one program for every length
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("shape", ["modern", "modern-gqa", "gpt2", "sinusoidal-post"])
+def test_a_shared_beginning(shape: str, record: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: samples of one prompt that attend to another row's own tokens, to the beginning of a
+    prompt that came before, or to one that a window which started again no longer has."""
+    model = random_model(shape, std=0.3)
+    start, block = [256, 72, 105, 32, 116, 104, 101], model.config.block_size
+    settings = replace(SAMPLED, stop=("e",), max_new_tokens=3 * block)
+    prompts = [[*start, *range(40, 40 + block // 3)], [*start, 7, 8], [9, 8, 7, 6, 5], [3]]
+    requests = [Request("", prompt, settings, n=3) for prompt in prompts]
+    expected = one_by_one(model, requests)
+    used: list[int] = []
+    attend = band._attend_shared
+    monkeypatch.setattr(
+        band, "_attend_shared", lambda q, k, v, n: used.append(int(n)) or attend(q, k, v, n)
+    )
+    monkeypatch.setattr(reader, "_LEAST_SHARED_KEYS", 3)
+    if record:
+        monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+        monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
+    decoder = model if record else None
+    monkeypatch.setattr(engine, "_MOST_ROWS", 3)  # they enter one after another
+    assert together(model, requests, decoder=decoder) == expected
+    for request, right in zip(requests, expected, strict=True):
+        used.clear()
+        assert together(model, [request], decoder=decoder) == [right]
+        assert record or set(used) <= {len(request.tokens) - 1}
+        assert record or bool(used) == (len(request.tokens) > 3)
+    if record:  # with any number of them
+        assert {(3, 1, 0, False), (3, 1, 0, True)} <= set(recorded._traced[model])
 
 
 def test_few_steps_are_not_recorded() -> None:
