@@ -38,18 +38,20 @@ def generate(
     *,
     on_text: OnText | None = None,
     on_prompt: Callable[[str], None] | None = None,
+    on_sample: Callable[[Generated], None] | None = None,
 ) -> Iterator[list[Generated]]:
     """Continue each prompt `n` times; yields the samples of one prompt at a time, in order.
 
     Prompts are read and checked, and a random seed is drawn and logged, before this returns; the
     decoding, of all prompts together, happens as the result is iterated. `on_prompt(text)` is
     called before the first `on_text(sample, piece)` of each prompt, and those of the next prompt
-    wait until the samples of this one are taken. After a stop request come the texts of the prompt
-    at hand ("interrupted") and those of later prompts that are done. Raises ConfigError, DataError,
-    CheckpointError.
+    wait until the samples of this one are taken. `on_sample` receives each of them before, when it
+    and those before it are done, but for interrupted ones. After a stop request come the texts of
+    the prompt at hand ("interrupted") and those of later prompts that are done. Raises ConfigError,
+    DataError, CheckpointError.
     """
     prompts = resolve_prompts(model, config)
-    return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt)
+    return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt, on_sample)
 
 
 def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:
@@ -143,8 +145,13 @@ def _generate(
     config: GenerateConfig,
     on_text: OnText | None,
     on_prompt: Callable[[str], None] | None,
+    on_sample: Callable[[Generated], None] | None = None,
 ) -> Iterator[list[Generated]]:
-    speculate = config.speculate is not None
+    def done(sample: Generated) -> None:
+        if on_sample is not None and not stopped:  # else it comes only if its prompt is done whole
+            on_sample(sample)
+
+    stopped, speculate = False, config.speculate is not None
     size = BatchSize.of(model.model, requests, speculate)
     rounds = math.ceil(sum(request.n for request in requests) / size.rows)
     steps = max(request.sampling.max_new_tokens for request in requests) * rounds
@@ -156,6 +163,7 @@ def _generate(
         model.tokenizer,
         requests,
         on_text=None if on_text is None else turns.piece,
+        on_sample=done,
         speculate=speculate,
         decoder=decoder,
         size=size,

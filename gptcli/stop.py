@@ -1,8 +1,12 @@
 """The stop flag: signal handlers (installed by `cli/`) only set it; every loop polls it."""
 
+import os
+import select
 import signal
 
 EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+_POLL_SECONDS = 0.2
+_CHUNK_BYTES = 2**20
 
 _requested: signal.Signals | None = None
 _save_now = False
@@ -44,6 +48,22 @@ def raise_if_requested() -> None:
     """Raise `Stopped` when a stop was asked for."""
     if _requested is not None:
         raise Stopped
+
+
+def read_to_end(descriptor: int, most_bytes: int) -> bytes:
+    """What a file or pipe holds, up to one byte more than `most_bytes`. Raises `Stopped` while
+    nothing comes: a plain read would begin again after every signal and could not be stopped."""
+    data = bytearray()
+    while len(data) <= most_bytes:
+        ready = select.select([descriptor], [], [], _POLL_SECONDS)[0]
+        raise_if_requested()
+        if not ready:
+            continue
+        chunk = os.read(descriptor, min(_CHUNK_BYTES, most_bytes + 1 - len(data)))
+        if not chunk:
+            break
+        data += chunk
+    return bytes(data)
 
 
 def reset() -> None:

@@ -3,8 +3,6 @@
 import gc
 import json
 import logging
-import os
-import select
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +14,7 @@ import typer
 from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
-from gptcli.stop import raise_if_requested
+from gptcli.stop import raise_if_requested, read_to_end
 
 if TYPE_CHECKING:
     from gptcli.config.schema import GenerateConfig
@@ -262,7 +260,11 @@ def _run(model: "LoadedModel", settings: "GenerateConfig") -> None:
         return
     output = _Output(settings)
     batches = continue_prompts(
-        model, settings, on_text=output.piece if output.live else None, on_prompt=output.prompt
+        model,
+        settings,
+        on_text=output.piece if output.live else None,
+        on_prompt=output.prompt,
+        on_sample=output.sample,
     )
     began = time.perf_counter()
     tokens = output.finished(batches)
@@ -279,6 +281,7 @@ class _Output:
         self._settings = settings
         self._several = settings.n > 1 or settings.prompt_file is not None
         self._held = ""
+        self._written = 0  # samples of the prompt at hand
 
     def prompt(self, text: str) -> None:
         """A prompt about to be continued."""
@@ -291,21 +294,27 @@ class _Output:
             self._grow(text)
 
     def finished(self, batches: "Iterable[list[Generated]]") -> int:
-        """All samples of all prompts, as each prompt is done; returns the number of tokens."""
+        """All samples of all prompts; returns the number of tokens."""
         tokens = 0
         for samples in batches:
-            for sample in samples:
-                tokens += len(sample.tokens)
-                if self._settings.json_lines:
-                    self._json(sample)
-                    continue
-                if self.live and sample.sample == 0:
-                    self._write(self._held)
-                    self._held = ""
-                else:
-                    self._write(("" if self._settings.no_prompt else sample.prompt) + sample.text)
-                self._write("\n---\n" if self._several else "\n")
+            tokens += sum(len(sample.tokens) for sample in samples)
+            for sample in samples[self._written :]:
+                self.sample(sample)
+            self._written = 0
         return tokens
+
+    def sample(self, sample: "Generated") -> None:
+        """The next sample of the prompt at hand."""
+        self._written += 1
+        if self._settings.json_lines:
+            self._json(sample)
+            return
+        if self.live and sample.sample == 0:
+            self._write(self._held)
+            self._held = ""
+        else:
+            self._write(("" if self._settings.no_prompt else sample.prompt) + sample.text)
+        self._write("\n---\n" if self._several else "\n")
 
     def _grow(self, text: str) -> None:
         """Write what a text goes on with. A CR at the end waits: with an LF after it, it ends a
@@ -337,17 +346,7 @@ def read_stdin(as_bytes: bool = False) -> str:
 
     With `as_bytes` all of it; what is no UTF-8 comes as surrogates (PEP 383), as in arguments.
     """
-    data = b""
-    while sys.stdin is not None and len(data) <= _MAX_STDIN_BYTES:
-        # A plain read would begin again after every signal and could not be stopped.
-        ready = select.select([sys.stdin], [], [], 0.2)[0]
-        raise_if_requested()
-        if not ready:
-            continue
-        chunk = os.read(sys.stdin.fileno(), 65536)
-        if not chunk:
-            break
-        data += chunk
+    data = b"" if sys.stdin is None else read_to_end(sys.stdin.fileno(), _MAX_STDIN_BYTES)
     if not data:
         raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt ... -")
     if len(data) > _MAX_STDIN_BYTES:

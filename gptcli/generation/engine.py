@@ -17,6 +17,7 @@ text is read together with them as a guess. A guess counts where it is the token
 been chosen without it, by the same logits and the same random number; so the text stays the same.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def decode(
     requests: Sequence[Request],
     *,
     on_text: Callable[[int, int, str], None] | None = None,
+    on_sample: Callable[[Generated], None] | None = None,
     speculate: bool = False,
     use_cache: bool = True,
     decoder: GPT | None = None,
@@ -93,11 +95,12 @@ def decode(
 
     Sample k of a request depends on (sampling, k, its tokens) alone, up to rounding.
     `on_text(request, sample, piece)` receives the texts as they grow, in whole characters, those of
-    later requests among them. `decoder` is a model of the same weights, or `model` itself, that is
-    there to take steps: they are recorded where many come. `size` is what `BatchSize.of` gave, if
-    that was asked before. When a stop is requested, the texts begun are yielded as they are,
-    "interrupted". Raises CheckpointError for non-finite logits, ValueError for tokens that do not
-    fit.
+    later requests among them. `on_sample` receives each sample of the request at hand when it and
+    those before it are done, but for interrupted ones. `decoder` is a model of the same weights, or
+    `model` itself, that is there to take steps: they are recorded where many come. `size` is what
+    `BatchSize.of` gave, if that was asked before. When a stop is requested, the texts begun are
+    yielded as they are, "interrupted". Raises CheckpointError for non-finite logits, ValueError for
+    tokens that do not fit.
     """
     for request in requests:
         _check(model, request)
@@ -105,7 +108,8 @@ def decode(
         size = BatchSize(sum(request.n for request in requests), 0, 1)
     with _evaluating(model):
         size = size or BatchSize.of(model, requests, speculate)
-        yield from _decode(model, decoder, tokenizer, requests, on_text, speculate, size)
+        shown = _Shown(on_text, on_sample or (lambda sample: None))
+        yield from _decode(model, decoder, tokenizer, requests, shown, speculate, size)
 
 
 def _decode(
@@ -113,34 +117,38 @@ def _decode(
     decoder: GPT | None,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
-    on_text: Callable[[int, int, str], None] | None,
+    shown: "_Shown",
     speculate: bool,
     size: BatchSize,
 ) -> Iterator[tuple[int, list[Generated]]]:
     begun: list[list[Row]] = [[] for _ in requests]
 
     def waiting() -> Iterator[Row]:  # made when there is a place: there may be millions
-        for number, rows in enumerate(_rows(tokenizer, requests, on_text, speculate)):
+        for number, rows in enumerate(_rows(tokenizer, requests, shown.on_text, speculate)):
             for row in rows:
                 begun[number].append(row)
                 yield row
 
     with torch.inference_mode():  # never across a yield: it would go on in the caller
-        texts = [request.tokens[:-1] for request in requests]  # the last token goes with the first
+        texts = Counter[tuple[int, ...]]()
+        for request in requests:
+            texts[tuple(request.tokens[:-1])] += request.n  # the last token goes with the first
         reader = Reader(model, decoder, size.rows, size.capacity, size.most_new, texts)
         batch = _Batch(model, tokenizer, reader, waiting(), size)
     for number, request in enumerate(requests):
-        rows, done = begun[number], 0
-        while done < request.n:
-            if done < len(rows) and rows[done].finish_reason:
-                done += 1
+        rows, samples = begun[number], list[Generated]()
+        while len(samples) < request.n:
+            done = len(samples)
+            if done < len(rows) and rows[done].finish_reason not in (None, "interrupted"):
+                samples.append(rows[done].result(request.prompt))
+                shown.on_sample(samples[-1])
                 continue
             with torch.inference_mode():
                 going_on = batch.step()
             if not going_on:
                 break
         begun[number] = []  # nobody keeps them when they are told
-        samples = [row.result(request.prompt) for row in rows if row.begun]
+        samples += [row.result(request.prompt) for row in rows[len(samples) :] if row.begun]
         if not samples:
             return
         yield number, samples
@@ -187,6 +195,14 @@ def _rows(
         if on_text is not None:
             shown = lambda sample, piece, number=number: on_text(number, sample, piece)  # noqa: E731
         yield (Row(k, tokenizer, r.tokens, r.sampling, shown, speculate) for k in range(r.n))
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Who receives texts as they grow, and samples that are done."""
+
+    on_text: Callable[[int, int, str], None] | None
+    on_sample: Callable[[Generated], None]
 
 
 @contextmanager

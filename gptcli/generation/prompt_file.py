@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
+from gptcli import stop
 from gptcli.config.check import check
 from gptcli.config.fields import keys_of
 from gptcli.config.overrides import as_node
@@ -80,10 +81,11 @@ def read_prompts(path: str, defaults: GenerateConfig) -> list[FilePrompt]:
 
 
 def read_bytes(path: str) -> bytes:
-    """What the file holds. Raises ConfigError where it cannot be read, or has no end."""
+    """What the file holds. Raises ConfigError where it cannot be read, or has no end, and
+    `stop.Stopped`."""
     try:
         with open(path, "rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = stop.read_to_end(file.fileno(), _MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"prompt_file: cannot read {path}: {error.strerror}") from error
     if len(data) > _MOST_BYTES:

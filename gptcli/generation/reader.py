@@ -15,16 +15,17 @@ from gptcli.model.gpt import GPT
 _LEAST_SHARED_TOKENS = 16  # shorter beginnings cost less to read again than to keep
 _LEAST_SHARED_KEYS = 64  # fewer are read in each row as fast as they are read for all
 _MOST_PREFIXES = 4  # beginnings that are kept, each with its keys and values
-_READ_AT_ONCE_TOKENS = 4096  # of several texts, filled up to the longest of them
+_READ_AT_ONCE_TOKENS = 4096  # of several texts, filled up to the longest of them; of one, half
 
 
 class Reader:
     """A model and its cache for a batch of texts, which `fill` and `step` keep in agreement.
 
-    Texts that begin alike are read once up to where they part; which these are is found among
-    `texts`, all that are to come. `decoder` is the model that takes the steps, which may be
-    recorded: the same weights, where its linear layers are made for few rows. None: `model`,
-    unrecorded, as one in training may be compiled.
+    Texts that begin alike are read once up to where they part, and those that come again once;
+    which these are is found among `texts`, all that are to come, with how often each does.
+    `decoder` is the model that takes the steps, which may be recorded: the same weights, where its
+    linear layers are made for few rows. None: `model`, unrecorded, as one in training may be
+    compiled.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Reader:
         rows: int,
         capacity: int,
         most_new: int,
-        texts: Sequence[Sequence[int]],
+        texts: Mapping[tuple[int, ...], int],
     ) -> None:
         self._model, self._decoder = model, decoder or model
         self._cache = model.new_batch_cache(rows, capacity, most_new)
@@ -43,7 +44,13 @@ class Reader:
             self._recorded = RecordedSteps(decoder, self._cache, rows, capacity)
         windows = [window for window in model.windows if window]
         self._narrowest = min(windows, default=capacity)
-        self._prefixes = shared_prefixes(texts, _LEAST_SHARED_TOKENS, self._narrowest)
+        self._prefixes = shared_prefixes(list(texts), _LEAST_SHARED_TOKENS, self._narrowest)
+        if sum(texts.values()) > rows:  # they enter one after another
+            self._prefixes += [
+                text
+                for text, count in texts.items()
+                if count > 1 and _LEAST_SHARED_TOKENS <= len(text) <= self._narrowest
+            ]
         self._kept: dict[tuple[int, ...], KVCache] = {}
         # Whether attention reads what rows begin with once for all of them, what each was filled
         # with, and of how many rows how many tokens were found to be shared.
@@ -138,23 +145,28 @@ class Reader:
         return cache
 
     def _beginning(self, prefix: tuple[int, ...]) -> KVCache:
-        cache = self._kept.get(prefix)
+        cache = self._kept.pop(prefix, None)
         if cache is None:
+            cache = self._model.new_cache(1, len(prefix))
+            shorter = self._prefix(prefix[:-1])
+            if shorter:
+                cache.take(self._beginning(shorter))
+            self._advance([list(prefix[len(shorter) :])], cache)
             if len(self._kept) == _MOST_PREFIXES:
-                del self._kept[next(iter(self._kept))]
-            cache = self._kept[prefix] = self._model.new_cache(1, len(prefix))
-            self._advance([list(prefix)], cache)
+                del self._kept[next(iter(self._kept))]  # the one that was used least recently
+        self._kept[prefix] = cache
         return cache
 
     def _advance(self, tokens: list[list[int]], cache: KVCache) -> None:
         ids = torch.tensor(tokens, device=self._model.device)
-        for chunk in torch.split(ids, self._model.config.block_size, dim=1):
+        most = min(self._model.config.block_size, _READ_AT_ONCE_TOKENS // 2)
+        for chunk in torch.split(ids, most, dim=1):
             if stop.requested() or not chunk.size(1):
                 return
             self._model.hidden(chunk, cache)
 
     def _prefix(self, text: tuple[int, ...]) -> tuple[int, ...]:
-        fitting = (p for p in self._prefixes if len(p) < len(text) and text[: len(p)] == p)
+        fitting = (prefix for prefix in self._prefixes if text[: len(prefix)] == prefix)
         return max(fitting, key=len, default=())
 
 

@@ -173,7 +173,43 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine, "_MOST_ROWS", 2)  # they enter one after another
     together(model, [Request("", prompt, settings, n=3) for prompt in prompts])
     # The beginning, each prompt's own next to last token, and the last of every sample.
-    assert read <= 18 + 4 * 2 + 4 * 3
+    assert read <= 18 + 4 + 4 * 3
+    read = 0
+    together(model, [Request("", prompts[0], settings, n=7)])
+    assert read <= 19 + 7
+
+
+def test_a_sample_is_handed_over_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the first of a thousand samples that waits for the last, one that is told twice or
+    before those in front of it, one that a stop cut off told as a whole one."""
+    model = random_model("modern")
+    monkeypatch.setattr(engine, "_MOST_ROWS", 3)
+    requests = [Request(name, [1, 2], replace(SAMPLED, stop=("e",)), n=8) for name in "ab"]
+    told: list[Generated] = []
+    first = 0
+
+    def note(sample: Generated) -> None:
+        nonlocal first
+        told.append(sample)
+        if len(told) == 1:
+            first = rows
+
+    rows = 0
+    step = engine._Batch.step
+
+    def counted(batch: Any) -> bool:
+        nonlocal rows
+        rows += 1
+        if rows == 40:
+            stop.request(2)
+        return step(batch)
+
+    monkeypatch.setattr(engine._Batch, "step", counted)
+    found = list(decode(model, TOKENIZER, requests, on_sample=note))
+    done = [s for _, samples in found for s in samples if s.finish_reason != "interrupted"]
+    assert told == done
+    assert first < 40 <= rows
+    assert 1 <= len(done) < 16
 
 
 @pytest.mark.parametrize("speculate", [False, True])

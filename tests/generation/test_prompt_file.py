@@ -1,14 +1,18 @@
 """Prompt files: lines of text, and JSON lines with settings of their own."""
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptcli import stop
 from gptcli.config.schema import GenerateConfig
 from gptcli.errors import ConfigError, DataError
-from gptcli.generation.prompt_file import read_prompts
+from gptcli.generation.prompt_file import read_bytes, read_prompts
 
 DEFAULTS = GenerateConfig(temperature=0.5, n=2, stop=["x"], seed=9, json_lines=True)
 
@@ -156,3 +160,20 @@ def test_logprobs_need_json(tmp_path):
     file = rows(tmp_path, {"prompt": "a", "logprobs": 1})
     with pytest.raises(ConfigError, match=r"p\.jsonl:1:1: logprobs needs --json"):
         read_prompts(file, GenerateConfig())
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="names an open pipe")
+def test_waiting_for_a_pipe_can_be_stopped() -> None:
+    """A read begins again after a signal: Ctrl-C had no effect before the pipe's other end closed."""
+    reader, writer = os.pipe()
+    os.write(writer, b"Once\n")
+    try:
+        asking = threading.Timer(0.3, stop.request, [signal.SIGTERM])
+        asking.start()
+        with pytest.raises(stop.Stopped):
+            read_bytes(f"/dev/fd/{reader}")
+    finally:
+        asking.join()
+        stop.reset()
+        os.close(reader)
+        os.close(writer)
