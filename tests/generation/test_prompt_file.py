@@ -164,7 +164,7 @@ def test_logprobs_need_json(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="names an open pipe")
 def test_waiting_for_a_pipe_can_be_stopped() -> None:
-    """A read begins again after a signal: Ctrl-C had no effect before the pipe's other end closed."""
+    """A read begins again after a signal: Ctrl-C had no effect until the other end was closed."""
     reader, writer = os.pipe()
     os.write(writer, b"Once\n")
     try:
