@@ -32,13 +32,18 @@ from gptcli.evaluation.perplexity import (
 )
 from gptcli.model.empty import empty_model
 from gptcli.reports.comparison import verdict
-from gptcli.reports.report import write_eval_report
+from gptcli.reports.report import check_report_directory, write_eval_report
 from gptcli.runs.load import load_model
 from gptcli.runs.run_dir import is_run_dir, read_run_json, runs_root
 from gptcli.training.start import machine, versions
 
 log = logging.getLogger("gptcli")
 
+# Keys that change no weights: two runs that differ in them and the seed are of one recipe.
+_NO_WEIGHTS = (
+    *("name", "samples.", "report.", "eval.", "generate."),
+    *("training.log_every", "training.save_every", "training.save_minutes", "training.keep_last"),
+)
 _ELSEWHERE = "name a text that none of them was trained on: --data FILE"
 _OVER_DOCUMENTS = (
     "The intervals are over {}: they tell which of these models predicts such text better. Whether"
@@ -95,9 +100,11 @@ def compare(
     """Compare `models`, each a MODEL or the name of a run, on `data`, else on the validation part
     that all of them have; at most `max_tokens` of it, as the first one's tokenizer counts.
 
-    All are scored in fp32. Two are compared as given, of more each with the best. Raises GptError,
-    `stop.Stopped`.
+    All are scored in fp32. Two are compared as given, of more each with the best; since the same
+    text says which is the best, their intervals are as wide as if all were compared with all.
+    Raises GptError, `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     device = resolve_device("auto")
     entrants = [_entrant(reference, device) for reference in models]
     if len({entrant.path.resolve() for entrant in entrants}) < len(entrants):
@@ -276,7 +283,7 @@ def _report(
     best = min(range(len(rows)), key=lambda i: float(rows[i]["bits_per_byte"]))
     others = [i for i in range(len(rows)) if i != best]
     pairs = [(0, 1)] if len(rows) == 2 else [(best, i) for i in others]
-    differences = _differences(entrants)
+    comparisons = len(rows) * (len(rows) - 1) // 2
     notes = [*text.notes, _OVER_DOCUMENTS.format(text.unit)]
     if len(scored[0].bytes) < 2:
         notes = [_ALONE]
@@ -286,9 +293,9 @@ def _report(
         "units": len(scored[0].bytes),
         "bytes": int(scored[0].bytes.sum()),
         "runs": sorted(rows, key=lambda row: float(row["bits_per_byte"])),
-        "pairs": [_pair(entrants, scored, a, b, len(pairs)) for a, b in pairs],
+        "pairs": [_pair(entrants, scored, a, b, comparisons) for a, b in pairs],
         "names": names,
-        "differences": differences,
+        "differences": _differences(entrants),
         "notes": notes,
     }
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -306,13 +313,9 @@ def _pair(
     entrants: list[_Entrant], scored: list[DocumentScores], a: int, b: int, comparisons: int
 ) -> dict[str, Any]:
     """The paired test of two models. `seed_alone` tells that they are runs of one recipe, both at
-    their end, with two seeds, so that what sets them apart is chance, however sure it is that one
-    of the two is better."""
+    their best or last step, with two seeds, so that what sets them apart is chance, however sure it
+    is that one of the two is better."""
     both = [entrants[a], entrants[b]]
-    ended = all(
-        entrant.run_dir is not None and read_run_json(entrant.run_dir).get("status") == "finished"
-        for entrant in both
-    )
     bits = [found.nats / math.log(2) for found in scored]
     found = paired(bits[a], bits[b], scored[a].bytes, comparisons)
     about = {
@@ -320,17 +323,33 @@ def _pair(
         "b": both[1].name,
         **asdict(found),
         "winner": found.winner,
-        "seed_alone": ended and set(_differences(both)) == {"seed"},
+        "seed_alone": all(map(_is_result, both)) and _one_recipe(both),
     }
     return {**about, "verdict": verdict(about)}
 
 
+def _is_result(entrant: _Entrant) -> bool:
+    """Whether it is the best or the last checkpoint of a run that finished."""
+    run = read_run_json(entrant.run_dir) if entrant.run_dir is not None else {}
+    training = run.get("training") or {}
+    ends = (training.get("best_step"), training.get("steps"))
+    return run.get("status") == "finished" and entrant.step in ends
+
+
+def _one_recipe(entrants: list[_Entrant]) -> bool:
+    """Whether they differ in the seed, and beside it in nothing that changes weights."""
+    differing = {key for key in _differences(entrants) if not key.startswith(_NO_WEIGHTS)}
+    return differing == {"seed"}
+
+
 def _differences(entrants: list[_Entrant]) -> dict[str, list[Any]]:
     """Settings that are not the same for all, by key: the value for each. Of models that were made
-    elsewhere only the shape is known."""
+    elsewhere only the shape is known, and pretraining does not read `finetune`."""
     flat = [_flat(yaml.safe_load(dump_config(entrant.config))) for entrant in entrants]
     if not all(entrant.state for entrant in entrants):
         flat = [{k: v for k, v in keys.items() if k.startswith("model.")} for keys in flat]
+    if all(entrant.state.get("job") == "pretrain" for entrant in entrants):
+        flat = [{k: v for k, v in keys.items() if not k.startswith("finetune.")} for keys in flat]
     keys = dict.fromkeys(key for values in flat for key in values if key != "name")
     return {
         key: [values.get(key) for values in flat]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from gptcli.evaluation.result import Evaluation
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
 from gptcli.model.packed import is_quantized, quantize, weight_bytes
-from gptcli.reports.report import TRAINING_KEYS, write_eval_report
+from gptcli.reports.report import TRAINING_KEYS, check_report_directory, write_eval_report
 from gptcli.runs.load import LoadedModel, load_model
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training.start import machine, versions
@@ -61,6 +62,7 @@ def evaluate(
     in fp32. The report goes to `run_dir`, else below the model's run. Raises GptError,
     `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     settings = config.eval
     device = resolve_device(config.training.device)
     loaded = load_model(model if model is not None else settings.model, device.torch)
@@ -74,7 +76,7 @@ def evaluate(
             f"{loaded.path} holds int8 weights already, with nothing to compare them to",
             hint="leave out --quantize, or name the model that they were made from",
         )
-    sources = [SourceConfig(path=path) for path in data] if data else settings.data
+    sources = sources_of(data, config)
     encoded, name = _documents(loaded, sources, settings.max_tokens)
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
@@ -87,10 +89,27 @@ def evaluate(
     sizes = {"documents": scores.documents, "bytes": scores.bytes}
     report["data"] = {"eval": {"source": name, **sizes}}
     report["scores"] = asdict(scores)
-    directory = eval_directory(loaded, run_dir, name, settings)
+    directory = eval_directory(loaded, run_dir, name, settings, source_keys(sources))
     if directory is not None:
         write_eval_report(directory, report)
     return EvaluateResult(report, directory, scores)
+
+
+def sources_of(data: list[str] | None, config: Config) -> list[SourceConfig] | None:
+    """What to score: `data`, else `eval.data`; None where neither is given."""
+    return [SourceConfig(path=path) for path in data] if data else config.eval.data
+
+
+def source_keys(sources: list[SourceConfig] | None) -> list[dict[str, Any]]:
+    """What tells `sources` from others, JSON-able: their settings, with whole paths."""
+    return [
+        source.model_dump(mode="json") | {"path": _whole_path(source.path)}
+        for source in sources or []
+    ]
+
+
+def _whole_path(path: str) -> str:
+    return path if re.match(r"\w+:", path) else os.path.abspath(path)
 
 
 def described(
@@ -220,14 +239,16 @@ def eval_precision(config: Config, loaded: LoadedModel, device: Device) -> str:
 
 
 def eval_directory(
-    loaded: LoadedModel, run_dir: Path | None, name: str, settings: EvalConfig
+    loaded: LoadedModel, run_dir: Path | None, name: str, settings: EvalConfig, others: Any = None
 ) -> Path | None:
-    """`run_dir`, else evals/NAME-HASH of the run; the hash tells text, step and settings apart."""
+    """`run_dir`, else evals/NAME-HASH of the run; the hash tells text, step and settings apart, and
+    `others`, JSON-able: whatever else the scores depend on that `name` does not tell."""
     if run_dir is not None:
         return run_dir
     if loaded.run_dir is None:
         return None
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name).strip("-.") or "data"
     about = [name, loaded.step, settings.stride, settings.max_tokens]
-    key = json.dumps(about + ([settings.quantize] if settings.quantize else []))
+    about += [settings.quantize] if settings.quantize else []
+    key = json.dumps(about + ([others] if others else []))
     return loaded.run_dir / "evals" / f"{slug[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

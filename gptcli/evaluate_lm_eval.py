@@ -17,7 +17,7 @@ from gptcli.device import resolve_device
 from gptcli.errors import ConfigError, DataError, GptError
 from gptcli.evaluate import described, eval_directory, eval_precision
 from gptcli.evaluation.result import Evaluation
-from gptcli.reports.report import write_eval_report
+from gptcli.reports.report import check_report_directory, write_eval_report
 from gptcli.runs.load import load_model
 
 log = logging.getLogger("gptcli")
@@ -44,6 +44,7 @@ def evaluate_lm_eval(
     to `run_dir`, else below the model's run. Raises ConfigError without the package lm-eval and for
     an unknown task, DataError for one that does not run, other GptErrors, `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     manager = _task_manager(tasks, include_path)
     _check_names(tasks, manager.all_tasks, include_path)
     device = resolve_device(config.training.device)
@@ -58,7 +59,9 @@ def evaluate_lm_eval(
     report = described(loaded, f"lm-eval: {names}", device, precision, command)
     report["lm_eval"] = {"version": _version(), "limit": limit, "scores": _scores(found)}
     about = f"lm-eval {names} limit {limit} shots {shots}"
-    directory = eval_directory(loaded, run_dir, about, config.eval)
+    paths = [include_path, *(Path(task) for task in tasks if Path(task).is_file())]
+    whole = [str(path.resolve()) for path in paths if path is not None]
+    directory = eval_directory(loaded, run_dir, about, config.eval, whole)
     if directory is not None:
         write_eval_report(directory, report)
     return Evaluation(report, directory)

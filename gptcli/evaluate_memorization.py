@@ -18,7 +18,13 @@ from gptcli.data.stream import permutation
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError
-from gptcli.evaluate import described, eval_directory, eval_precision
+from gptcli.evaluate import (
+    described,
+    eval_directory,
+    eval_precision,
+    source_keys,
+    sources_of,
+)
 from gptcli.evaluation.canaries import canary_report
 from gptcli.evaluation.memorization import (
     LEAST_RUN,
@@ -32,7 +38,7 @@ from gptcli.evaluation.memorization import (
 from gptcli.evaluation.result import Evaluation
 from gptcli.generation.engine import generate_samples
 from gptcli.generation.sampling import Sampling
-from gptcli.reports.report import write_eval_report
+from gptcli.reports.report import check_report_directory, write_eval_report
 from gptcli.runs.load import LoadedModel, load_model
 
 log = logging.getLogger("gptcli")
@@ -76,33 +82,36 @@ def evaluate_memorization(
 ) -> Evaluation:
     """Measure how much of its training text MODEL continues or repeats verbatim.
 
-    The text is that of the model's run, or `data`, of any model, taken for training text; up to
-    `passages` (256) of it are asked for. With the canaries that the run planted, if any. The report
-    goes to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
+    The text is `data`, else `config.eval.data`, of any model, taken for training text, else that of
+    the model's run; up to `passages` (256) of it are asked for. With the canaries that the run
+    planted, if any. The report goes to `run_dir`, else below the model's run. Raises GptError,
+    `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     device = resolve_device(config.training.device)
     loaded = load_model(model if model is not None else config.eval.model, device.torch)
     precision = eval_precision(config, loaded, device)
-    text = _named_text(data) if data else _own_text(loaded)
+    sources = sources_of(data, config)
+    text = _named_text(sources) if sources else _own_text(loaded)
     log.info(f"what {loaded.path} has memorised of {text.name}")
     report = described(loaded, f"memorisation of {text.name}", device, precision, command)
     found = _memorization(loaded, text, passages or PASSAGES, device, precision)
     report["memorization"] = {"text": text.name, **found}
-    canaries = None if data else loaded.config.data.canaries
+    canaries = None if sources else loaded.config.data.canaries
     if canaries is not None:
         log.info(f"ranking {canaries.count * len(canaries.repetitions)} canaries")
         exposed = canary_report(loaded.model, loaded.tokenizer, canaries, device, precision)
         report["canaries"] = {**exposed, "epochs": _epochs(loaded)}
     name = f"memorization of {text.name} {passages or PASSAGES}"
-    directory = eval_directory(loaded, run_dir, name, config.eval)
+    directory = eval_directory(loaded, run_dir, name, config.eval, source_keys(sources))
     if directory is not None:
         write_eval_report(directory, report)
     return Evaluation(report, directory)
 
 
-def _named_text(data: list[str]) -> _Text:
-    documents = read_documents([SourceConfig(path=path) for path in data])
-    return _Text(", ".join(data), documents, [], [])
+def _named_text(sources: list[SourceConfig]) -> _Text:
+    names = ", ".join(source.path for source in sources)
+    return _Text(names, read_documents(sources), [], [])
 
 
 def _own_text(loaded: LoadedModel) -> _Text:

@@ -8,7 +8,7 @@ from gptcli.device import resolve_device
 from gptcli.evaluate import described, eval_directory, eval_precision
 from gptcli.evaluation.pairs import pair_report, read_pairs
 from gptcli.evaluation.result import Evaluation
-from gptcli.reports.report import write_eval_report
+from gptcli.reports.report import check_report_directory, write_eval_report
 from gptcli.runs.load import load_model
 
 log = logging.getLogger("gptcli")
@@ -26,6 +26,7 @@ def evaluate_pairs(
 
     The report goes to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     pairs = read_pairs(path)  # before a model is loaded
     device = resolve_device(config.training.device)
     loaded = load_model(model if model is not None else config.eval.model, device.torch)
@@ -39,7 +40,8 @@ def evaluate_pairs(
             f"{several} of {len(pairs)} pairs differ in more than one place ({places}): their"
             " difference is not that of a single term"
         )
-    directory = eval_directory(loaded, run_dir, f"pairs {path.name}", config.eval)
+    whole = str(path.resolve())
+    directory = eval_directory(loaded, run_dir, f"pairs {path.name}", config.eval, whole)
     if directory is not None:
         write_eval_report(directory, report)
     return Evaluation(report, directory)

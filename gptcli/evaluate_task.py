@@ -15,11 +15,18 @@ from gptcli.data.task_data import Held, open_task
 from gptcli.data.task_formats import TaskEncoder, row_fields
 from gptcli.device import resolve_device
 from gptcli.errors import CheckpointError, ConfigError, DataError
-from gptcli.evaluate import EvaluateResult, described, eval_directory, eval_precision
+from gptcli.evaluate import (
+    EvaluateResult,
+    described,
+    eval_directory,
+    eval_precision,
+    source_keys,
+    sources_of,
+)
 from gptcli.evaluation.perplexity import encode_rows, perplexity
 from gptcli.evaluation.task_scores import HeldOut, check_scores, score_task, scored_rows
 from gptcli.model.heads import has_task_head, task_head
-from gptcli.reports.report import write_eval_report, write_predictions
+from gptcli.reports.report import check_report_directory, write_eval_report, write_predictions
 from gptcli.runs.load import LoadedModel, load_model
 
 log = logging.getLogger("gptcli")
@@ -39,22 +46,26 @@ def evaluate_task(
 ) -> EvaluateResult:
     """Score MODEL on the task of `config`, without one on that of its own run.
 
-    The rows are those of `data`, else those that the task's config holds out, each behind `shots`
-    (else `finetune.shots`) examples from the config's training rows. The labels, and the order of a
-    task head's outputs, are those of the model's run where it has any. The report and
+    The rows are those of `data`, else of `config.eval.data`, else those that the task's config
+    holds out, each behind `shots` (else `finetune.shots`) examples from the config's training rows.
+    The labels, and the order of a task head's outputs, are those of the model's run where it has
+    any. The report and
     predictions.jsonl go to `run_dir`, else below the model's run. Raises GptError, `stop.Stopped`.
     """
+    check_report_directory(run_dir)
     device = resolve_device((config or Config()).training.device)
     if config is not None:
         check_scores(config.finetune, allow_code)  # before a model is loaded
     reference = model if model is not None or config is None else config.eval.model
     loaded = load_model(reference, device.torch)
     own = config is None
+    sources = sources_of(data, config or Config())
     config = _task_config(config, loaded, shots)
     settings = config.finetune
     check_scores(settings, allow_code)
-    if data:
-        held_out, name = _named_rows(config, loaded, data), ", ".join(data)
+    if sources:
+        name = ", ".join(source.path for source in sources)
+        held_out = _named_rows(config, loaded, sources, name)
         labels = settings.labels or []
     else:
         held_out, labels = _held_out(config, loaded, own)
@@ -80,11 +91,20 @@ def evaluate_task(
     report["data"] = {"eval": {"source": name, "rows": len(rows), **examples}}
     report |= {"scores": asdict(scores), "tasks": found.entries("value"), "task": found.to_json()}
     described_as = f"{settings.task} {name}" + (f" {settings.shots} shots" if examples else "")
-    directory = eval_directory(loaded, run_dir, described_as, config.eval)
+    others = _settings_key(config, sources)
+    directory = eval_directory(loaded, run_dir, described_as, config.eval, others)
     if directory is not None:
         write_eval_report(directory, report)
         write_predictions(directory / PREDICTIONS, found.predictions)
     return EvaluateResult(report, directory, scores)
+
+
+def _settings_key(config: Config, sources: list[SourceConfig] | None) -> list[Any]:
+    """What the scores depend on beside the model, JSON-able: task, seed and rows."""
+    rows = [*config.data.train, *(config.data.val or [])]
+    parts = [config.finetune, config.data]
+    dumped = [part.model_dump(mode="json") for part in parts]
+    return [*dumped, config.seed, source_keys(rows), source_keys(sources)]
 
 
 def _task_config(config: Config | None, loaded: LoadedModel, shots: int | None) -> Config:
@@ -132,15 +152,16 @@ def _examples(settings: FinetuneConfig, rows: HeldOut) -> dict[str, Any]:
     return {"shots": settings.shots, "mean_shots": mean, "rows_with_fewer_shots": fewer}
 
 
-def _named_rows(config: Config, loaded: LoadedModel, data: list[str]) -> Held:
-    """All rows of `data` that fit the model's block."""
+def _named_rows(
+    config: Config, loaded: LoadedModel, sources: list[SourceConfig], name: str
+) -> Held:
+    """All rows of `sources` that fit the model's block."""
     settings, labels = config.finetune, config.finetune.labels
     if settings.task in LABELLED_TASKS and not labels:
         raise ConfigError(
             "the labels are not known: they are those of a run, or of its training rows",
             hint="set finetune.labels in the config",
         )
-    sources = [SourceConfig(path=path) for path in data]
     block_size, labels = loaded.model.config.block_size, labels or []
     encoder: Encoder = TaskEncoder(settings, loaded.tokenizer, block_size, labels)
     if settings.shots:
@@ -151,7 +172,7 @@ def _named_rows(config: Config, loaded: LoadedModel, data: list[str]) -> Held:
     if len(kept) < len(rows):
         log.warning(f"{len(rows) - len(kept)} of {len(rows)} rows are empty or do not fit")
     if not kept:
-        raise DataError(f"no row of {', '.join(data)} fits the model's block_size {block_size}")
+        raise DataError(f"no row of {name} fits the model's block_size {block_size}")
     return kept  # type: ignore[return-value]  # all of one kind, which the task decides
 
 

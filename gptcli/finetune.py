@@ -205,6 +205,7 @@ def _begin(
     config: Config, start: Start, device: Device, allow_data_change: bool, allow_code: bool
 ) -> _Run:
     """The run in memory. The model that `init` names does not outlive this call."""
+    given = config
     config, initial = starting_point(config, start)
     tokenizer = starting_tokenizer(start, initial)
     assert tokenizer is not None  # config.init is set
@@ -217,7 +218,9 @@ def _begin(
     if task.labels:
         kept = config.finetune.model_copy(update={"labels": task.labels})
         config = config.model_copy(update={"finetune": kept})
-        write_config(start.directory, config)
+        # As it was given, without the shape that came from `init`: a resume compares the two.
+        given = given.model_copy(update={"finetune": kept})
+        write_config(start.directory, given.settled_for(config.model))
     reference_text = _reference_text(config, tokenizer)
     reference: dict[int, tuple[float, float]] = {}
     session = build_session(
@@ -288,6 +291,12 @@ def _objective(
             features_of=features_of,
         )
     if settings.task == "preference":
+        if task.corpus.remote:
+            raise ConfigError(
+                "what the model thinks of all pairs is computed before training, so they cannot be"
+                " streamed",
+                hint="download the rows and name the file in data.train",
+            )
         found = reference_log_probabilities(
             model,
             lambda: _of_kind(PreferencePair, chain(task.examples(), task.held_out)),

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,10 @@ from gptcli.compare import compare
 from gptcli.config.schema import Config
 from gptcli.errors import ConfigError, DataError
 from gptcli.evaluate import evaluate
+from gptcli.evaluation.paired import paired
 from gptcli.pretrain import pretrain
+from gptcli.reports.headlines import eval_headlines
+from gptcli.reports.report import eval_report_json
 
 WORDS = "the cat dog house sees finds takes small red old tree and under over near".split()  # noqa: SIM905
 
@@ -30,7 +34,12 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (folder / f"{name}.jsonl").write_text(sentences(400, seed))
 
     def train(
-        name: str, seed: int = 1, steps: int = 60, tokenizer: str = "bpe", text: str = "one"
+        name: str,
+        seed: int = 1,
+        steps: int = 60,
+        tokenizer: str = "bpe",
+        text: str = "one",
+        **sections: dict[str, Any],
     ) -> Path:
         config = {
             "name": name,
@@ -50,6 +59,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 "compile": "off",
             },
             "samples": {"n": 1, "max_new_tokens": 1},
+            **sections,
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
@@ -138,3 +148,61 @@ def test_the_same_model_twice(trio: list[str]) -> None:
     """Bug: a model against itself is shown as a draw of two."""
     with pytest.raises(ConfigError, match="twice"):
         compare([trio[0], trio[0]])
+
+
+def test_a_checkpoint_on_the_way_is_no_result(trio: list[str]) -> None:
+    """Bug: a run that is a sixth done differs from a finished one "in the seed alone"."""
+    early = f"{trio[0]}/checkpoints/step-00000030"
+    (pair,) = compare([early, trio[1]]).report["comparison"]["pairs"]
+    assert (pair["winner"], pair["seed_alone"]) == ("b", False)
+
+
+def test_keys_that_change_no_weights(trio: list[str], train: Callable[..., Path]) -> None:
+    """Bug: with another number of samples, two seeds of one recipe are said to differ in it."""
+    others = {"samples": {"n": 2, "max_new_tokens": 3}, "finetune": {"max_new_tokens": 7}}
+    run = train("seed-3", seed=3, **others, generate={"n": 2}, report={"tensorboard": True})
+    found = compare([trio[0], str(run)]).report["comparison"]
+    assert found["pairs"][0]["seed_alone"]
+    assert found["differences"]["samples.n"] == [1, 2]
+    assert not [key for key in found["differences"] if key.startswith("finetune.")]
+
+
+def test_the_best_is_one_of_all_pairs(trio: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the best of three is picked on the text that tests it, and two intervals are too few."""
+    counts = []
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(arguments[3])
+        return paired(*arguments)
+
+    monkeypatch.setattr("gptcli.compare.paired", counted)
+    three = compare(trio).report
+    assert counts == [3, 3]
+    assert [h.label for h in eval_headlines(three)] == ["Best bits per byte", "Text"]
+    two = compare(trio[:2]).report
+    assert counts == [3, 3, 1]
+    (pair,) = two["comparison"]["pairs"]
+    first = eval_headlines(two)[0]
+    assert (first.label, first.value) == (
+        "Difference in bits per byte",
+        f"{pair['difference']:+.4f}",
+    )
+    assert f"95 % interval {pair['ci95'][0]:+.4f} to" in first.note
+
+
+def test_a_run_keeps_its_own_report(trio: list[str], tmp_path: Path) -> None:
+    """Bug: --run-dir names a run, and the comparison replaces the report of its training; or it
+    names a file, and the scores are lost."""
+    with pytest.raises(ConfigError, match="is a training run"):
+        compare(trio[:2], run_dir=Path(trio[0]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not a directory"):
+        compare(trio[:2], run_dir=tmp_path / "file" / "out")
+
+
+def test_json_is_the_report(trio: list[str], tmp_path: Path, gpt: Any) -> None:
+    """Bug: --json prints NaN, or other keys than report.json has."""
+    flags = ["--json", "--run-dir", str(tmp_path / "out")]
+    code, out, _ = gpt("runs", "compare", *trio[:2], *flags)
+    assert (code, out) == (0, (tmp_path / "out" / "report.json").read_text())
+    assert "NaN" not in eval_report_json({"scores": {"loss": float("nan")}})

@@ -12,8 +12,12 @@ from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.scan import Document
 from gptcli.device import resolve_device
-from gptcli.errors import CheckpointError, ConfigError, DataError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluate import evaluate
+from gptcli.evaluate_lm_eval import evaluate_lm_eval
+from gptcli.evaluate_memorization import evaluate_memorization
+from gptcli.evaluate_pairs import evaluate_pairs
+from gptcli.evaluate_task import evaluate_task
 from gptcli.evaluation.perplexity import encode_documents, perplexity
 from gptcli.finetune import finetune
 from gptcli.pretrain import pretrain
@@ -112,6 +116,62 @@ def test_sources_of_the_config(trained: Path, tmp_path: Path) -> None:
     assert few.scores.tokens == 7
 
 
+def test_reports_of_two_texts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: files of one name in two directories, or read in two ways, share a report."""
+    folders = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("text.txt").write_text(TEXT)
+        Path("pairs.jsonl").write_text('{"a": "abc", "b": "abd"}\n')
+        folders.append(evaluate(settings(), model=str(trained), data=["text.txt"]).directory)
+        pairs = evaluate_pairs(settings(), Path("pairs.jsonl"), model=str(trained))
+        folders.append(pairs.directory)
+    by_line = settings(data=[{"path": "text.txt", "document": "line"}])
+    folders.append(evaluate(by_line, model=str(trained)).directory)
+    assert len(set(folders)) == 5
+
+
+def test_a_run_keeps_its_own_report(trained: Path, tmp_path: Path) -> None:
+    """Bug: --run-dir RUN replaces the report of the training, or a file there loses the scores."""
+    for job in (
+        lambda out: evaluate(settings(), model=str(trained), run_dir=out),
+        lambda out: evaluate_pairs(settings(), tmp_path / "p", model=str(trained), run_dir=out),
+        lambda out: evaluate_memorization(settings(), model=str(trained), run_dir=out),
+        lambda out: evaluate_task(settings(), model=str(trained), run_dir=out),
+        lambda out: evaluate_lm_eval(settings(), ["x"], model=str(trained), run_dir=out),
+    ):
+        with pytest.raises(ConfigError, match="is a training run"):
+            job(trained)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="is not a directory"):
+            job(tmp_path / "file")
+
+
+def test_keys_of_eval_that_a_way_does_not_take(trained: Path, tmp_path: Path, gpt: Any) -> None:
+    """Bug: eval.data or eval.quantize of CONFIG is ignored without a word beside --pairs."""
+    (tmp_path / "p.jsonl").write_text('{"a": "abc", "b": "abd"}\n')
+    config = tmp_path / "c.yaml"
+    flags = ["eval", str(config), "--model", str(trained)]
+    pairs = ["--pairs", str(tmp_path / "p.jsonl")]
+    for key, value in (("data", "a.txt"), ("quantize", "int8")):
+        config.write_text(f"eval: {{{key}: {value}}}\n")
+        code, _, err = gpt(*flags, *pairs)
+        assert (code, f"eval.{key} is not for --pairs, but for text" in err) == (2, True)
+    config.write_text("eval: {stride: 4, max_tokens: 9}\n")  # a training's too
+    code, _, err = gpt(*flags, *pairs)
+    assert code == 0
+    assert "eval.stride is not for --pairs, but for text: it changes nothing here" in err
+    assert "eval.max_tokens is not for --pairs" in err
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 9)
+    config.write_text(f"eval: {{data: {text}}}\n")
+    code, out, _ = gpt(*flags, "--memorization", "--json")
+    assert (code, json.loads(out)["memorization"]["text"]) == (0, str(text))
+
+
 def test_copied_checkpoint(trained: Path, tmp_path: Path) -> None:
     """Bug: a checkpoint that was copied elsewhere cannot be scored, or writes beside itself."""
     copy = tmp_path / "copy"
@@ -148,7 +208,7 @@ def test_what_cannot_be_evaluated(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(DataError, match="no text in"):
         evaluate(settings(), model=str(trained), data=[str(tmp_path / "blank.txt")])
-    with pytest.raises(ResourceError, match="cannot make "):
+    with pytest.raises(ConfigError, match="is not a directory"):
         evaluate(settings(), model=str(trained), run_dir=tmp_path / "blank.txt" / "below")
     stop.request(2)
     with pytest.raises(stop.Stopped):

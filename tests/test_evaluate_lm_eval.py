@@ -175,6 +175,14 @@ def test_generation(folder: Path) -> None:
         asked.generate_until(requests("generate", ("god", {"beams": 4})))
 
 
+def test_greedy_keeps_the_penalty(folder: Path) -> None:
+    """Bug: greedy answers of a task go without its repetition_penalty."""
+    asked, _, _ = harness_model(folder)
+    options = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.5}
+    sampling = asked._request("god", options).sampling
+    assert (sampling.temperature, sampling.repetition_penalty) == (0.0, 1.5)
+
+
 def test_wrong_input(folder: Path, gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a task without its data, a flag that does nothing, or a missing package is a crash."""
     model, tasks = str(folder / "base"), str(folder / "tasks")

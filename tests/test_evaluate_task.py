@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptcli.config.schema import Config
+from gptcli.config.schema import Config, EvalConfig
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.evaluate_task import evaluate_task
 from gptcli.finetune import finetune
@@ -102,6 +102,19 @@ def test_named_rows(runs: Path, tmp_path: Path) -> None:
     rows.write_text(json.dumps({"text": "x", "label": "y" * 99}) + "\n")
     with pytest.raises(DataError, match="fits the model's block_size"):
         evaluate_task(None, model=str(runs / "answers"), data=[str(rows)])
+
+
+def test_rows_of_the_config(runs: Path, tmp_path: Path) -> None:
+    """Bug: eval.data of CONFIG is ignored with --task, or two CONFIGs of a task share a report."""
+    rows = tmp_path / "new.jsonl"
+    rows.write_text('{"text": "a fine day", "label": "positive"}\n' * 7)
+    config = task_config(runs, HEAD)
+    model = str(runs / "head")
+    section = EvalConfig.model_validate({"data": str(rows)})
+    found = evaluate_task(config.model_copy(update={"eval": section}), model=model)
+    assert found.report["tasks"]["accuracy"]["rows"] == 7
+    fewer = evaluate_task(task_config(runs, HEAD | {"score_rows": 2}), model=model)
+    assert fewer.directory != evaluate_task(config, model=model).directory
 
 
 def test_a_model_that_was_not_finetuned(runs: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from stopping import stopping_at
 
 from gptcli import stop
+from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import open_corpus
 from gptcli.data.task_formats import row_fields
@@ -23,6 +24,7 @@ from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import read_run_json
+from gptcli.training import features
 
 SOUNDS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack"}
 
@@ -115,6 +117,30 @@ def test_before_and_after(
     evals = [r for r in read_metrics(tmp_path / "run") if r["event"] == "eval"]
     assert evals[0]["perplexity"] == pytest.approx(perplexity["before"], rel=1e-9)
     assert evals[-1]["perplexity"] == pytest.approx(perplexity["after"], rel=1e-9)
+
+
+@pytest.mark.parametrize("task", ["classification", "multiple_choice"])
+def test_a_head_alone_is_resumed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Bug: a head that learns alone goes on with other numbers than those that it began with."""
+    animals, path = list(SOUNDS), tmp_path / "rows.jsonl"
+    choices = [[*SOUNDS.values()][: 2 + i % 3] for i in range(40)]
+    lines = [
+        {"text": animals[i % 4], "label": "ab"[i % 2]}
+        if task == "classification"
+        else {"prompt": animals[i % 4], "choices": choices[i], "label": i % 2}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = settings(path, samples={"prompts": []}).model_copy(update={"init": str(base)})
+    config = config.model_copy(update={"finetune": FinetuneConfig(task=task, method="head")})
+    finetune(config, run_dir=tmp_path / "whole")
+    with stopping_at("step 8"):
+        assert finetune(config, run_dir=tmp_path / "parts").status == "stopped"
+    monkeypatch.setattr(features, "_computed", None)  # they are in the run
+    assert finetune(config, run_dir=tmp_path / "parts", resume="resume").status == "finished"
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
 def test_patience_after_a_resume(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`gpt runs compare`: which of several models predicts the same text better."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +37,7 @@ def compare_runs(
     """Compare models on the same documents: a paired test, their settings and what they cost.
 
     Bits per byte compare models of different tokenizers too. Several models are ranked, and each
-    is tested against the best.
+    is tested against the best, with intervals that allow for the choice of the best.
     """
     if len(models) < 2:
         raise ConfigError(
@@ -46,6 +45,7 @@ def compare_runs(
         )
     from gptcli.compare import compare
     from gptcli.reports.comparison import comparison_tables, pairs_of
+    from gptcli.reports.report import eval_report_json
 
     call = invocation(context)
     with call.display.live():
@@ -53,7 +53,7 @@ def compare_runs(
             models, data=data, max_tokens=max_tokens, run_dir=run_dir, command=call.command
         )
     if as_json:
-        write_out(json.dumps(result.report, indent=2) + "\n")
+        write_out(eval_report_json(result.report))
     else:
         comparison = result.report["comparison"]
         for table in comparison_tables(comparison):

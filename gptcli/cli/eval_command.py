@@ -1,6 +1,5 @@
 """`gpt eval`: score a model on text or on a task, or measure what it knows by heart or prefers."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from gptcli.cli.terminal import write_out
 from gptcli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gptcli.config.schema import Config
+    from gptcli.config.schema import Config, EvalConfig
     from gptcli.evaluation.result import Evaluation
 
 log = logging.getLogger("gptcli")
@@ -152,6 +151,7 @@ def evaluate(
     chosen |= {"--memorization": memorization or None, "--pairs": pairs}
     way, what = _way(chosen, flags)
     settings = load_config(config).config
+    _check_section(way, settings.eval)
     of_section = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
     settings = settings.model_copy(update={"eval": with_flags(settings.eval, of_section)})
     call = invocation(context)
@@ -160,7 +160,9 @@ def evaluate(
     with call.display.live():
         result = _evaluated(way, what, settings, given, own_task=config is None)
     if as_json:
-        write_out(json.dumps(result.report, indent=2) + "\n")
+        from gptcli.reports.report import eval_report_json
+
+        write_out(eval_report_json(result.report))
     else:
         write_out("\n".join(tables(result.report)))
     if result.directory is not None:
@@ -183,6 +185,21 @@ def _way(chosen: dict[str, Any], flags: dict[str, Any]) -> tuple[str, Any]:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is not for {way}, but for {' and '.join(takers)}")
     return way, chosen.get(way)
+
+
+def _check_section(way: str, section: "EvalConfig") -> None:
+    """ConfigError for keys of `eval:` that this way to score does not take; a warning for those
+    that say how a training evaluates too, since CONFIG may be that of a training."""
+    for name in ("data", "quantize", "stride", "max_tokens"):
+        if getattr(section, name) is None or name in _FLAGS_OF[way]:
+            continue
+        if way == "--task" and name == "max_tokens":  # how much of the data is held out
+            continue
+        takers = [other for other, taken in _FLAGS_OF.items() if name in taken]
+        said = f"eval.{name} is not for {way}, but for {' and '.join(takers)}"
+        if name in ("data", "quantize"):
+            raise ConfigError(said, hint="leave it out of CONFIG")
+        log.warning(f"{said}: it changes nothing here")
 
 
 def _evaluated(

@@ -147,7 +147,7 @@ def prune_runs(
 ) -> int:
     """List what of the runs can be removed, and how much disk that frees; with --yes remove it.
 
-    That is: runs that --overwrite moved aside, runs that failed before their first checkpoint, and
+    That is: runs that --overwrite moved aside, runs that failed before their first logged step, and
     checkpoints but for a run's best, its last and the last before the decay. A run that is in use
     is left alone.
     """

@@ -116,7 +116,7 @@ class HarnessModel(LM):
         if options:
             raise ConfigError(f"a task asks for unknown options of generation: {sorted(options)}")
         if not samples:
-            given = {"temperature": 0.0}
+            given["temperature"] = 0.0
         sampling = Sampling(
             stop=tuple(end for end in ([ends] if isinstance(ends, str) else ends) if end),
             max_new_tokens=int(limits[0]) if limits else MAX_NEW_TOKENS,

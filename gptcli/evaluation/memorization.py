@@ -8,7 +8,7 @@ round: the longest run of bytes that texts share with the training text.
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from gptcli.model.gpt import GPT
 CONTINUATION = 32  # tokens that must be equal
 PREFIXES = (8, 16, 32, 64)  # tokens given
 _GRAM = 16  # bytes looked up at once
+_POLL_BYTES = 256 * _GRAM  # between looks at whether to stop
 LEAST_RUN = 2 * _GRAM - 1  # bytes; every run that long holds a gram at a multiple of its length
 
 
@@ -140,8 +141,8 @@ class SharedRuns:
     """The longest run of bytes that each of `texts` shares with the texts that `add` is given.
 
     Runs below `LEAST_RUN` bytes count as none. Every 16th place of a text is looked up among all
-    16-byte grams of `texts` and a hit is extended to both sides, so that a megabyte takes
-    milliseconds.
+    16-byte grams of `texts` and a hit is extended to both sides, once for each run, so that
+    a megabyte takes milliseconds.
     """
 
     def __init__(self, texts: Sequence[bytes]) -> None:
@@ -160,15 +161,28 @@ class SharedRuns:
         return list(self._found)
 
     def add(self, data: bytes, document: str, begins: bool) -> None:
-        """The next piece of a document; `begins` at its first one."""
+        """The next piece of a document; `begins` at its first one. Raises `stop.Stopped`."""
         data = data if begins else self._tail + data
         self._tail = data[-self._longest :] if self._longest else b""
+        ends: dict[tuple[int, int], int] = {}  # of runs, by text and how far it lies behind data
         for place in range(0, len(data) - _GRAM + 1, _GRAM):
+            if place % _POLL_BYTES == 0:
+                stop.raise_if_requested()
+                ends = {run: end for run, end in ends.items() if end > place}
             for number, at in self._grams.get(data[place : place + _GRAM], ()):
+                run = (number, place - at)
+                if place < ends.get(run, 0) or self._is_whole(number):
+                    continue
                 text = self._texts[number]
-                before = _common_prefix(_reversed(data, place), _reversed(text, at))
-                after = _common_prefix(iter(data[place:][: len(text)]), iter(text[at:]))
+                behind = data[max(0, place - at) : place]
+                before = _common_prefix(behind[::-1], text[:at][::-1])
+                after = _common_prefix(data[place : place + len(text) - at], text[at:])
+                ends[run] = place + after
                 self._take(number, text[at - before : at + after], document)
+
+    def _is_whole(self, number: int) -> bool:
+        best = self._found[number]
+        return best is not None and len(best.data) == len(self._texts[number])
 
     def _take(self, number: int, run: bytes, document: str) -> None:
         best = self._found[number]
@@ -176,15 +190,13 @@ class SharedRuns:
             self._found[number] = SharedRun(run, document)
 
 
-def _reversed(data: bytes, end: int) -> Iterator[int]:
-    return (data[place] for place in range(end - 1, -1, -1))
-
-
-def _common_prefix(one: Iterator[int], other: Iterator[int]) -> int:
-    """How many values at the beginning are equal."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """How many bytes at the beginning are equal: halving finds where they part."""
+    equal, unequal = 0, min(len(one), len(other)) + 1
+    while unequal - equal > 1:
+        middle = (equal + unequal) // 2
+        if one[equal:middle] == other[equal:middle]:
+            equal = middle
+        else:
+            unequal = middle
+    return equal

@@ -83,7 +83,12 @@ def _tests(comparison: dict[str, Any]) -> Table:
         ]
         for pair in pairs
     ]
-    note = f"The {len(pairs)} intervals hold together." if len(pairs) > 1 else ""
+    note = ""
+    if len(pairs) > 1:
+        note = (
+            f"The {len(pairs)} intervals hold together, whichever model this text had made the best"
+            " (Bonferroni over all pairs of models)."
+        )
     return Table("Paired differences", head, rows, note=note)
 
 

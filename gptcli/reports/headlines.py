@@ -69,6 +69,8 @@ def _score_headlines(report: dict[str, Any]) -> list[Headline]:
 
 def eval_headlines(report: dict[str, Any]) -> list[Headline]:
     """Scores of an evaluation of text, what they are of, and the size of the model."""
+    if isinstance(report.get("comparison"), dict):
+        return _comparison_headlines(report["comparison"])
     scores, model = report["scores"], report.get("model") or {}
     size = Headline("Parameters", compact(model.get("parameters")), str(model.get("preset") or ""))
     if scores.get("tokens") is None:  # rows of a task, pairs, what is known by heart
@@ -79,6 +81,21 @@ def eval_headlines(report: dict[str, Any]) -> list[Headline]:
         Headline("Tokens scored", compact(scores.get("tokens")), _count(scores, "unscored_tokens")),
         size,
     ]
+
+
+def _comparison_headlines(comparison: dict[str, Any]) -> list[Headline]:
+    """The difference of two models, or the best of several."""
+    of = f"{number(comparison['units'])} {comparison['unit']} of {comparison['data']}"
+    units = Headline("Text", field("bytes", comparison["bytes"]), of)
+    pair, best = comparison["pairs"][0], comparison["runs"][0]
+    if len(comparison["runs"]) > 2:
+        value = decimals(best["bits_per_byte"], 4)
+        return [Headline("Best bits per byte", value, str(best["name"])), units]
+    spread = "no interval"
+    if pair["ci95"]:
+        spread = "95 % interval {:+.4f} to {:+.4f}".format(*pair["ci95"])
+    change, note = f"{pair['difference']:+.4f}", f"{pair['b']} less {pair['a']}, {spread}"
+    return [Headline("Difference in bits per byte", change, note), units]
 
 
 def shown_perplexity(value: Any) -> str:

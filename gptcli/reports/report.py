@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcli.errors import CheckpointError, ResourceError
+from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
-from gptcli.runs.run_dir import json_bytes, read_run_json, write_atomic
+from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, write_atomic
 
 # Keys that readers of report.json rely on: always there, null where unknown.
 SCORE_KEYS = (
@@ -59,6 +59,23 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     return report
 
 
+def check_report_directory(directory: Path | None) -> None:
+    """ConfigError unless the report of an evaluation can go to `directory`: one that is there or
+    can be made, and not that of a training run, whose own report it would replace."""
+    if directory is None:
+        return
+    if is_run_dir(directory):
+        raise ConfigError(
+            f"--run-dir {directory} is a training run, whose own report this would overwrite",
+            hint="name a directory for this report, or leave out --run-dir",
+        )
+    for path in (directory, *directory.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise ConfigError(f"--run-dir {directory}: {path} is not a directory")
+
+
 def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
     """Write the three files for scores on other data into `directory`, made if missing.
 
@@ -69,10 +86,14 @@ def write_eval_report(directory: Path, report: dict[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"cannot make {directory}: {error.strerror}") from error
-    full = _strict(report)
+    full = _complete(report)
     full["run"] = {"name": directory.name} | _mapping(full, "run")
-    full["scores"] = dict.fromkeys(SCORE_KEYS) | _mapping(full, "scores")
     _write(directory, full, RunFiles({}, [], [], None, []))
+
+
+def eval_report_json(report: dict[str, Any]) -> str:
+    """The text of report.json that `write_eval_report` writes of a `report` with a title."""
+    return _json(_complete(report))
 
 
 def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
@@ -137,11 +158,19 @@ def _write(directory: Path, report: dict[str, Any], files: RunFiles) -> None:
 
     page = build_page(report, files.metrics, files.samples, files.config)
     html, markdown = render_html(page), render_markdown(page)
-    # ASCII escapes: names with control characters or lone surrogates stay harmless in a terminal.
-    text = json.dumps(report, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
     write_atomic(directory / "report.html", html.encode())
     write_atomic(directory / "report.md", markdown.encode())
-    write_atomic(directory / "report.json", text.encode())
+    write_atomic(directory / "report.json", _json(report).encode())
+
+
+def _json(report: dict[str, Any]) -> str:
+    # ASCII escapes: names with control characters or lone surrogates stay harmless in a terminal.
+    return json.dumps(report, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def _complete(report: dict[str, Any]) -> dict[str, Any]:
+    full = _strict(report)
+    return full | {"scores": dict.fromkeys(SCORE_KEYS) | _mapping(full, "scores")}
 
 
 def _training(run: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def _start_of_last(path: Path, lines: int) -> int:
     except OSError:
         return 0
     start = max(0, size - _BLOCK_BYTES)
-    end = _read_from(path, start).removesuffix(b"\n")
-    kept = b"\n".join(end.split(b"\n")[-lines:]) if lines else b""
-    return start + len(end) - len(kept)
+    end = _read_from(path, start)
+    if not lines:
+        return start + len(end)
+    end = end.removesuffix(b"\n")
+    return start + len(end) - len(b"\n".join(end.split(b"\n")[-lines:]))

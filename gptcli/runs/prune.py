@@ -40,9 +40,9 @@ class Removal:
 def removable(run_dirs: list[Path]) -> list[Removal]:
     """What can go of these runs; nothing of those in use.
 
-    Runs that --overwrite moved aside; runs that failed or were killed before their first step and
-    have no checkpoint; checkpoints that are none of the best, the newest whole one, later ones and
-    the last before the decay; and what a killed process left.
+    Runs that --overwrite moved aside; runs that failed or were killed before their first logged
+    step and have no checkpoint; checkpoints that are none of the best, the newest whole one, later
+    ones and the last before the decay; and what a killed process left.
     """
     found = []
     for run_dir in run_dirs:
@@ -94,7 +94,7 @@ def _reason(run_dir: Path) -> str | None:
     age = datetime.now(timezone.utc) - created(about)
     if not ended or age < _BEING_MADE or has_checkpoint(run_dir):
         return None
-    return None if "train" in last_metrics(run_dir) else f"{ended} before its first checkpoint"
+    return None if "train" in last_metrics(run_dir) else f"{ended} before its first logged step"
 
 
 def _parts(run_dir: Path) -> list[tuple[Path, str]]:

@@ -99,6 +99,8 @@ def build_session(
         choices = choose(config, device, model.vocab_size, held_bytes=held)
         if any(p.requires_grad for p in model.blocks.parameters()):  # else nothing to race
             choices = tune(choices, _probed(config, start), device, model, corpus.train_bytes)
+        else:
+            apply(choices, model)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
         optimizer.load_state_dict(start.contents.optimizer)

@@ -48,16 +48,17 @@ def frozen_features(
 
     The texts of `rows` are read before training, those of like length together, up to 1 GiB of
     results, which are written to the run `directory`; a `resumed` run has those that it wrote when
-    it began: CheckpointError when they are missing or damaged. All other texts are read when they
-    come up, each by itself, so that its numbers depend on no other. So a run that was stopped goes
-    on with the same numbers. Without `rows`, as of a corpus that is streamed, all are.
+    it began: CheckpointError when they are damaged; where they are missing, the same batches are
+    read again. All other texts are read when they come up, each by itself, so that its numbers
+    depend on no other. So a run that was stopped goes on with the same numbers. Without `rows`, as
+    of a corpus that is streamed, all are. While they are written, they are in memory twice.
     `stop.Stopped` when a stop is asked for; then nothing is written.
     """
     path, width = directory / FEATURES, model.config.n_embd
     kept = torch.empty(0, width)
     places: dict[int, int] = {}
     if rows is not None:
-        if resumed:
+        if resumed and path.is_file():
             keys, kept = read_kept(path, width, "representations")
         else:
             keys, kept = _computed(model, rows(), device, precision)
@@ -77,9 +78,9 @@ def frozen_features(
         return found
 
     def features_of(tokens: Tensor, ends: Tensor) -> Tensor:
-        lengths = (ends.clamp_min(0) + 1).flatten().tolist()
-        texts = zip(tokens.flatten(0, 1).cpu(), lengths, strict=True)
-        found = torch.stack([feature(text[:length]) for text, length in texts])
+        missing = torch.zeros(width)
+        texts = zip(tokens.flatten(0, 1).cpu(), (ends + 1).flatten().tolist(), strict=True)
+        found = torch.stack([feature(text[:n]) if n else missing for text, n in texts])
         return torch.unflatten(found.to(model.device), 0, ends.shape)
 
     return features_of
@@ -90,7 +91,8 @@ def _computed(
 ) -> tuple[Tensor, Tensor]:
     """Keys (N,) and values (N, C) of the texts of all rows, equal ones once, as far as they fit."""
     log.info("reading each text once with the frozen model; the head learns of what it makes of it")
-    most = _MOST_BYTES // (4 * model.config.n_embd)
+    width = model.config.n_embd
+    most = _MOST_BYTES // (4 * width)
     found: dict[int, Tensor] = {}
     told = time.monotonic()
     for texts in _groups(islice(chain.from_iterable(row.sequences for row in rows), most)):
@@ -104,7 +106,10 @@ def _computed(
             if time.monotonic() - told > _TOLD_EVERY:
                 told = time.monotonic()
                 log.info(f"{len(found):,} texts are read")
-    return torch.tensor(list(found), dtype=torch.int64), torch.stack(list(found.values()))
+    keys, kept = torch.tensor(list(found), dtype=torch.int64), torch.empty(len(found), width)
+    for place, key in enumerate(list(found)):
+        kept[place] = found.pop(key)  # so that all are in memory once
+    return keys, kept
 
 
 @torch.no_grad()

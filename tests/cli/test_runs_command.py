@@ -91,6 +91,21 @@ def test_tail_of_a_run_that_has_ended(gpt, runs):
     assert err.endswith("b-first: finished at step 10\n")
 
 
+def test_tail_of_no_lines(gpt, runs):
+    """Bug: -n 0 begins with an empty line."""
+    (runs / "b-first" / "log.txt").write_text("a\nb\nc\n")
+    assert gpt("runs", "tail", "b-first", "-n", "0")[:2] == (0, "")
+
+
+def test_prune_says_what_it_goes_by(gpt, runs):
+    """Bug: the reason names the first checkpoint, but a run with logged steps and none is kept."""
+    (runs / "a-second" / "metrics.jsonl").write_text("")
+    code, out, _ = gpt("runs", "prune")
+    assert (code, "killed before its first logged step" in out) == (0, True)
+    code, out, _ = gpt("runs", "prune", "--help")
+    assert "first logged step" in " ".join(out.split())
+
+
 def test_stop_of_a_run_that_is_not_running(gpt, runs):
     """Bug: the process that happens to have the number in the lock is ended."""
     code, out, err = gpt("runs", "stop", "b-first", "--save")

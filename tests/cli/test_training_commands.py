@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_stop_and_continue(gpt, forked, tmp_path):
     code, _, err = gpt(*command, "--set", f"training.max_steps={step + 2}")
     assert code == 0, err
     assert err.splitlines()[-1].startswith(f"finished at step {step + 2}: ")
+
+
+def test_runs_stop(gpt, forked, tmp_path):
+    """Bug: gpt runs stop ends another process, or returns before the run has saved."""
+    flags = ["--run-dir", "runs/r", "--set", "training.max_steps=1000000"]
+    child = forked(["pretrain", "tiny.yaml", *flags])
+    metrics = tmp_path / "runs" / "r" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.02)
+    waiting = threading.Thread(target=child.wait)  # else the ended child still counts as alive
+    waiting.start()
+    code, out, err = gpt("runs", "stop", "r")
+    waiting.join()
+    assert code == 0, err
+    assert f"stopped, process {child.process} on " in out
+    assert "the newest checkpoint is step-" in out
 
 
 def test_eval_of_the_newest_run(gpt, tmp_path):

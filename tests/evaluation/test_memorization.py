@@ -10,6 +10,7 @@ from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import resolve_device
+from gptcli.evaluation import memorization
 from gptcli.evaluation.memorization import (
     LEAST_RUN,
     PassageSample,
@@ -145,3 +146,42 @@ def test_interval_of_a_share() -> None:
     assert share_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     with pytest.raises(ValueError, match="at least one"):
         share_interval(0, 0)
+
+
+def test_shared_runs_of_repetitive_text() -> None:
+    """Bug: a run is looked up from the middle of another alone, and is cut short there."""
+    chosen = random.Random(4)
+    for trial in range(60):
+        weights = (chosen.choice((1, 9)), 1)
+        documents = [bytes(chosen.choices(b"ab", weights, k=150)) for _ in range(2)]
+        texts = [bytes(chosen.choices(b"ab", weights, k=70)) for _ in range(3)]
+        texts += [documents[trial % 2][9:70], b"a" * 50]
+        runs = SharedRuns(texts)
+        for number, document in enumerate(documents):
+            runs.add(document[:80], str(number), True)
+            runs.add(document[80:], str(number), False)
+        for text, found in zip(texts, runs.found, strict=True):
+            expected = longest_shared(text, documents)
+            assert (len(found.data) if found else 0) == (expected if expected >= LEAST_RUN else 0)
+            assert found is None or found.data in documents[int(found.document)]
+
+
+def test_blanks_are_no_trap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: blanks against blanks compare every place with every other, and nothing stops that."""
+    calls = []
+    plain = memorization._common_prefix
+
+    def counted(one: bytes, other: bytes) -> int:
+        calls.append(len(one))
+        return plain(one, other)
+
+    monkeypatch.setattr(memorization, "_common_prefix", counted)
+    runs = SharedRuns([b" " * 200 + b"x"])
+    runs.add(b" " * 3200, "blanks", True)
+    (found,) = runs.found
+    assert found is not None
+    assert len(found.data) == 200
+    assert len(calls) < 2 * (3200 + 200)  # of 37,000 hits
+    stop.request(2)
+    with pytest.raises(stop.Stopped):
+        runs.add(b" " * 3200, "blanks", True)
