@@ -45,12 +45,12 @@ class Reader:
         windows = [window for window in model.windows if window]
         self._narrowest = min(windows, default=capacity)
         self._prefixes = shared_prefixes(list(texts), _LEAST_SHARED_TOKENS, self._narrowest)
-        if sum(texts.values()) > rows:  # they enter one after another
-            self._prefixes += [
-                text
-                for text, count in texts.items()
-                if count > 1 and _LEAST_SHARED_TOKENS <= len(text) <= self._narrowest
-            ]
+        enter_later = sum(texts.values()) > rows
+        self._repeated = {
+            text
+            for text, count in texts.items()
+            if enter_later and count > 1 and _LEAST_SHARED_TOKENS <= len(text) <= self._narrowest
+        }
         self._kept: dict[tuple[int, ...], KVCache] = {}
         # Whether attention reads what rows begin with once for all of them, what each was filled
         # with, and of how many rows how many tokens were found to be shared.
@@ -166,6 +166,8 @@ class Reader:
             self._model.hidden(chunk, cache)
 
     def _prefix(self, text: tuple[int, ...]) -> tuple[int, ...]:
+        if text in self._repeated:
+            return text
         fitting = (prefix for prefix in self._prefixes if text[: len(prefix)] == prefix)
         return max(fitting, key=len, default=())
 
