@@ -45,11 +45,10 @@ class Reader:
         windows = [window for window in model.windows if window]
         self._narrowest = min(windows, default=capacity)
         self._prefixes = shared_prefixes(list(texts), _LEAST_SHARED_TOKENS, self._narrowest)
-        enter_later = sum(texts.values()) > rows
-        self._repeated = {
+        self._repeated = {  # they cannot enter all at once
             text
             for text, count in texts.items()
-            if enter_later and count > 1 and _LEAST_SHARED_TOKENS <= len(text) <= self._narrowest
+            if count > rows and _LEAST_SHARED_TOKENS <= len(text) <= self._narrowest
         }
         self._kept: dict[tuple[int, ...], KVCache] = {}
         # Whether attention reads what rows begin with once for all of them, what each was filled
