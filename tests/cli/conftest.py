@@ -1,14 +1,11 @@
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from gptcli.cli.main import main
+from forked import Forked
 
 GPT = [sys.executable, "-m", "gptcli"]
 
@@ -38,48 +35,6 @@ def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-class Forked:
-    """`gpt` in a fork of this process, which has loaded what a fresh one loads for four seconds.
-
-    `stdout` reads what it prints, unless the path it prints to is given.
-    """
-
-    def __init__(self, arguments: list[str], stdout: Path | None = None) -> None:
-        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
-        self.process = os.fork()
-        if self.process == 0:
-            os.close(out)
-            os.close(err)
-            to = out_end if stdout is None else os.open(stdout, os.O_WRONLY)
-            self._run(arguments, to, err_end)
-        os.close(out_end)
-        os.close(err_end)
-        self.stdout, self._stderr = os.fdopen(out, "rb"), os.fdopen(err)
-
-    @staticmethod
-    def _run(arguments: list[str], to: int, err_end: int) -> None:
-        code = 70
-        try:
-            os.dup2(to, 1)
-            os.dup2(err_end, 2)
-            os.close(to)
-            os.close(err_end)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-            code = main(arguments)
-            sys.stdout.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with suppress(OSError):  # nobody reads any more; this process must end all the same
-                sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self) -> tuple[int, str]:
-        """Exit code (70 for an exception that gets out) and stderr."""
-        err = self._stderr.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), err
 
 
 @pytest.fixture

@@ -34,22 +34,14 @@ from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import read_run_json
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))  # tests are no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # tests are no package
 
 from hub_server import HubServer
+from outcome import errors, hints, warnings
+from small import PROSE
 
 Gpt = Callable[..., tuple[int, str, str]]
 
-TINY = """\
-name: tiny
-tokenizer: {kind: bytes}
-data: {train: text.txt}
-model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 32}
-training: {max_steps: 4, tokens_per_step: 64, log_every: 1, eval_every: 100, save_every: 100,
-           micro_batch_size: 2, precision: fp32, compile: off, device: cpu}
-schedule: {warmup_steps: 1}
-samples: {n: 1, max_new_tokens: 4}
-"""
 TUNED = """\
 name: tuned
 data: {train: rows.jsonl, val: val.jsonl}
@@ -59,21 +51,12 @@ training: {max_steps: 8, tokens_per_step: 128, log_every: 1, eval_every: 100, sa
 schedule: {warmup_steps: 1}
 samples: {n: 1, max_new_tokens: 2}
 """
-PROSE = "".join(f"On day {i} a cat sat on the mat, and then it ran away.\n" for i in range(200))
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's folder: a config and a text. Reports, whose plots take a second, are left out."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    (tmp_path / "tuned.yaml").write_text(TUNED)
-    (tmp_path / "text.txt").write_text(PROSE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("GPT_DEBUG", raising=False)
-    for job in ("pretrain", "finetune"):
-        monkeypatch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
-    return tmp_path
+def tuned(folder: Path) -> None:
+    """A config for finetuning beside the other."""
+    (folder / "tuned.yaml").write_text(TUNED)
 
 
 @pytest.fixture
@@ -84,20 +67,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was built")
 
     monkeypatch.setattr(GPT, "__init__", build)
-
-
-def errors(err: str) -> list[str]:
-    """The `error: ` lines without their mark."""
-    assert "Traceback" not in err
-    return [line[7:] for line in err.splitlines() if line.startswith("error: ")]
-
-
-def hints(err: str) -> str:
-    return "\n".join(line[6:] for line in err.splitlines() if line.startswith("hint: "))
-
-
-def warnings(err: str) -> str:
-    return "\n".join(line[9:] for line in err.splitlines() if line.startswith("warning: "))
 
 
 def train_on(path: str, **options: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outcome import errors, hints
+from small import PROSE, TINY
 
 from gptcli.cli import generate_command
 from gptcli.cli.terminal import write_out
@@ -31,42 +33,8 @@ from gptcli.runs.run_dir import new_run_dir
 
 Gpt = Callable[..., tuple[int, str, str]]
 
-TINY = """\
-name: tiny
-tokenizer: {kind: bytes}
-data: {train: text.txt}
-model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 32}
-training: {max_steps: 2, tokens_per_step: 64, log_every: 1, eval_every: 100, save_every: 100,
-           micro_batch_size: 2, precision: fp32, compile: off, device: cpu}
-schedule: {warmup_steps: 1}
-samples: {n: 1, max_new_tokens: 4}
-"""
-PROSE = "".join(f"On day {i} a cat sat on the mat, and then it ran away.\n" for i in range(200))
 OTHER = "".join(f"Von {i} Katzen lief jede dritte schnell nach Hause.\n" for i in range(200))
 TABLES = "https://openaipublic.blob.core.windows.net/"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's folder: a config and a text. Reports, whose plots take a second, are left out."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    (tmp_path / "text.txt").write_text(PROSE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("GPT_DEBUG", raising=False)
-    for job in ("pretrain", "finetune"):
-        monkeypatch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
-    return tmp_path
-
-
-def errors(err: str) -> list[str]:
-    """The `error: ` lines without their mark."""
-    assert "Traceback" not in err
-    return [line[7:] for line in err.splitlines() if line.startswith("error: ")]
-
-
-def hints(err: str) -> str:
-    return "\n".join(line[6:] for line in err.splitlines() if line.startswith("hint: "))
 
 
 def published(own: Tokenizer, vocab_size: int, **values: Any) -> Path:
