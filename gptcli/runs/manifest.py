@@ -33,20 +33,26 @@ class DamagedFileError(CheckpointError):
     """A file whose content is not what was written."""
 
 
-def write_manifest(directory: Path, step: int, tied: dict[str, str], tokenizer: str) -> None:
+def write_manifest(
+    directory: Path,
+    step: int,
+    tied: dict[str, str],
+    tokenizer: str,
+    hashes: dict[str, str] | None = None,
+) -> None:
     """Sync every file in `directory`, then write its manifest.json.
 
     `tied` maps tensor names that are not stored to the stored one they equal; `tokenizer` is the
-    tokenizer's identity.
+    tokenizer's identity; `hashes` are those of files that need not be read for it.
     """
-    files = {}
+    files, known = {}, hashes or {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
         if not _is_known(name):
             raise ValueError(f"{name}: no checkpoint may hold such a file")
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     manifest = {
         "format": FORMAT_VERSION,
         "gptcli": __version__,

@@ -1,18 +1,25 @@
 """A checkpoint's safetensors files. Read: the header first, then one tensor at a time."""
 
+import hashlib
+import os
 import re
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcli import stop
 from gptcli.errors import CheckpointError
+from gptcli.interop.safetensors_file import file_header, numbers
 
 Shapes = dict[str, tuple[int, ...]]
+# Written and not yet hashed, at most: copies in memory, where the tensors are on another device.
+_AHEAD_BYTES = 2 * 2**30
 
 
 def scale_name(name: str) -> str:
@@ -84,9 +91,26 @@ def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return unique, tied
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write them as a file that is the same for the same tensors."""
-    # One metadata key: several would be written in random order, and equal weights must give
-    # equal files. This one is what transformers wants to see.
-    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    save_file(ready, path, metadata={"format": "pt"})
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> str:
+    """Write them as a file that is the same for the same tensors, on disk when this returns.
+
+    Returns the sha256 of what was to be written, which a second thread computes meanwhile. OSError
+    when the disk does not take it.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shapes = {name: tuple(tensors[name].shape) for name in order}
+    header, _, _ = file_header(shapes, {name: tensors[name].dtype for name in order})
+    digest, waiting, ahead = hashlib.sha256(), deque[tuple[Future[None], int]](), 0
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+        pieces = chain[bytes | memoryview]([header], (numbers(tensors[name]) for name in order))
+        for piece in pieces:
+            waiting.append((hasher.submit(digest.update, piece), len(piece)))
+            ahead += len(piece)
+            file.write(piece)
+            while ahead > _AHEAD_BYTES:
+                hashed, size = waiting.popleft()
+                hashed.result()
+                ahead -= size
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
