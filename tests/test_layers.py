@@ -26,6 +26,7 @@ FLOORS = [
         "export",
         "import_model",
         "plan",
+        "prove_resume",
         "compare",
         "inspect_data",
         "train_tokenizer",

@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,6 +47,14 @@ def pretrain(
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
     dry_run: DryRunOption = False,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove-resume",
+            help="Train some steps twice, straight and killed again and again, and compare the"
+            " results bit by bit.",
+        ),
+    ] = False,
 ) -> int:
     """Train a model from scratch.
 
@@ -56,10 +64,14 @@ def pretrain(
     """
     began = time.monotonic()
     flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
+    if prove and (flags.mode != "no" or overwrite or dry_run):
+        raise ConfigError("--prove-resume makes runs of its own: leave out the other flags for it")
     if is_text(config):
         settings, flags, plan = _for_text(config, all_overrides(overrides, max_time), flags, began)
     else:
         settings, plan = load_run_config("pretrain", config, overrides, max_time).config, []
+    if prove:
+        return _prove(settings, overrides or [], run_dir)
     from gptcli.pretrain import describe
     from gptcli.pretrain import pretrain as run
 
@@ -80,6 +92,25 @@ def pretrain(
             began=began,
         )
     return end_run(result)
+
+
+def _prove(settings: "Config", overrides: list[str], directory: Path | None) -> int:
+    """Say whether killed runs of this config end as one that is not."""
+    from gptcli.prove_resume import prove_resume
+
+    asked = any(override.startswith("training.max_steps=") for override in overrides)
+    proof = prove_resume(
+        settings, steps=settings.training.max_steps if asked else None, directory=directory
+    )
+    tried = f"{proof.steps} steps straight, and killed {len(proof.kills)} times"
+    write_out("".join(f"killed {where}\n" for where in proof.kills))
+    if not proof.identical:
+        raise CheckpointError(
+            "\n".join([f"not bit-identical on this machine: {tried}", *proof.differences]),
+            hint=f"both runs are in {proof.directory}",
+        )
+    write_out(f"bit-identical on this machine: {tried} (sha256 {proof.sha256[0]})\n")
+    return 0
 
 
 def _for_text(

@@ -173,6 +173,38 @@ def prune_runs(
     return 0 if all(done) else 6
 
 
+@runs_app.command("verify")
+def verify_runs(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Which. [the newest]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a finding.")] = False,
+) -> int:
+    """Check that nothing of a run is lost or damaged: every file of its checkpoints by its hash,
+    every model by loading it, the log by its steps. Changes nothing; exit code 4 if something is.
+    """
+    from gptcli.runs.run_dir import json_bytes
+    from gptcli.runs.verify import verify_run
+
+    found = []
+    for path in [find_run(run) for run in runs] if runs else [find_run(None)]:
+        for one in verify_run(path):
+            found.append(one)
+            if as_json:
+                line = {"run": str(path), "what": one.what, "verdict": one.verdict}
+                write_out(json_bytes({**line, "text": one.text}).decode() + "\n")
+            else:
+                write_out(f"{one.verdict:<5} {path / one.what}: {one.text}\n")
+    bad = sum(one.verdict == "bad" for one in found)
+    if bad:
+        raise CheckpointError(
+            f"{bad} of {len(found)} findings are bad",
+            hint="--resume goes on from the newest checkpoint that is whole",
+        )
+    log.info(f"all is well: {len(found)} findings")
+    return 0
+
+
 runs_app.command("compare")(compare_runs)
 
 

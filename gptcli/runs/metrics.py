@@ -81,6 +81,12 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     return _read(run_dir / SAMPLES)
 
 
+def broken_lines(run_dir: Path, filename: str) -> int:
+    """How many lines of metrics.jsonl or samples.jsonl are no records."""
+    path = run_dir / filename
+    return len(_lines(path)) - len(_read(path))
+
+
 def last_metrics(run_dir: Path) -> dict[str, dict[str, Any]]:
     """The last whole record of metrics.jsonl for each of the events train and eval, where there is
     one. Reads no more of the end of the file than holds both."""

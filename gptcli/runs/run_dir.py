@@ -25,8 +25,8 @@ log = logging.getLogger("gptcli")
 
 CHECKPOINTS = "checkpoints"
 LOCK, LOG = ".lock", "log.txt"
-_RUN_JSON = "run.json"
-_RUN_JSON_BYTES = 16 * 2**20  # far above what a run writes; keeps a hostile file out of memory
+RUN_JSON = "run.json"
+RUN_JSON_BYTES = 16 * 2**20  # far above what a run writes; keeps a hostile file out of memory
 _BEFORE_A_CHECKPOINT = ("run.json", "config.yaml", LOG, "metrics.jsonl", "samples.jsonl")
 _HOLDS_A_RUN = "{} holds a run; use --resume to continue or --overwrite to move it aside"
 _STAMP = "%Y%m%d-%H%M%S"
@@ -59,10 +59,10 @@ def new_run_dir(name: str, explicit: Path | None, *, overwrite: bool) -> Path:
         raise ResourceError(f"cannot make the run directory {target}: {error.strerror}") from error
     created = datetime.now(timezone.utc).isoformat()
     with RunLock(target):
-        if (target / _RUN_JSON).exists():  # another process was faster by a moment
+        if (target / RUN_JSON).exists():  # another process was faster by a moment
             raise ConfigError(_HOLDS_A_RUN.format(target))
         about = {"name": name, "created": created, "status": "running"}
-        write_json_atomic(target / _RUN_JSON, about)
+        write_json_atomic(target / RUN_JSON, about)
     return target
 
 
@@ -138,7 +138,7 @@ def newest_unfinished(root: Path, name: str) -> Path | None:
 
 def is_run_dir(path: Path) -> bool:
     """Whether `path` is a directory that holds a run."""
-    return (path / _RUN_JSON).is_file() or (path / CHECKPOINTS).is_dir()
+    return (path / RUN_JSON).is_file() or (path / CHECKPOINTS).is_dir()
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -148,11 +148,11 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 def read_run_json(run_dir: Path) -> dict[str, Any]:
     """What run.json holds; {} when it is missing or damaged (the latter with a warning)."""
-    path = run_dir / _RUN_JSON
+    path = run_dir / RUN_JSON
     if not path.exists():
         return {}
     try:
-        return read_json(path, _RUN_JSON_BYTES)
+        return read_json(path, RUN_JSON_BYTES)
     except CheckpointError as error:
         log.warning("%s; going on without it", error.message)
         return {}
@@ -160,7 +160,7 @@ def read_run_json(run_dir: Path) -> dict[str, Any]:
 
 def update_run_json(run_dir: Path, **changes: Any) -> None:
     """Set keys of run.json. ResourceError when it cannot be written."""
-    write_json_atomic(run_dir / _RUN_JSON, {**read_run_json(run_dir), **changes})
+    write_json_atomic(run_dir / RUN_JSON, {**read_run_json(run_dir), **changes})
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
