@@ -15,7 +15,7 @@ import typer
 from gptcli.cli.display import Display, terminal_is_capable
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import ConfigArgument, SetOption, load_run_config
-from gptcli.cli.terminal import columns, styled, takes_colours, write_out, write_page
+from gptcli.cli.terminal import check_page, columns, styled, takes_colours, write_out, write_page
 from gptcli.errors import ConfigError, DataError
 from gptcli.reports.text import percent, size, visible
 
@@ -65,6 +65,7 @@ def check(
     """
     limit = _bytes(max_bytes)
     loaded = load_run_config("data check", config, overrides, None)
+    check_page(out)
     from gptcli.inspect_data import check_data
 
     with _progress(invocation(context).display) as progress:
@@ -111,6 +112,7 @@ def show(
     """Show rows of a batch as the model sees them: tokens, separators, positions, loss mask."""
     start = [f"init={model}"] if model is not None else []  # so init's rules hold for --model too
     loaded = load_run_config("data show", config, [*(overrides or []), *start], None)
+    check_page(html)
     from gptcli.inspect_data import show_data
 
     result = show_data(loaded.config, rows=rows, step=step)

@@ -11,7 +11,7 @@ import typer
 from gptcli.cli.generate_command import read_stdin
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import ModelOption
-from gptcli.cli.terminal import columns, styled, takes_colours, write_out, write_page
+from gptcli.cli.terminal import check_page, columns, styled, takes_colours, write_out, write_page
 from gptcli.errors import ConfigError
 from gptcli.reports.text import decimals, number, percent, visible
 
@@ -93,6 +93,7 @@ def explain(
     """
     if head is not None and layer is None:
         raise ConfigError("--head needs --layer", "as: --layer 0 --head 0")
+    check_page(html)
     given = _text(stdin, text, file)
     from gptcli.config.load import load_config
     from gptcli.explain import explain as run

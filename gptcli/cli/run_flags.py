@@ -134,10 +134,13 @@ def is_text(reference: str) -> bool:
     """Whether CONFIG names a text, or a directory of texts, and not a config."""
     from gptcli.config.shipped import shipped_config
 
+    ending = Path(reference).suffix.lower()
+    if ending in (".yaml", ".yml"):
+        return False
     if os.path.isdir(reference):
         has_config = os.path.isfile(os.path.join(reference, "config.yaml"))
         return not has_config and shipped_config(reference) is None
-    if Path(reference).suffix.lower() in ("", ".yaml", ".yml"):
+    if not ending:
         return False
     from gptcli.data.files import is_text_name  # imports what takes seconds
 

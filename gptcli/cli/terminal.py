@@ -65,8 +65,21 @@ def write_bytes(data: bytes) -> None:
         sys.stdout.buffer.flush()
 
 
+def check_page(path: Path | None) -> None:
+    """Before the work: ConfigError where `path` is no place for a file, ResourceError where its
+    directory is missing."""
+    from gptcli.runs.run_dir import refuse_special
+
+    if path is None:
+        return
+    refuse_special(path)
+    if not path.parent.is_dir():
+        raise ResourceError(f"{path}: cannot be written: there is no directory {path.parent}")
+
+
 def write_page(path: Path, text: str) -> None:
-    """Write an HTML page, and log where it is. `ResourceError` when it cannot be written."""
+    """Write an HTML page, and log where it is. ResourceError when it cannot be written."""
+    check_page(path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

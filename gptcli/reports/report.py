@@ -11,7 +11,7 @@ from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
-from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, write_atomic
+from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, refuse_special, write_atomic
 
 # Keys that readers of report.json rely on: always there, null where unknown.
 SCORE_KEYS = (
@@ -31,6 +31,7 @@ TRAINING_KEYS = ("steps", "tokens", "seconds", "tokens_per_second", "parameters"
 COPIED = ("machine", "choices", "versions", "seeds", "fingerprints", "timings", "skipped_text")
 # Parts that only some runs have.
 FOUND = ("surprising", "calibration", "breakdown", "attention")
+_FILES = ("report.html", "report.md", "report.json", "predictions.jsonl")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def check_report_directory(directory: Path | None) -> None:
             f"--run-dir {directory} is a training run, whose own report this would overwrite",
             hint="name a directory for this report, or leave out --run-dir",
         )
+    for name in _FILES:
+        refuse_special(directory / name)
     for path in (directory, *directory.parents):
         if path.is_dir():
             return

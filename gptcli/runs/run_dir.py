@@ -33,6 +33,13 @@ _STAMP = "%Y%m%d-%H%M%S"
 MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
 # Answers of file systems that cannot do what was asked at all, as opposed to failing at it.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -186,8 +193,26 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_atomic(path, json_bytes(obj, indent=2) + b"\n")
 
 
+def refuse_special(path: Path) -> None:
+    """ConfigError where `path` is a directory, pipe, socket or device.
+
+    A file that is renamed to its place would take it away, and opening a pipe waits for a reader.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there yet, or the writing says what is wrong
+        return
+    if not stat.S_ISREG(mode):
+        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
+        raise ConfigError(f"{path} is {what}", hint="name a file: an old one is replaced")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, on disk when this returns. ResourceError if it cannot be."""
+    """Replace `path` by `content`, on disk when this returns.
+
+    ResourceError if it cannot be, ConfigError for what `refuse_special` refuses.
+    """
+    refuse_special(path)
     temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with open(temp, "wb") as file:
