@@ -83,7 +83,7 @@ class _Checker:
 
     def validate(self, values: dict[str, Any]) -> Config | None:
         """Check `values`: sections, then keys of the top level, then all together."""
-        bad: set[str | int] = set()
+        bad: set[str] = set()  # sections, and keys of sections as model.n_head
         sound = {}
         for name, model in sections().items():
             if name not in values:
@@ -92,8 +92,12 @@ class _Checker:
             try:
                 sound[name] = model.model_validate({} if value is None else value)
             except ValidationError as error:
-                bad.add(name)
-                self._report(error.errors(include_url=False), (name,))
+                errors = error.errors(include_url=False)
+                self._report(errors, (name,))
+                wrong = {str(e["loc"][0]) for e in errors if e["loc"]}
+                rest = self._rest(name, model, value, wrong)
+                bad |= {name} if rest is None else {f"{name}.{key}" for key in wrong}
+                sound |= {} if rest is None else {name: rest}
         if isinstance(shape := sound.get("model"), ModelConfig):
             self._report_unused(shape)
         try:
@@ -106,9 +110,25 @@ class _Checker:
             return Config.model_validate({**values, **sound})
         except ValidationError as error:
             for message in _rules(error.errors(include_url=False)):
-                if not bad & {key.split(".")[0] for key in _dotted_keys(message)}:
+                keys = [key.split(".") for key in _dotted_keys(message)]
+                if not bad & {part for key in keys for part in (key[0], ".".join(key[:2]))}:
                     self._add(self._blame(message, ()), message)
         return None
+
+    def _rest(
+        self, name: str, model: type[BaseModel], value: Any, wrong: set[str]
+    ) -> BaseModel | None:
+        """A section without its wrong keys, for the rules between the others; its own rules that
+        these break are reported. None where nothing can be said of the others."""
+        if not isinstance(value, dict) or not wrong or "preset" in wrong:
+            return None
+        try:
+            return model.model_validate({k: v for k, v in value.items() if k not in wrong})
+        except ValidationError as error:
+            for message in _rules(e for e in error.errors(include_url=False) if not e["loc"]):
+                if not wrong & set(re.findall(r"\w+", message)):
+                    self._add(self._blame(message, (name,)), f"{name}: {message}")
+            return None
 
     def _entry(self, entry: Entry, annotation: Any, at: Location) -> Any:
         self._keys[at] = entry.place

@@ -1,6 +1,7 @@
 """manifest.json: which files a checkpoint holds, their sizes and hashes. Reading trusts nothing."""
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ ADAPTER = "adapter.json"  # where model.safetensors holds an adapter: what it be
 # Far above what we write (state.json holds a data position); keeps a hostile file out of memory.
 SMALL_FILE_BYTES = 64 * 2**20
 _MANIFEST_BYTES = 2**20
+_SEAL = "sha256"
 _REQUIRED = {MODEL, OPTIMIZER, STATE, CONFIG}
 _TOKENIZER_FILE = re.compile(TOKENIZER + r"/[a-z0-9_]{1,50}\.(json|tiktoken)")
 
@@ -62,13 +64,22 @@ def write_manifest(
         "tied": tied,
         "files": files,
     }
-    write_json_atomic(directory / MANIFEST, manifest)
+    write_json_atomic(directory / MANIFEST, sealed(manifest))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of itself: of its other keys, as sorted JSON."""
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """manifest.json with its form checked, the files it lists not. CheckpointError if it is bad."""
     path = directory / MANIFEST
     manifest = read_json(path, _MANIFEST_BYTES)
+    # First: a flipped bit can look like a newer format. Those of early versions have no seal.
+    if _SEAL in manifest and manifest != sealed(manifest):
+        raise CheckpointError(f"{path} is damaged (its sha256 differs)")
     version = manifest.get("format")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: no valid format number")

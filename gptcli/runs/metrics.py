@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,42 +16,46 @@ log = logging.getLogger("gptcli")
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _BLOCK_BYTES = 16 * 1024
+_MOST_WAITING = 10_000
 
 
 class MetricsLog:
     """Appends records to `run_dir / filename`; every record is in the file when `write` returns.
 
-    A record that cannot be written (disk full) is lost with one warning for the whole run:
-    training is worth more than its log.
+    Records that cannot be written (disk full) wait in memory until they can, the last _MOST_WAITING
+    of them, with one warning for the whole run: training is worth more than its log.
     """
 
     def __init__(self, run_dir: Path, filename: str = METRICS) -> None:
         self.path = run_dir / filename
         self._warned = False
+        self._waiting = deque[bytes](maxlen=_MOST_WAITING)
         try:
             # A descriptor, not a buffered file: a line goes out in one call, so no kill splits it.
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise ResourceError(f"cannot write {self.path}: {error.strerror}") from error
-        self._cut = _is_cut(self.path)
+        if _is_cut(self.path):
+            self._waiting.append(b"\n")  # ends the broken line, which the reader skips
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; non-finite numbers become null."""
-        line = json_bytes(record) + b"\n"
-        if self._cut:
-            line = b"\n" + line  # end the broken line, which the reader skips
+        self._waiting.append(json_bytes(record) + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as far as the disk takes it."""
         try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):  # the disk took a part; the next call tells why
-                os.write(self._descriptor, line[written:])
-            self._cut = False
+            while self._waiting:
+                _append(self._descriptor, self._waiting[0])
+                self._waiting.popleft()
         except OSError as error:
-            self._cut = _is_cut(self.path)
             self._warn(error)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._descriptor >= 0:
+            self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -68,7 +73,8 @@ class MetricsLog:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("%s: %s; lines will be missing, the run goes on", self.path, error.strerror)
+            what = "its lines wait until there is room, the run goes on"
+            log.warning("%s: %s; %s", self.path, error.strerror, what)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -166,6 +172,18 @@ def _lines_backwards(path: Path) -> Iterator[bytes]:
             yield cut
     except OSError:
         return
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    """Append a line, or nothing. OSError."""
+    before = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        if written < len(line):  # the disk took a part; the next call tells why
+            os.write(descriptor, line[written:])
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -203,6 +203,7 @@ class Session:
             tokenizer=self.tokenizer,
             adapter=self.adapter,
         )
+        self.metrics.flush()  # what a full disk held up belongs to the step that is saved
         try:
             if self.state.step == 0:
                 checkpoint.check_space(self.directory, checkpoint.space_needed(contents))
@@ -301,9 +302,14 @@ class Session:
         return rows
 
     def _point_at_best(self) -> None:
-        """best.json names a checkpoint that exists: the one of this step, if it was saved."""
+        """best.json names a checkpoint that exists: the one of this step, if it was saved. A full
+        disk is a warning; a resume writes it."""
         if self.saved_step == self.state.step and self.state.best_loss is not None:
-            checkpoint.write_best(self.directory, self.state.step, self.state.best_loss)
+            try:
+                checkpoint.write_best(self.directory, self.state.step, self.state.best_loss)
+            except ResourceError as error:
+                log.warning(f"{error}; the best checkpoint is that of step {self.state.step}")
+                return
             checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
 
     def _evaluation_due(self) -> bool:

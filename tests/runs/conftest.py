@@ -16,6 +16,7 @@ from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs.checkpoint import Contents
+from gptcli.runs.manifest import sealed
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 
@@ -80,6 +81,6 @@ def reseal() -> Callable[..., None]:
         for name, entry in manifest["files"].items():
             content = (directory / name).read_bytes()
             entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        path.write_text(json.dumps({**manifest, **changes}))
+        path.write_text(json.dumps(sealed({**manifest, **changes})))
 
     return seal

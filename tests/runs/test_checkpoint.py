@@ -30,6 +30,7 @@ from gptcli.runs.checkpoint import (
     write_best,
 )
 from gptcli.runs.load import load_model
+from gptcli.runs.manifest import sealed
 
 Make = Callable[..., Contents]
 CPU = torch.device("cpu")
@@ -194,14 +195,21 @@ def test_hostile_manifests(tmp_path: Path, make_contents: Make) -> None:
     entry = files["state.json"]
     for name in ("../../secret", "/etc/passwd", "tokenizer/../x.json", "tokenizer/a\x1b.json", "x"):
         forged = {**manifest, "files": {**files, name: entry}}
-        (path / "manifest.json").write_text(json.dumps(forged))
+        (path / "manifest.json").write_text(json.dumps(sealed(forged)))
         with pytest.raises(CheckpointError, match="unknown file name"):
             verify(path)
     huge = {"files": {**files, "state.json": {**entry, "bytes": 10**9}}}
     for changes in (huge, {"files": []}, {"step": -1}, {"step": True}, {"tied": {"a": 1}}):
-        (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-        with pytest.raises(CheckpointError):
+        (path / "manifest.json").write_text(json.dumps(sealed({**manifest, **changes})))
+        with pytest.raises(CheckpointError, match=r"has|no |is larger"):
             verify(path)
+    for flipped in ({"step": 2}, {"format": 2}, {"files": {}}):  # without its seal
+        (path / "manifest.json").write_text(json.dumps({**manifest, **flipped}))
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            verify(path)
+    del manifest["sha256"]  # as the first versions wrote it
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(path)["step"] == 1
     (path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read"):
         verify(path)

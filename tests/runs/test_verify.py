@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptcli.runs import checkpoint
+from gptcli.runs.manifest import sealed
 from gptcli.runs.run_dir import RunLock
 from gptcli.runs.verify import verify_run
 
@@ -93,7 +94,7 @@ def test_hashes_that_agree_are_not_enough(run: Path) -> None:
     entry = json.loads((other / "manifest.json").read_text())["files"]["optimizer.safetensors"]
     assert entry["sha256"] != manifest["files"]["optimizer.safetensors"]["sha256"]
     manifest["files"]["model.safetensors"] = manifest["files"]["optimizer.safetensors"]
-    (victim / "manifest.json").write_text(json.dumps(manifest))
+    (victim / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert "wte.weight" in bad(run)[f"checkpoints/{victim.name}"]
 
 
