@@ -94,37 +94,10 @@ def test_no_run_yet(gpt):
     assert "gpt pretrain" in err
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--temperature", "0"), ("--top-k", "999999"), ("--min-p", "1"), ("--prompt", "")],
-)
-def test_extremes_that_are_fine(gpt, run_dir, flags):
-    """0 is greedy, a top-k above the vocabulary is all of it, an empty prompt starts at eot."""
-    assert gpt("generate", "--prompt", "x", "--max-new-tokens", "3", *flags)[0] == 0
-
-
 def test_token_ids(gpt, run_dir):
     code, out, _ = gpt("generate", "--prompt-tokens", "72,105", "--max-new-tokens", "2")
     assert code == 0
     assert out.startswith("Hi")
-
-
-def test_prompt_that_is_too_long(gpt, run_dir):
-    long = "x" * 50
-    code, _, err = gpt("generate", "--prompt", long, "--max-new-tokens", "2", "--seed", "1")
-    assert code == 0
-    assert err.startswith("warning: ")
-    code, out, err = gpt("generate", "--prompt", long, "--truncate", "error")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-
-
-def test_missing_device(gpt, run_dir):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    code, _, err = gpt("generate", "--prompt", "x", "--device", "cuda")
-    assert code == 6
-    assert "cpu" in err
 
 
 def test_head_takes_one_line(forked, run_dir):

@@ -111,17 +111,6 @@ def test_a_text_file_is_no_config(gpt, tmp_path):
     assert "hint: to train a new model on a text: gpt pretrain book.txt\n" in err
 
 
-def test_all_config_problems_are_shown_without_loading_torch(shell, tmp_path):
-    """Each run of a cluster job that reports one mistake of three costs another wait."""
-    (tmp_path / "bad.yaml").write_text("model: {n_layers: 2}\ntraining: {max_steps: -1}\n")
-    done = shell("gpt pretrain bad.yaml --dry-run", PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert len([line for line in lines if line.startswith("error: ")]) == 2
-    assert "n_layer" in lines[0]
-    assert "| torch\n" not in done.stderr
-
-
 def raised_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `gpt pretrain` meet `error` where it would load its config."""
 
@@ -218,14 +207,6 @@ def test_work_with_nothing_to_save_ends_by_the_signal(gpt, monkeypatch, number, 
 
     monkeypatch.setattr(pretrain_command, "load_run_config", interrupted)
     assert gpt("pretrain", "x") == (code, "", f"stopped by {number}\n")
-
-
-def test_arguments_that_are_no_utf8(gpt):
-    """Lone surrogates crash the tokenizer, or the first write of them."""
-    code, _, err = gpt("pretrain", "no\udcff.yaml")
-    assert code == 2
-    assert err.splitlines()[0].startswith("warning: argument")
-    assert "error: no\ufffd.yaml" in err
 
 
 def test_handlers_and_logging_are_given_back(gpt):

@@ -64,33 +64,6 @@ def test_quiet_says_nothing_when_all_is_well(gpt):
     assert err == ""
 
 
-def test_an_old_run_is_safe(gpt, tmp_path):
-    """The same command typed twice must not train over the first result."""
-    first = gpt("pretrain", "tiny.yaml", "--run-dir", "r")
-    assert first[0] == 0, first[2]
-    before = (tmp_path / "r" / "run.json").read_bytes()
-    code, out, err = gpt("pretrain", "tiny.yaml", "--run-dir", "r")
-    assert (code, out) == (2, "")
-    assert "--resume" in err
-    assert "--overwrite" in err
-    assert (tmp_path / "r" / "run.json").read_bytes() == before
-    assert gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--overwrite")[0] == 0
-    assert len(list(tmp_path.glob("r.old-*"))) == 1
-
-
-def test_resume_needs_a_run(gpt):
-    code, out, err = gpt("pretrain", "tiny.yaml", "--resume")
-    assert (code, out) == (4, "")
-    assert err.startswith("error: ")
-
-
-def test_auto_resume_starts_afresh(gpt):
-    """The command line of a cluster job is the same the first time and after a restart."""
-    code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--auto-resume")
-    assert code == 0, err
-    assert gpt("pretrain", "tiny.yaml", "--run-dir", "r", "--auto-resume")[0] == 0
-
-
 def test_dry_run_writes_nothing(gpt, tmp_path):
     code, out, err = gpt("pretrain", "tiny.yaml", "--dry-run")
     assert (code, err) == (0, "reading text.txt\n")

@@ -50,6 +50,7 @@ modle: {}
 """
     assert problems_of(tmp_path, text, "seed=x", "generate.n=0") == [
         "c.yaml:1:7: name: expected text, got the number 12; quote it: '12'",
+        "c.yaml:2:1: model: n_embd 255 is not divisible by n_head 4",
         "c.yaml:3:3: unknown key 'n_layers' in model; did you mean 'n_layer'?",
         "c.yaml:3:13: model.n_layer: must be above 0, got 0",
         "c.yaml:6:3: unknown key 'hidden_size' in model; did you mean 'n_embd'?",
@@ -64,6 +65,7 @@ modle: {}
         "c.yaml:16:21: unknown key 'txt_field' in data.train[0]; did you mean 'text_field'?",
         "c.yaml:17:7: data.train[1]: needs the key 'path'",
         "c.yaml:18:1: tokenizer: kind is file, so path must name a saved tokenizer",
+        "c.yaml:19:26: schedule.warmup_steps 50 is above training.max_steps 10",
         "c.yaml:19:41: repeated key 'kind'; it was given before on line 19",
         "c.yaml:20:20: eval.max_tokens: expected a whole number or null, got the number 1.5",
         "c.yaml:21:1: finetune: fields of task completion are prompt, response, not question",
@@ -395,15 +397,6 @@ def test_misspelt_keys_of_a_mapping_in_the_model(tmp_path: Path) -> None:
     ]
 
 
-def test_python_tags_run_nothing(tmp_path: Path) -> None:
-    """A config from a stranger must not run a command."""
-    canary = tmp_path / "canary"
-    text = f"seed: 1\nname: !!python/object/apply:os.system ['touch {canary}']\n"
-    first = problems_of(tmp_path, text)[0]
-    assert first.startswith("c.yaml:2:7: tag '!!python/object/apply:os.system' is not allowed")
-    assert not canary.exists()
-
-
 def test_repeated_keys_name_both_lines(tmp_path: Path) -> None:
     """PyYAML lets the last one win in silence; keys of both halves of a section count."""
     text = "model: {n_layer: 1}\nseed: 1\nmodel:\n  n_layer: 2\n  n_head: x\nseed: 2\n"
@@ -444,13 +437,6 @@ def test_hostile_files_are_refused_quickly(tmp_path: Path, text: str, problem: s
     assert len(found) <= 101
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown * (1 if sys.platform == "darwin" else 1024) < 200e6
-
-
-def test_alias_bomb_takes_under_a_second(tmp_path: Path) -> None:
-    """The limit must hold while aliases are expanded, not after."""
-    start = time.process_time()
-    problems_of(tmp_path, bomb())
-    assert time.process_time() - start < 1.0
 
 
 def test_nothing_of_pydantic_shows(tmp_path: Path) -> None:
