@@ -63,7 +63,15 @@ def resolve_device(name: str) -> Device:
     if kind == "cuda":
         props = torch.cuda.get_device_properties(number)
         return Device("cuda", number, props.name, _threads(), props.major >= 8)
-    return Device(kind, None, platform.processor() or platform.machine(), _threads(), True)
+    return Device(kind, None, _processor(), _threads(), True)
+
+
+def hardware(device: Device) -> str:
+    """What computes: the model of the processor, with the instructions that torch uses of it, or of
+    the GPU. Where it is the same, so are the bits."""
+    if device.kind != "cpu":
+        return device.name
+    return f"{device.name} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def choose_precision(wanted: str, device: Device) -> str:
@@ -204,6 +212,17 @@ def release_memory(device: Device) -> None:
     """Give what torch holds of a GPU's memory without using it back to the GPU."""
     if device.kind == "cuda":
         torch.cuda.empty_cache()
+
+
+def _processor() -> str:
+    """Its model where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.partition(":")[2] for line in file if line.startswith("model name"))
+            name = " ".join(next(names, "").split())
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
 
 
 def _threads() -> int:

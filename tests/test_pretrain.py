@@ -1,57 +1,27 @@
-"""Pretraining from end to end: exact resumes, limits, non-finite steps, refusals."""
+"""Pretraining from end to end: limits, refusals, what a run leaves."""
 
-import hashlib
 import json
 import logging
-import os
-import random
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from interrupting import STEPS, interrupted, many_pieces, one_file, outcome, tiny
 
-from gptcli import stop
-from gptcli.config.schema import Config
-from gptcli.data import corpus, packing, readers, scan, shards, stream
-from gptcli.data.rows import Prefetch
-from gptcli.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from gptcli.model.gpt import GPT
+from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.pretrain import describe, pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
 from gptcli.runs.metrics import read_metrics, read_samples
 from gptcli.runs.run_dir import read_run_json
-from gptcli.training.build import RunResult
 from gptcli.training.events import StepEvent
-
-Straight = Callable[[str], tuple[Config, dict[str, Any]]]
-
-STEPS = 17
-TIMES = ("seconds", "tokens_per_second", "training_seconds", "memory_bytes")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _many_pieces() -> Iterator[None]:
-    """A corpus of a few hundred bytes has several pieces, shards and groups, so a resume meets all
-    their borders. The report is left out of runs that nobody looks at: its plots take a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (shards, readers, scan, corpus):
-            patch.setattr(module, "PIECE_BYTES", 100)
-        patch.setattr(corpus, "SHARD_PIECES", 2)
-        patch.setattr(corpus, "SHARD_BYTES", 200)
-        patch.setattr(packing, "GROUP_TOKENS", 128)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with many_pieces():
         yield
 
 
@@ -60,265 +30,6 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """The library's log so far, as one text."""
     caplog.set_level(logging.INFO, logger="gptcli")
     return lambda: "\n".join(caplog.messages)
-
-
-def prose(size: int, seed: int = 0) -> str:
-    """Lines of made-up words."""
-    rng = random.Random(seed)
-    words = rng.choices(["sun", "moon", "tree", "é", "sing", "a", "of", "river"], k=size)
-    lines = [" ".join(words[i : i + 7]) for i in range(0, size, 7)]
-    return ("\n".join(lines) + "\n")[:size]
-
-
-def one_file(folder: Path) -> Path:
-    """A corpus in a single text file, a little less than seven steps long."""
-    path = folder / "book.txt"
-    path.write_text(prose(480))
-    return path
-
-
-def json_rows(folder: Path) -> Path:
-    """A corpus of documents of many lengths, some longer than a piece."""
-    path = folder / "rows.jsonl"
-    texts = [prose(10 + 40 * (i % 5), seed=i) for i in range(6)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def tiny(source: Path, **changes: Any) -> Config:
-    """A tiny run over `source`; keys like training__max_steps change it."""
-    values: dict[str, dict[str, Any]] = {
-        "tokenizer": {"kind": "bytes"},
-        "data": {"train": str(source), "val_fraction": 0.1, "shuffle_window": 2},
-        "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.2},
-        "schedule": {"warmup_steps": 2},
-        "training": {
-            "max_steps": STEPS,
-            "tokens_per_step": 64,
-            "log_every": 3,
-            "eval_every": 5,
-            "save_every": 4,
-            "precision": "fp32",
-        },
-        "samples": {"prompts": ["the sun"], "n": 2, "max_new_tokens": 4},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            values.setdefault(section, {})[name] = value
-        else:
-            values[section] = value
-    return Config.model_validate({"name": "tiny", **values})
-
-
-@contextmanager
-def interrupted(updates: int, *, evaluating: bool = False) -> Iterator[None]:
-    """Ask for a stop during update number `updates` of this run (0: before the first), or in the
-    evaluation that follows it."""
-    done = 0
-
-    def request_before() -> None:
-        if updates == 0 and not evaluating:
-            stop.request(signal.SIGTERM)
-
-    def after_update(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        if done == updates and not evaluating:
-            stop.request(signal.SIGTERM)
-
-    def before_forward(module: torch.nn.Module, _: Any) -> None:
-        if evaluating and done == updates and isinstance(module, GPT) and not module.training:
-            stop.request(signal.SIGTERM)
-
-    class Begins(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "writing to" in record.getMessage():
-                request_before()
-
-    handler = Begins()
-    logger = logging.getLogger("gptcli")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    hooks = [
-        register_optimizer_step_post_hook(after_update),
-        register_module_forward_pre_hook(before_forward),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        stop.reset()
-
-
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """All of a run that must not depend on where it was interrupted."""
-    last = checkpoint.list_checkpoints(run_dir)[-1]
-    state = checkpoint.read_state(last)["train"]
-    metrics = [
-        {k: v for k, v in record.items() if k not in TIMES and not k.endswith("_seconds")}
-        for record in read_metrics(run_dir)
-    ]
-    return {
-        "files": {
-            name: hashlib.sha256((last / name).read_bytes()).hexdigest()
-            for name in ("model.safetensors", "optimizer.safetensors")
-        },
-        "state": {k: v for k, v in state.items() if not k.endswith("seconds") and k != "interval"},
-        "metrics": metrics,
-        "samples": read_samples(run_dir),
-        "best": checkpoint.read_best(run_dir),
-        "status": read_run_json(run_dir)["status"],
-    }
-
-
-CORPORA: dict[str, Callable[[Path], Config]] = {
-    "one file, muon": lambda folder: tiny(one_file(folder)),
-    "rows, adamw": lambda folder: tiny(
-        json_rows(folder), optimizer={"kind": "adamw", "lr": 0.003}, schedule__kind="cosine"
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """Name in CORPORA -> its config, and the outcome of that run without interruption."""
-    made: dict[str, tuple[Config, dict[str, Any]]] = {}
-
-    def run(name: str) -> tuple[Config, dict[str, Any]]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("straight")
-            config = CORPORA[name](folder)
-            assert pretrain(config, run_dir=folder / "run").status == "finished"
-            made[name] = config, outcome(folder / "run")
-            assert made[name][1]["state"]["epochs"] > 2.1  # two epoch borders lie inside
-        return made[name]
-
-    return run
-
-
-def with_cuts(config: Config, run_dir: Path, cuts: list[str]) -> RunResult:
-    """The run, stopped at each of `cuts` ("3": in its third update; "3e": in the evaluation behind
-    it) and resumed."""
-    for number, cut in enumerate(cuts):
-        with interrupted(int(cut.rstrip("e")), evaluating=cut.endswith("e")):
-            result = pretrain(config, run_dir=run_dir, resume="resume" if number else "no")
-        assert (result.status, result.signal) == ("stopped", signal.SIGTERM)
-    return pretrain(config, run_dir=run_dir, resume="resume")
-
-
-# The epochs of one file end inside updates 7 and 14; 0, 5, 10, 15 and 17 are evaluated.
-CUTS = ["0", "0e", "1", "4", "5e", "6", "7", "8", "14", "17", "17e", "4 1 1", "5e 0e 5", "1 5 0"]
-
-
-@pytest.mark.parametrize("cuts", CUTS)
-def test_resume_of_one_file(cuts: str, tmp_path: Path, straight: Straight) -> None:
-    """Bug: a resume that loses or repeats data, moments, dropout masks or log lines somewhere."""
-    config, expected = straight("one file, muon")
-    assert with_cuts(config, tmp_path / "run", cuts.split()).status == "finished"
-    assert outcome(tmp_path / "run") == expected
-
-
-@pytest.mark.parametrize("cuts", ["0", "3", "7", "8", "5e 9"])
-def test_resume_of_rows(cuts: str, tmp_path: Path, straight: Straight) -> None:
-    """Bug: the cursor inside JSON lines, or between documents and their pieces, is off by one."""
-    config, expected = straight("rows, adamw")
-    assert with_cuts(config, tmp_path / "run", cuts.split()).status == "finished"
-    assert outcome(tmp_path / "run") == expected
-
-
-def killed(config: Config, run_dir: Path, updates: int, *, resume: bool) -> None:
-    """Run in a child process that SIGKILL ends in update number `updates`."""
-    child = os.fork()
-    if child == 0:
-        done = 0
-
-        def kill(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            if done == updates:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        register_optimizer_step_post_hook(kill)
-        try:
-            pretrain(config, run_dir=run_dir, resume="resume" if resume else "no")
-        finally:
-            os._exit(1)  # not reached: the kill comes first
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def test_resume_after_kill(tmp_path: Path, straight: Straight) -> None:
-    """Bug: what SIGKILL leaves behind (logs ahead of the checkpoint) is in the result twice."""
-    (config, expected), run_dir = straight("one file, muon"), tmp_path / "run"
-    killed(config, run_dir, 7, resume=False)
-    assert read_run_json(run_dir)["status"] == "running"
-    killed(config, run_dir, 3, resume=True)
-    assert pretrain(config, run_dir=run_dir, resume="resume").status == "finished"
-    assert outcome(run_dir) == expected
-    assert (run_dir / "metrics.jsonl.bak").exists()  # step 6 was logged, step 4 was saved
-    history = [entry["event"] for entry in read_run_json(run_dir)["history"]]
-    assert history == ["start", "resume", "resume", "finished"]  # the killed leave none
-
-
-def test_kill_between_checkpoint_and_best(tmp_path: Path, straight: Straight) -> None:
-    """Bug: best.json stays behind for good when the kill came just before it was written."""
-    (config, expected), run_dir = straight("one file, muon"), tmp_path / "run"
-    with interrupted(11):
-        pretrain(config, run_dir=run_dir)
-    checkpoint.write_best(run_dir, 0, 9.0)
-    with interrupted(0):
-        pretrain(config, run_dir=run_dir, resume="resume")
-    best = checkpoint.read_best(run_dir)
-    assert best is not None
-    assert best[0] == 10
-    pretrain(config, run_dir=run_dir, resume="resume")
-    assert outcome(run_dir) == expected
-
-
-def test_kill_after_a_late_evaluation(tmp_path: Path) -> None:
-    """Bug: an evaluation that the checkpoint does not know, done again, is logged twice."""
-    still = {"kind": "adamw", "lr": 1e-30}  # no evaluation is an improvement that would be saved
-    config, run_dir = tiny(one_file(tmp_path), optimizer=still), tmp_path / "run"
-    with interrupted(5, evaluating=True):
-        pretrain(config, run_dir=run_dir)
-    killed(config, run_dir, 1, resume=True)
-    pretrain(config, run_dir=run_dir, resume="resume")
-    pretrain(config, run_dir=tmp_path / "straight")
-    assert outcome(run_dir) == outcome(tmp_path / "straight")
-
-
-def test_stop_that_the_reader_sees_first(
-    tmp_path: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bug: the reading thread raises Stopped and the run ends without saving."""
-    (config, expected), run_dir = straight("one file, muon"), tmp_path / "run"
-    read, main, windows = stream.RecordStream._read_window, threading.main_thread(), 0
-
-    def read_and_stop(self: stream.RecordStream) -> None:
-        nonlocal windows
-        assert threading.current_thread() is not main
-        windows += 1
-        if windows == 4:
-            time.sleep(0.5)  # the loop has used up what was prefetched and waits
-            stop.request(signal.SIGINT)
-        read(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream.RecordStream, "_read_window", read_and_stop)
-        patch.setattr(Prefetch, "_DEPTH", 1)
-        result = pretrain(config, run_dir=run_dir)
-    assert (result.status, result.signal) == ("stopped", signal.SIGINT)
-    assert 0 < result.step < STEPS
-    assert checkpoint.list_checkpoints(run_dir)[-1].name == f"step-{result.step:08d}"
-    stop.reset()
-    pretrain(config, run_dir=run_dir, resume="resume")
-    assert outcome(run_dir) == expected
 
 
 def test_finished_run(
@@ -357,18 +68,6 @@ def test_larger_limit_after_the_decay(tmp_path: Path, warnings: Callable[[], str
     assert outcome(run_dir)["files"] == outcome(tmp_path / "straight")["files"]
     steps = [r["step"] for r in read_metrics(run_dir) if r["event"] == "train"]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
-
-
-def test_changed_rate_is_shown(tmp_path: Path, warnings: Callable[[], str]) -> None:
-    """Bug: a resume with another learning rate or limit jumps without a word."""
-    book, run_dir = one_file(tmp_path), tmp_path / "run"
-    with interrupted(4):
-        pretrain(tiny(book, schedule__kind="linear"), run_dir=run_dir)
-    faster = tiny(book, schedule__kind="linear", optimizer={"lr": 0.04})
-    with interrupted(1):
-        pretrain(faster, run_dir=run_dir, resume="resume")
-    assert "changed since the run began: optimizer.lr: 0.02 -> 0.04" in warnings()
-    assert "the learning rate at step 4 was 0.0153 and is now 0.0306" in warnings()
 
 
 def test_changed_model_is_refused(tmp_path: Path) -> None:
@@ -418,69 +117,6 @@ def test_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         stopped = pretrain(config)
     assert stopped.run_dir != fresh.run_dir
     assert pretrain(config, resume="resume").run_dir == stopped.run_dir
-
-
-@contextmanager
-def poisoned(forwards: set[int], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """`change` what enters the blocks in the training passes whose numbers are given (from 1)."""
-    seen = 0
-
-    def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor | None:
-        nonlocal seen
-        if not isinstance(module, torch.nn.Embedding) or not module.training:
-            return None
-        seen += 1
-        return change(output) if seen in forwards else None
-
-    handle = register_module_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def nan_loss(x: torch.Tensor) -> torch.Tensor:
-    return x * float("nan")
-
-
-def infinite_gradient(x: torch.Tensor) -> torch.Tensor:
-    """The loss stays finite; one gradient does not."""
-    x.register_hook(lambda grad: grad * float("inf"))
-    return x
-
-
-@pytest.mark.parametrize("poison", [nan_loss, infinite_gradient])
-def test_bad_step_changes_nothing(
-    poison: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
-) -> None:
-    """Bug: one infinite gradient, clipped, makes every weight NaN."""
-    book = one_file(tmp_path)
-    same = {"schedule__kind": "constant"}
-    pretrain(tiny(book, training__max_steps=6, **same), run_dir=tmp_path / "good")
-    with poisoned({7}, poison):
-        pretrain(tiny(book, training__max_steps=7, **same), run_dir=tmp_path / "bad")
-    good, bad = outcome(tmp_path / "good"), outcome(tmp_path / "bad")
-    assert good["files"] == bad["files"]
-    assert bad["state"]["skipped_steps"] == 1
-    (line,) = [r for r in bad["metrics"] if r["event"] == "bad_step"]
-    assert line["step"] == 7
-
-
-def test_three_bad_steps_end_the_run(tmp_path: Path) -> None:
-    """Bug: a run that diverged goes on, or its last good checkpoint is pruned or replaced."""
-    config, run_dir = tiny(one_file(tmp_path), training__save_every=1), tmp_path / "run"
-    with poisoned({3, 7, 8, 9}, nan_loss), pytest.raises(NonFiniteError) as caught:
-        pretrain(config, run_dir=run_dir)
-    assert caught.value.exit_code == 5
-    assert "3 non-finite steps in a row, the last at step 9" in caught.value.message
-    paths = checkpoint.list_checkpoints(run_dir)
-    assert paths[-1].name == "step-00000006"
-    for path in paths:
-        checkpoint.verify(path)
-    assert read_run_json(run_dir)["status"] == "failed"
-    bad = [(r["step"], r["loss"]) for r in read_metrics(run_dir) if r["event"] == "bad_step"]
-    assert bad == [(3, None), (7, None), (8, None), (9, None)]
-    assert pretrain(config, run_dir=run_dir, resume="resume").status == "finished"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
@@ -22,6 +24,7 @@ from gptcli.runs.load import LoadedModel
 from gptcli.runs.run_dir import read_run_json
 from gptcli.runs.tensorboard_log import check_tensorboard
 from gptcli.training.choices import apply, choose, choose_again
+from gptcli.training.fitting import check_memory
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
@@ -85,6 +88,7 @@ def build_session(
     `outputs` are those of a finetuning task's head, None without one; `objective` gives
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
+    check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial, device))
     model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
     if start.job == "finetune":
@@ -210,6 +214,16 @@ def saved_scores(contents: Contents | None) -> Scores | None:
     """The scores of the last evaluation before a checkpoint."""
     saved = contents.state["scores"] if contents is not None else None
     return Scores.from_json(saved) if saved is not None else None
+
+
+def _held_bytes(start: Start, initial: LoadedModel | None, device: Device) -> int:
+    """Of the tensors that a run begins with, where they are in the device's memory already."""
+    if device.kind == "cuda":
+        return 0
+    tensors: list[Tensor] = list(initial.model.parameters()) if initial is not None else []
+    if start.contents is not None:
+        tensors += [*start.contents.model.values(), *start.contents.optimizer.values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _probed(config: Config, start: Start) -> Config:

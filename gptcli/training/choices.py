@@ -12,6 +12,7 @@ from gptcli.device import (
     Device,
     choose_precision,
     faster_precision,
+    hardware,
     race_precision,
     usable_memory_bytes,
 )
@@ -41,8 +42,8 @@ class Choices:
 
     `micro_batch_size` is in rows of block_size tokens; `available_threads` is what the machine
     offered when `threads` was chosen (None: the same). `given_micro_batch_size` is what the config
-    said of it (None in old checkpoints): out of memory it may have become less. `races` has the
-    seconds that decided.
+    said of it (None in old checkpoints): out of memory it may have become less. `hardware` is what
+    computes, by its model (None in old checkpoints). `races` has the seconds that decided.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Choices:
     activation_checkpointing: bool = False
     available_threads: int | None = None
     given_micro_batch_size: int | str | None = None
+    hardware: str | None = None
     races: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
         activation_checkpointing=recompute,
         available_threads=device.threads,
         given_micro_batch_size=given,
+        hardware=hardware(device),
         races=races,
     )
 
@@ -121,6 +124,10 @@ def choose_again(saved: dict[str, Any], config: Config, device: Device) -> Choic
     if device.kind != old.device.partition(":")[0]:
         _not_exact(reasons)
         return None
+    here = hardware(device)
+    new = replace(new, hardware=here)
+    if old.hardware not in (None, here):
+        reasons.append(f"{old.hardware} -> {here}")
     if device.threads != (old.available_threads or old.threads):
         new = replace(new, threads=device.threads, available_threads=device.threads)
         reasons.append(f"threads {old.threads} -> {device.threads}")

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from gptcli.config.schema import Config
-from gptcli.device import Device
+from gptcli.device import Device, free_memory_bytes
+from gptcli.errors import ResourceError
+from gptcli.model.empty import empty_model
 from gptcli.training.choices import Choices, largest_divisor
 from gptcli.training.footprint import Footprint, footprint
 
@@ -45,6 +47,26 @@ class Case:
             shape = config.model.model_copy(update={"n_layer": n_layer})
             config = config.model_copy(update={"model": shape})
         return replace(self, config=config, choices=choices)
+
+
+def check_memory(config: Config, device: Device, vocab_size: int, held_bytes: int = 0) -> None:
+    """ResourceError where not even what a run keeps all the time fits into the free memory: the
+    weights, and where all learn, gradients and one moment. `held_bytes` of it are there already.
+
+    Before the model is made: a system that promises more memory than it has kills who uses it.
+    """
+    free = free_memory_bytes(device)
+    weights = empty_model(config.model, vocab_size).parameter_count()
+    tuned = config.finetune
+    all_learn = tuned.method == "full" and not (tuned.freeze_embeddings or tuned.freeze_layers)
+    needed = (12 if all_learn else 4) * weights - held_bytes
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"the weights{', their gradients and the optimizer' if all_learn else ''} alone need"
+            f" {gib(needed)} of memory on {device.kind}, free are {gib(free)}",
+            hint="set model.n_embd, model.n_layer or tokenizer.vocab_size lower; gpt plan says what"
+            " fits",
+        )
 
 
 def misfits(case: Case, needed: Footprint, memory: int | None) -> tuple[list[str], list[str]]:

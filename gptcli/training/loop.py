@@ -8,7 +8,7 @@ from typing import Any
 from gptcli import stop
 from gptcli.data.rows import Prefetch
 from gptcli.device import peak_memory_bytes
-from gptcli.errors import DataError
+from gptcli.errors import DataError, ResourceError
 from gptcli.training.events import StepEvent
 from gptcli.training.flops import flops_per_token, learning_share, peak_flops
 from gptcli.training.optimizers import peak_rate
@@ -46,16 +46,14 @@ def train(session: Session, batches: Prefetch) -> None:
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
         try:
             batch = batches.next()
+            got = time.perf_counter()
+            loss, grad_norm = forward_backward(session, batch)
+            computed = time.perf_counter()
         except stop.Stopped:  # the reader saw the request first; _goes_on saves
             continue
-        except DataError:  # a file went away under the run: keep what is trained
-            _settle(session, readings.arrived(lag=0))
-            _log_if_due(session, readings)
-            session.save(must=False)
+        except (DataError, ResourceError):  # a file went away under the run, or memory ran out
+            _keep_what_is_trained(session, readings)
             raise
-        got = time.perf_counter()
-        loss, grad_norm = forward_backward(session, batch)
-        computed = time.perf_counter()
         limits = _limits(session, readings)
         applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
         logs = (state.step + 1) % training.log_every == 0
@@ -66,7 +64,8 @@ def train(session: Session, batches: Prefetch) -> None:
             session.optimizer.step(ratio)
         session.optimizer.zero_grad()
         change = update_ratio(old, session.model) if old is not None else None
-        readings.add(state.step + 1, ratio, limits, loss, grad_norm, applies, change)
+        figures = (loss, grad_norm, applies, change)
+        readings.add(state.step + 1, ratio, limits, *figures, position=state.position)
         updated = time.perf_counter()
 
         if readings.lag:  # the step before is read and logged while the device computes this one
@@ -111,6 +110,18 @@ def _goes_on(session: Session, readings: Readings) -> bool:
         if session.progress < 1.0:  # else max_time went by meanwhile
             return True
     return True
+
+
+def _keep_what_is_trained(session: Session, readings: Readings) -> None:
+    """Save where the run fails between two steps. What hinders that is a warning: the failure that
+    ends the run is the one to tell of."""
+    try:
+        _settle(session, readings.arrived(lag=0))
+        _log_if_due(session, readings)
+        if session.saved_step != session.state.step and not session.state.bad_steps:
+            session.save(must=False)
+    except Exception as error:  # out of memory, most of all
+        log.warning(f"not saved at step {session.state.step}: {error}")
 
 
 def _settle(session: Session, readings: list[Reading]) -> None:

@@ -6,6 +6,7 @@ the processor hands out work without waiting for results.
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ _WATCHED = ("attn.qkv.weight", "mlp.up.weight", "lora_a")
 @dataclass(frozen=True)
 class Reading:
     """Figures of the update `step` (its number after it). Loss in nats per token, `grad_norm`
-    before clipping, `lr_ratio` of the peak rates; `limits` are those that it was judged by."""
+    before clipping, `lr_ratio` of the peak rates; `limits` are those that it was judged by;
+    `position` is where in the data its batch begins (None: at their beginning)."""
 
     step: int
     lr_ratio: float
@@ -28,6 +30,7 @@ class Reading:
     grad_norm: float
     applied: bool
     update_ratio: float | None  # norm of the change over norm of the weights, where measured
+    position: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class _OnItsWay:
     values: Tensor  # (4,) fp32 on the CPU: loss, gradient norm, applied, update ratio
     measured: bool
     copied: torch.cuda.Event | None
+    position: dict[str, Any] | None
 
 
 class Readings:
@@ -62,6 +66,7 @@ class Readings:
         grad_norm: Tensor,
         applied: Tensor,
         update_ratio: Tensor | None,
+        position: dict[str, Any] | None = None,
     ) -> None:
         """Send off a step's figures: scalars on one device. Waits for nothing."""
         ratio = update_ratio if update_ratio is not None else torch.zeros_like(loss)
@@ -73,7 +78,8 @@ class Readings:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         measured = update_ratio is not None
-        self._waiting.append(_OnItsWay(step, lr_ratio, limits, values, measured, copied))
+        sent = _OnItsWay(step, lr_ratio, limits, values, measured, copied, position)
+        self._waiting.append(sent)
 
     def arrived(self, lag: int | None = None) -> list[Reading]:
         """Take out the readings that are `lag` (default: this one's own) steps old; 0: all."""
@@ -123,4 +129,5 @@ def _read(sent: _OnItsWay) -> Reading:
         grad_norm,
         bool(applied),
         ratio if sent.measured else None,
+        sent.position,
     )

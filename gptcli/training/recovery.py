@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from dataclasses import replace
 
 from gptcli.errors import CheckpointError, NonFiniteError
@@ -11,6 +12,7 @@ from gptcli.runs.metrics import truncate_after
 from gptcli.training.initial import load_trained
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.readings import Reading
+from gptcli.training.saved import read_resumable
 from gptcli.training.session import Session
 from gptcli.training.state import TrainState
 
@@ -61,7 +63,7 @@ def _roll_back(session: Session, reading: Reading) -> None:
     newest = checkpoint.newest_valid(directory, log)
     if newest is None:
         raise CheckpointError(f"{directory} has no valid checkpoint to go back to")
-    contents = checkpoint.read(newest, with_optimizer=True)
+    contents = read_resumable(newest)
     saved, scores = TrainState.from_json(contents.state["train"]), contents.state["scores"]
     load_trained(session.model, contents.model)
     session.optimizer = Optimizer(session.model, session.config.optimizer)
@@ -85,11 +87,13 @@ def _roll_back(session: Session, reading: Reading) -> None:
 
 
 def _note(session: Session, reading: Reading, event: str, what: str) -> None:
-    """A line in metrics.jsonl and a warning. A rollback's line belongs to the step it leads to."""
+    """A line in metrics.jsonl, with where in the data the batch begins, and a warning. A rollback's
+    line belongs to the step it leads to."""
     line = {"event": event, "step": reading.step}
     if event == "rollback":
         line |= {"step": session.state.step, "from_step": reading.step}
-    session.metrics.write({**line, "loss": reading.loss, "grad_norm": reading.grad_norm})
+    figures = {"loss": reading.loss, "grad_norm": reading.grad_norm}
+    session.metrics.write({**line, **figures, "position": reading.position})
     log.warning(f"step {reading.step}: {_figures(reading)}; {what}")
 
 
@@ -100,11 +104,16 @@ def _figures(reading: Reading) -> str:
 def _give_up_at(count: int, what: str, session: Session, reading: Reading) -> None:
     """NonFiniteError when `count` in a row are as many as max_bad_steps allows."""
     if count >= session.config.training.max_bad_steps:
+        hint = (
+            "lower optimizer.lr, raise schedule.warmup_steps or set training.precision=fp32"
+            " (spikes: training.spike=warn), then resume from the last checkpoint"
+        )
+        if session.config.training.spike != "rollback":  # which passes over data
+            settings = shlex.quote(str(session.directory / "config.yaml"))
+            hint += f"\nits batch: gpt data show {settings} --step {reading.step - 1}"
         raise NonFiniteError(
             f"{count} {what} in a row, the last at step {reading.step}: {_figures(reading)}",
-            hint="lower optimizer.lr, raise schedule.warmup_steps or set"
-            " training.precision=fp32 (spikes: training.spike=warn), then resume from the last"
-            " checkpoint",
+            hint=hint,
         )
 
 

@@ -41,6 +41,7 @@ from gptcli.training.state import (
 
 log = logging.getLogger("gptcli")
 
+_SLOW_SAVE_SECONDS = 1.0  # what takes less is no burden, however often
 _LOST_SECONDS = 1.0  # of elapsed time: so much may be forgotten where a save would keep only them
 
 
@@ -94,6 +95,7 @@ class Session:
     _progress_before: float | None = None  # when the last step began
     _first: tuple[float, float] | None = None  # elapsed seconds and progress behind the first step
     _told_thinning: bool = False
+    _told_slow_saves: bool = False
 
     def __post_init__(self) -> None:
         self._saved_elapsed = self.state.elapsed_seconds
@@ -213,14 +215,27 @@ class Session:
                 raise
             log.warning(f"not saved at step {self.state.step}, trying again later: {error}")
             return
+        seconds = state.save_seconds = time.monotonic() - began
+        between = began - self._saved_at
         self.saved_step, self._saved_at = self.state.step, time.monotonic()
         self._saved_elapsed = train["elapsed_seconds"]
-        seconds = state.save_seconds = time.monotonic() - began
         log.info(
             f"saved {path} in {seconds:.1f} s",
             extra={"event": SaveEvent(self.state.step, str(path), seconds)},
         )
+        if not must:
+            self._tell_slow_saves(seconds, between)
         checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
+
+    def _tell_slow_saves(self, seconds: float, between: float) -> None:
+        """Once: that saves take longer than what lies between them."""
+        if seconds > max(between, _SLOW_SAVE_SECONDS) and not self._told_slow_saves:
+            self._told_slow_saves = True
+            log.warning(
+                f"this save took {seconds:.1f} s, longer than the {between:.1f} s since the last"
+                f" one: {self.directory} is slow, or training.save_every"
+                f" {self.config.training.save_every} too small"
+            )
 
     def _evaluate(self) -> bool:
         """Score the validation part and write samples; returns whether it is the best so far."""

@@ -37,6 +37,7 @@ from gptcli.runs.run_dir import (
     write_json_atomic,
 )
 from gptcli.training.optimizers import peak_rate
+from gptcli.training.saved import read_resumable
 from gptcli.training.schedule import is_decaying, learning_rate
 from gptcli.training.state import TrainState, progress
 
@@ -207,7 +208,7 @@ def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bo
     newest = checkpoint.newest_valid(directory, log)
     if newest is None:
         raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
-    contents = checkpoint.read(newest, with_optimizer=True)
+    contents = read_resumable(newest)
     saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
     if config.init is not None:  # automatic rates are those for the run's shape
         config = config.settled_for(saved.model)
@@ -384,7 +385,7 @@ def _flat(config_yaml: str) -> dict[str, Any]:
 
 def _read_or_none(path: Path) -> Contents | None:
     try:
-        return checkpoint.read(path, with_optimizer=True)
+        return read_resumable(path)
     except CheckpointError as error:
         log.warning(f"{path.name} is damaged and skipped: {error}")
         return None
