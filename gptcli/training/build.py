@@ -15,12 +15,13 @@ from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, allow_tf32
-from gptcli.errors import ConfigError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores
 from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_report
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel
+from gptcli.runs.manifest import OPTIMIZER
 from gptcli.runs.run_dir import read_run_json
 from gptcli.runs.tensorboard_log import check_tensorboard
 from gptcli.training.choices import apply, choose, choose_again
@@ -107,7 +108,10 @@ def build_session(
             apply(choices, model)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
-        optimizer.load_state_dict(start.contents.optimizer)
+        try:
+            optimizer.load_state_dict(start.contents.optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.source / OPTIMIZER}: {error.message}") from error
     session = Session(
         config=config,
         directory=start.directory,

@@ -144,13 +144,13 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
     assert start.contents is not None
     saved, adapter = start.contents.model, start.contents.adapter
     if adapter is not None:
-        model = with_adapter(config.model, adapter, saved, str(start.directory))
+        model = with_adapter(config.model, adapter, saved, str(start.source))
         facts = {"adapter": adapter}
     else:
         table = saved.get("wte.weight")  # a published one has rows to spare
         rows = tokenizer.vocab_size if table is None else table.size(0)
         model = empty_model(config.model, rows)  # takes the tensors over
-        load_weights(model, saved, str(start.directory))
+        load_weights(model, saved, str(start.source))
         facts = {}
     saved.clear()  # `start` lives as long as the run
     return model, facts

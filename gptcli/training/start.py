@@ -70,6 +70,11 @@ class Start:
     began: float  # when this process's work began, of time.monotonic()
 
     @property
+    def source(self) -> Path:
+        """The checkpoint that the run goes on from."""
+        return checkpoint.checkpoint_dir(self.directory, self.state.step)
+
+    @property
     def saved_config(self) -> dict[str, Any]:
         """The config that the checkpoint holds."""
         assert self.contents is not None

@@ -1,10 +1,7 @@
 """Tiny contents, a listener for warnings, and a way to forge manifests."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.model.gpt import GPT, initialise
 from gptcli.runs.checkpoint import Contents
-from gptcli.runs.manifest import sealed
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 
@@ -69,18 +65,3 @@ def make_contents() -> Callable[..., Contents]:
         )
 
     return make
-
-
-@pytest.fixture
-def reseal() -> Callable[..., None]:
-    """Rewrite a manifest after its files were changed, as somebody who means it would."""
-
-    def seal(directory: Path, **changes: Any) -> None:
-        path = directory / "manifest.json"
-        manifest = json.loads(path.read_text())
-        for name, entry in manifest["files"].items():
-            content = (directory / name).read_bytes()
-            entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        path.write_text(json.dumps(sealed({**manifest, **changes})))
-
-    return seal

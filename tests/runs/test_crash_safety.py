@@ -3,10 +3,7 @@
 import errno
 import logging
 import os
-import random
 import resource
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +12,7 @@ import pytest
 from gptcli.errors import GptError, ResourceError
 from gptcli.runs.checkpoint import (
     Contents,
-    clean_leftovers,
     list_checkpoints,
-    newest_valid,
-    prune,
     publish,
     read,
     verify,
@@ -44,69 +38,12 @@ def in_child(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def kill_after(child: int, seconds: float) -> None:
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
 def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def leftovers(run_dir: Path) -> list[str]:
     return [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
-
-
-def test_kill_while_saving(tmp_path: Path, make_contents: Make, warnings: list[str]) -> None:
-    """Guards the promise of a save: 20 kills, no acknowledged one lost, no broken one published."""
-    contents = make_contents()
-    acknowledged = tmp_path / "acknowledged"
-    acknowledged.write_text("0")
-
-    def save_for_ever() -> None:
-        clean_leftovers(tmp_path)
-        newest = newest_valid(tmp_path, log)
-        step = verify(newest)["step"] if newest else 0
-        descriptor = os.open(acknowledged, os.O_WRONLY)
-        while True:
-            step += 1
-            publish(tmp_path, step, contents)
-            os.pwrite(descriptor, b"%d" % step, 0)
-            prune(tmp_path, 2, ())
-
-    moments = random.Random(0)
-    for _ in range(20):
-        kill_after(in_child(save_for_ever), moments.uniform(0.01, 0.15))
-        newest = newest_valid(tmp_path, log)
-        promised = int(acknowledged.read_text())
-        if promised:
-            assert newest is not None
-            assert verify(newest)["step"] >= promised
-        assert all(verify(path) for path in list_checkpoints(tmp_path))
-    assert int(acknowledged.read_text()) > 5  # kills among saves, on a slow machine too
-    assert warnings == []
-    clean_leftovers(tmp_path)
-    assert leftovers(tmp_path) == []
-
-
-def test_kill_while_replacing(tmp_path: Path, make_contents: Make) -> None:
-    """Guards the moment between two renames, when the step being replaced has another name."""
-    (tmp_path / "run").mkdir()
-    versions = [make_contents(1), make_contents(2)]
-    publish(tmp_path / "run", 7, versions[0])
-
-    def replace_for_ever() -> None:
-        while True:
-            for contents in versions:
-                publish(tmp_path / "run", 7, contents)
-
-    moments = random.Random(1)
-    for _ in range(8):
-        kill_after(in_child(replace_for_ever), moments.uniform(0.01, 0.1))
-        clean_leftovers(tmp_path / "run")
-        (path,) = list_checkpoints(tmp_path / "run")
-        assert read(path, with_optimizer=True).state["seed"] in (1, 2)
 
 
 def test_disk_full(tmp_path: Path, make_contents: Make) -> None:

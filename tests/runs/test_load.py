@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from sealing import reseal
 
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
@@ -159,9 +160,7 @@ def test_damaged_weights(tmp_path: Path, make_contents: Make, place: str) -> Non
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_are_fp32(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], stored: torch.dtype
-) -> None:
+def test_weights_are_fp32(tmp_path: Path, make_contents: Make, stored: torch.dtype) -> None:
     """Guards against a model that computes in the dtype in which somebody stored it."""
     contents = make_contents(tie_embeddings=True)
     path = publish(tmp_path, 1, contents)
@@ -233,30 +232,7 @@ def test_references_that_are_no_model(
     assert "no manifest.json" in refused(weights.parent)
 
 
-def rename_all(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def test_wrapper_prefixes_are_stripped(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
-) -> None:
-    """Guards weights saved from a compiled or distributed model."""
-    contents = make_contents()
-    path = publish(tmp_path, 1, contents)
-    tensors = load_file(path / "model.safetensors")
-    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
-        save_file(rename_all(tensors, prefix), path / "model.safetensors")
-        reseal(path)
-        assert torch.equal(load_model(str(path), CPU).model(TOKENS), trained(contents)(TOKENS))
-    twice = {**tensors, "module.norm.weight": torch.ones(16)}
-    save_file(twice, path / "model.safetensors")
-    reseal(path)
-    assert "twice" in refused(path)
-
-
-def test_tensors_that_do_not_fit(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
-) -> None:
+def test_tensors_that_do_not_fit(tmp_path: Path, make_contents: Make) -> None:
     """Guards against half loaded models: every key is listed, nothing is loaded loosely."""
     path = publish(tmp_path, 1, make_contents())
     good = load_file(path / "model.safetensors")
@@ -296,7 +272,6 @@ def test_tensors_that_do_not_fit(
 def test_hostile_config(
     tmp_path: Path,
     make_contents: Make,
-    reseal: Callable[..., None],
     old: str,
     new: str,
     message: str,
@@ -310,9 +285,7 @@ def test_hostile_config(
     assert message in refused(path)
 
 
-def test_position_table_is_bounded(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None]
-) -> None:
+def test_position_table_is_bounded(tmp_path: Path, make_contents: Make) -> None:
     """Guards memory: block_size is the one size of a rotary model that no weight confirms."""
     path = publish(tmp_path, 1, make_contents())
     config = yaml.safe_load((path / "config.yaml").read_text())
@@ -323,7 +296,7 @@ def test_position_table_is_bounded(
 
 
 def test_a_model_is_built_only_when_it_fits(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], monkeypatch: Any
+    tmp_path: Path, make_contents: Make, monkeypatch: Any
 ) -> None:
     """Guards time and memory: a header of a few bytes a layer asks for any number of them."""
     path = publish(tmp_path, 1, make_contents())
@@ -380,9 +353,7 @@ print(max(most), loaded.model.parameter_count() * 4)
 
 
 @pytest.mark.parametrize("kind", ["own", "own in bf16", "folder"])
-def test_memory_holds_the_weights_once(
-    tmp_path: Path, make_contents: Make, reseal: Callable[..., None], kind: str
-) -> None:
+def test_memory_holds_the_weights_once(tmp_path: Path, make_contents: Make, kind: str) -> None:
     """Guards against a second copy: of the file, of the weights drawn, or of those stored in less.
 
     A model that fills the memory would not load."""
