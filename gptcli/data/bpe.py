@@ -1,7 +1,8 @@
 """Byte-level BPE learned from text (Sennrich et al. 2016; on bytes: Radford et al. 2019)."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import regex
@@ -10,6 +11,9 @@ from gptcli import stop
 from gptcli.data.tiktoken_tables import PATTERNS, byte_characters
 
 log = logging.getLogger("gptcli")
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 0.2  # in which a text is read, and the request seen there
 
 # No split pattern has a word over this place, or looks across it.
 _BORDER = regex.compile(r"[^\W\d_](?=[ \n])")
@@ -50,7 +54,8 @@ def learn_ranks(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trainee.train_from_iterator(_first_bytes(texts, max_bytes), trainer=trainer)
+    first = _first_bytes(texts, max_bytes)
+    _stoppable(lambda: trainee.train_from_iterator(first, trainer=trainer))
     characters = byte_characters()
     vocabulary = trainee.get_vocab().items()
     ranks = {bytes(characters[c] for c in token): rank for token, rank in vocabulary}
@@ -60,6 +65,30 @@ def learn_ranks(
             f" the tokenizer has {len(ranks) + 1:,}, all that it could learn"
         )
     return ranks
+
+
+def _stoppable(work: Callable[[], None]) -> None:
+    """Do `work` in a thread beside this one, where signals are handled: a call that stays outside
+    Python for minutes would keep them waiting. On a stop request what it does there is left to end
+    by itself, at the next text or with the process. Raises `stop.Stopped`, and what `work` raises.
+    """
+    done, failed = threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(_POLL_SECONDS):
+        if stop.requested() is not None:
+            done.wait(_GRACE_SECONDS)
+            raise stop.Stopped
+    if failed:
+        raise failed[0]
 
 
 def whole_words(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -97,13 +97,14 @@ def race(
 
     One beats the default only where it takes 20 % less of both the clock's and the processor's
     time: the clock alone also counts what others do on a busy machine. Each turn begins with an
-    untimed call, so that none pays for what the one before left behind.
+    untimed call, so that none pays for what the one before left behind. Raises `stop.Stopped`.
     """
     least, most = _ROUNDS
     clock, processor = (dict.fromkeys(contestants, math.inf) for _ in range(2))
     began = time.perf_counter()
     for done in range(1, most + 1):
         for name, work in contestants.items():
+            stop.raise_if_requested()
             work()
             used = time.process_time()
             share = 1 if rows is None else rows[name]

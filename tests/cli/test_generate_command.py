@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,33 +94,3 @@ def test_token_ids(gpt, run_dir):
     code, out, _ = gpt("generate", "--prompt-tokens", "72,105", "--max-new-tokens", "2")
     assert code == 0
     assert out.startswith("Hi")
-
-
-def test_head_takes_one_line(forked, run_dir):
-    """`| head -1` must be quiet and a success, whenever the pipe closes."""
-    child = forked(["generate", "--prompt", "a\nb\nc", "--max-new-tokens", "3000", "--quiet"])
-    assert child.stdout.readline() == b"a\n"
-    child.stdout.close()
-    assert child.wait() == (0, "")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-def test_full_disk(forked, run_dir):
-    """A traceback, or success, where a text is lost."""
-    given = ["generate", "--prompt", "x", "--max-new-tokens", "3", "--quiet"]
-    done = forked(given, stdout=Path("/dev/full")).wait()
-    assert done == (6, "error: stdout: No space left on device\n")
-
-
-def test_stop_while_sampling(forked, run_dir):
-    """A long generation could not be stopped, or ended as if it were complete."""
-    # Greedy, because a sampled eot would end the text before the signal comes.
-    endless = ["--prompt", "x", "--temperature", "0", "--max-new-tokens", "9999999"]
-    child = forked(["generate", *endless])
-    assert child.stdout.read(1) == b"x"
-    time.sleep(0.3)
-    os.kill(child.process, signal.SIGTERM)
-    child.stdout.read()
-    code, err = child.wait()
-    assert code == 143
-    assert err.splitlines()[-1] == "stopped by SIGTERM"

@@ -1,16 +1,11 @@
 import io
 import os
-import re
-import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from gptcli.cli import generate_command
 from gptcli.cli.generate_command import _Output, _settings
 from gptcli.config.schema import GenerateConfig
 from gptcli.generation.row import Generated
@@ -90,53 +85,15 @@ def test_prompt_from_stdin(stdin):
     assert _settings(None, FLAGS, "-").prompt == "Once upon\na time"
 
 
-def test_empty_stdin(gpt, stdin):
-    stdin(b"")
-    code, out, err = gpt("generate", "-")
-    assert (code, out) == (2, "")
-    assert "nothing on stdin" in err
-
-
 def test_prompts_from_stdin(tmp_path):
     """`-` is stdin wherever a file is named, and not a file of that name."""
     assert settings("{}", tmp_path, prompt_file="-").prompt_file == "/dev/stdin"
-
-
-def test_huge_stdin(gpt, stdin, monkeypatch):
-    """`yes | gpt generate -` must not fill the memory."""
-    monkeypatch.setattr(generate_command, "_MAX_STDIN_BYTES", 1000)
-    stdin(b"y\n" * 600)
-    assert gpt("generate", "-")[0] == 2
 
 
 def test_stdin_that_is_no_utf8(stdin, capsys):
     stdin(b"caf\xe9\n")
     assert _settings(None, FLAGS, "-").prompt == "caf\ufffd"
     assert "warning: stdin is not valid UTF-8" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_waiting_for_stdin_can_be_stopped():
-    """A read begins again after a signal, so that Ctrl-C had no effect while waiting."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptcli", "generate", "-"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    while not handles_signals(process.pid):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130  # communicate() would close stdin, which ends the waiting too
-    assert process.communicate()[1] == "stopped by SIGINT\n"
-
-
-def handles_signals(pid: int) -> bool:
-    """Whether the process has a handler for SIGUSR1, which Python itself does not install."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)
-    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
 
 
 def generated(prompt: str, *texts: str, reason: str = "length") -> list[Generated]:

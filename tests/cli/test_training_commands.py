@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -88,27 +86,6 @@ def test_missing_text(gpt):
     code, _, err = gpt("pretrain", "tiny.yaml", "--set", "data.train=nowhere.txt")
     assert code == 3
     assert "nowhere.txt" in err
-
-
-def test_stop_and_continue(gpt, forked, tmp_path):
-    """SIGTERM saves, ends with 143, and the command that is printed really continues."""
-    flags = ["--run-dir", "r", "--set", "training.max_steps=1000000"]
-    child = forked(["pretrain", "tiny.yaml", *flags])
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        time.sleep(0.02)
-    os.kill(child.process, signal.SIGTERM)
-    out = child.stdout.read().decode()
-    code, err = child.wait()
-    assert code == 143, err
-    assert out.splitlines()[0] == "r"
-    last = err.splitlines()[-1]
-    assert last.startswith("stopped by SIGTERM at step ")
-    step = int(last.split()[5].rstrip(";"))
-    command = last.split("to continue: gpt ")[1].split()
-    code, _, err = gpt(*command, "--set", f"training.max_steps={step + 2}")
-    assert code == 0, err
-    assert err.splitlines()[-1].startswith(f"finished at step {step + 2}: ")
 
 
 def test_runs_stop(gpt, forked, tmp_path):

@@ -35,7 +35,6 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, choose_precision
 from gptcli.errors import ResourceError
 from gptcli.model.gpt import GPT, initialise
-from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents, publish
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import new_run_dir, read_run_json
@@ -51,6 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("finished")
     (place / "tiny.yaml").write_text(TINY)
     (place / "text.txt").write_text(PROSE)
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
@@ -462,7 +462,6 @@ def test_c13_the_newest_unfinished(gpt: Gpt, folder: Path) -> None:
         code, out, err = gpt("pretrain", "tiny.yaml")
     assert code == 143, err
     stopped = out.splitlines()[0]
-    time.sleep(1)  # run directories are named by the second
     assert gpt("pretrain", "tiny.yaml")[0] == 0
     code, out, err = gpt("pretrain", "tiny.yaml", "--resume")
     assert code == 0, err
@@ -534,8 +533,7 @@ def test_c15_two_processes(gpt: Gpt, folder: Path) -> None:
     lines = read_metrics(folder / "r")
     steps = [line["step"] for line in lines if line["event"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
-    last = checkpoint.list_checkpoints(folder / "r")[-1]
-    assert checkpoint.newest_valid(folder / "r") == last
+    assert gpt("runs", "verify", "r")[0] == 0
 
 
 def published(tokenizer: Tokenizer) -> None:
