@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -29,6 +30,7 @@ from gptcli.evaluation.perplexity import (
     total_scores,
 )
 from gptcli.evaluation.result import Evaluation
+from gptcli.generation.sampling import DIVERGED
 from gptcli.model.empty import empty_model
 from gptcli.model.gpt import GPT
 from gptcli.model.packed import is_quantized, quantize, weight_bytes
@@ -81,6 +83,8 @@ def evaluate(
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
     scores, found = _scored(loaded.model, encoded, device, settings, precision)
+    if math.isnan(scores.loss):
+        raise CheckpointError(f"{loaded.path}: its loss on {name} is not a number", DIVERGED)
     quantized: dict[str, Any] = {}
     if settings.quantize is not None:
         scores, found, quantized = _quantized(loaded.model, encoded, device, settings, scores)

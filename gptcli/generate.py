@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from gptcli import stop
 from gptcli.config.schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
-from gptcli.errors import ConfigError, GptError
+from gptcli.errors import CheckpointError, ConfigError, GptError
 from gptcli.generation.engine import BatchSize, Request, decode, restart_tokens
 from gptcli.generation.kernel_race import best_threads, decode_threads, packed_for
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
@@ -173,8 +173,11 @@ def _generate(
         stopped = stop.requested() is not None
         if not stopped:
             turns.begin(index, prompt.text)
-        with decode_threads(threads):
-            _, samples = next(decoded, (index, []))  # none, where a stop came before it began
+        try:
+            with decode_threads(threads):
+                _, samples = next(decoded, (index, []))  # none, where a stop came before it began
+        except CheckpointError as error:
+            raise CheckpointError(f"{model.path}: {error.message}", error.hint) from error
         if not samples:
             break
         if stopped:  # only what was done before the stop

@@ -52,14 +52,14 @@ class Sampling:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+DIVERGED = "its weights are damaged or its training diverged; take an earlier checkpoint"
+
+
 def check_finite(logits: Tensor) -> None:
     """Raise CheckpointError if any of the logits is nan or infinite."""
     # One pass over them; the sum of finite ones may overflow, which the exact test then tells.
     if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
-        raise CheckpointError(
-            "the checkpoint produces non-finite logits",
-            hint="its weights are damaged or its training diverged; take an earlier checkpoint",
-        )
+        raise CheckpointError("the checkpoint produces non-finite logits", hint=DIVERGED)
 
 
 class Sampler:

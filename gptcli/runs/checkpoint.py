@@ -310,7 +310,8 @@ def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise NonFiniteError(
-            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}"
+            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}",
+            hint="lower optimizer.lr, then resume: earlier checkpoints are as they were",
         )
 
 
