@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
-
 from gptcli.errors import ResourceError
 from gptcli.reports.text import visible
 
@@ -100,8 +98,11 @@ def _told_errors() -> Iterator[None]:
 
 def write_error(text: str) -> None:
     """Write one line to stderr, made `visible`; a stderr that is gone is no reason to fail."""
-    try:
-        typer.echo(visible(text), err=True)
+    if sys.stderr is None:
+        return
+    try:  # not typer.echo, which sends UTF-8 to a locale that is ASCII
+        sys.stderr.write(visible(text) + "\n")
+        sys.stderr.flush()
     except (OSError, ValueError):
         return
 
