@@ -57,6 +57,7 @@ from gptcli.training.objective import (
     preference_loss,
 )
 from gptcli.training.reference import reference_log_probabilities
+from gptcli.training.saved import fitting
 from gptcli.training.session import Session, TaskScore
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
 
@@ -109,7 +110,8 @@ def finetune(
             # "after" takes about as long, for which max_time keeps time back.
             run.session.state.finish_seconds = time.monotonic() - scoring
         task, position = run.task, run.session.state.position
-        rows = task.rows(config.seed, config.data.shuffle_window, position)
+        with fitting(start.contents):
+            rows = task.rows(config.seed, config.data.shuffle_window, position)
         result = run_session(run.session, rows, run.finish)
         write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))

@@ -39,6 +39,7 @@ from gptcli.training.initial import (
     starting_tokenizer,
     with_shape,
 )
+from gptcli.training.saved import fitting
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
 from gptcli.training.validation import Validation
@@ -93,7 +94,8 @@ def _begin(
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-    return session, training_rows(config, corpus, tokenizer, session.state.position)
+    with fitting(start.contents):
+        return session, training_rows(config, corpus, tokenizer, session.state.position)
 
 
 def _found(session: Session) -> dict[str, Any]:

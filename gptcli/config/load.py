@@ -78,6 +78,8 @@ def load_resolved(path: Path) -> Config:
 
     Beside its `init` it has the tokenizer and shape that came from there. Raises ConfigError.
     """
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ConfigError(f"{path} is missing or no regular file")
     root, problems = _read(path)
     return _checked(root, problems, str(path))
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def _open(file: SourceFile) -> _Ids:
         return _open_npy(file.path) if file.path.endswith(".npy") else _open_bin(file.path)
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # of a header, in Python
         raise DataError(
             f"{file.path}: not a file of token ids: {error}",
             hint="token ids are a 1-D .npy (uint16, int32, uint32 or int64) or a .bin of nanoGPT"

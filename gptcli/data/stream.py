@@ -193,5 +193,7 @@ class RecordStream:
         self._open_epoch((first, skip))
         if state["position"]:
             self._read_window()
+            if state["position"] > len(self._records):
+                raise ValueError(f"{state['position']} records of {len(self._records)} are read")
             for _ in range(state["position"]):
                 self.next()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 
 from gptcli import stop
 from gptcli.config.load import load_config, load_resolved
+from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.runs import checkpoint
 from gptcli.runs.holder import lock_holder
@@ -70,9 +72,15 @@ def _run_json(run_dir: Path) -> Finding:
     return Finding(RUN_JSON, "ok", f"{status}{f': {error_text}' if error_text else ''}")
 
 
+def _run_config(run_dir: Path) -> Config:
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir / CONFIG} is missing or no regular file")
+    return load_config(str(run_dir / CONFIG)).config
+
+
 def _config(run_dir: Path) -> Finding:
     try:
-        config = load_config(str(run_dir / CONFIG)).config
+        config = _run_config(run_dir)
     except ConfigError as error:
         return Finding(CONFIG, "bad", error.message)
     return Finding(CONFIG, "ok", f"config {config.name}")
@@ -84,10 +92,10 @@ def _checkpoint(run_dir: Path, path: Path) -> Finding:
         manifest = checkpoint.verify(path, weights=False)  # load_model hashes them
         loaded = load_model(str(path), torch.device("cpu"))
         moments = stored_shapes(path / OPTIMIZER)
-        state = checkpoint.read_state(path)
-        step = state.get("train", {}).get("step")
+        train = checkpoint.read_state(path).get("train")
     except (CheckpointError, ConfigError, DataError) as error:
         return Finding(what, "bad", error.message)
+    step = train.get("step") if isinstance(train, dict) else None
     if step != manifest["step"]:
         return Finding(what, "bad", f"its manifest says step {manifest['step']}, its state {step}")
     size = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -149,15 +157,11 @@ def _samples(run_dir: Path) -> Finding:
 
 def _log_every(run_dir: Path, saved: list[Path]) -> int:
     """The most steps between two lines: what the config says, which a resume may have changed."""
-    found = [1]
-    for path in (run_dir, *saved):
+    found, loads = [1], [partial(_run_config, run_dir)]
+    loads += [partial(load_resolved, path / CONFIG) for path in saved]
+    for load in loads:
         try:
-            load = (
-                load_config(str(path / CONFIG)).config
-                if path == run_dir
-                else load_resolved(path / CONFIG)
-            )
-            found.append(load.training.log_every)
+            found.append(load().training.log_every)
         except ConfigError:  # told of already
             continue
     return max(found)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gptcli.config.load import dump_config, load_resolved
 from gptcli.device import DTYPES
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
-from gptcli.runs.manifest import STATE, read_manifest
+from gptcli.runs.manifest import CONFIG, STATE, read_manifest
 from gptcli.training.choices import Choices
 from gptcli.training.state import TrainState
 
@@ -34,13 +35,17 @@ class _State(BaseModel):
 
 
 def read_resumable(directory: Path) -> Contents:
-    """The contents of a checkpoint, whose state has the keys and types that a resume reads.
+    """The contents of a checkpoint, whose config and state are such as a resume reads.
 
     The position of the data is an exception: whoever takes it up does so in `fitting`.
     CheckpointError when it is damaged or not such a state. Raises `stop.Stopped`.
     """
     contents = checkpoint.read(directory, with_optimizer=True)
     where = directory / STATE
+    try:
+        config = load_resolved(directory / CONFIG)
+    except ConfigError as error:  # not the user's config, so not exit code 2
+        raise CheckpointError(error.message, error.hint) from error
     try:
         state = _State.model_validate(contents.state)
     except ValidationError as error:
@@ -49,7 +54,8 @@ def read_resumable(directory: Path) -> Contents:
         raise CheckpointError(f"{where}: {place}: {first['msg'].lower()}") from error
     for problem in _problems(state, read_manifest(directory)["step"]):
         raise CheckpointError(f"{where}: {problem}")
-    return replace(contents, state=contents.state | state.model_dump())
+    known = state.model_dump()
+    return replace(contents, state=contents.state | known, config_yaml=dump_config(config))
 
 
 def _problems(state: _State, step: int) -> Iterator[str]:
