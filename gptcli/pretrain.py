@@ -32,6 +32,7 @@ from gptcli.training.build import (
     nothing_to_do,
     run_session,
 )
+from gptcli.training.fitting import check_memory
 from gptcli.training.initial import (
     check_embedding_file,
     required_eot,
@@ -181,7 +182,7 @@ def _token_count(record: dict[str, Any], tokenizer: Tokenizer) -> int:
 def describe(config: Config) -> str:
     """What `gpt pretrain --dry-run` prints: model size, data, limits. Trains nothing."""
     check_limits(config)
-    resolve_device(config.training.device)
+    device = resolve_device(config.training.device)
     initial = load_model(config.init, torch.device("cpu")) if config.init is not None else None
     if initial is not None:
         config = with_shape(config, initial.config.model)
@@ -189,6 +190,8 @@ def describe(config: Config) -> str:
     corpus, tokenizer = read_corpus(config, initial.tokenizer if initial is not None else None)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     vocab_size = tokenizer.vocab_size if initial is None else initial.model.vocab_size
+    held = sum(p.nbytes for p in initial.model.parameters()) if initial is not None else 0
+    check_memory(config, device, vocab_size, held)
     model = empty_model(config.model, vocab_size)
     tokens = sum(len(d.tokens) - d.first for d in validation)
     per_byte = tokens / max(sum(d.bytes for d in validation), 1)

@@ -89,7 +89,7 @@ def build_session(
     `outputs` are those of a finetuning task's head, None without one; `objective` gives
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
-    check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial, device))
+    check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial))
     model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
     if start.job == "finetune":
@@ -220,10 +220,8 @@ def saved_scores(contents: Contents | None) -> Scores | None:
     return Scores.from_json(saved) if saved is not None else None
 
 
-def _held_bytes(start: Start, initial: LoadedModel | None, device: Device) -> int:
-    """Of the tensors that a run begins with, where they are in the device's memory already."""
-    if device.kind == "cuda":
-        return 0
+def _held_bytes(start: Start, initial: LoadedModel | None) -> int:
+    """Of the tensors that a run begins with."""
     tensors: list[Tensor] = list(initial.model.parameters()) if initial is not None else []
     if start.contents is not None:
         tensors += [*start.contents.model.values(), *start.contents.optimizer.values()]

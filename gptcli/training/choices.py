@@ -97,12 +97,15 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
     recompute = training.activation_checkpointing == "on"
     if training.activation_checkpointing == "auto":
         recompute = not suits(sizes[-1], False)
+    fitting = next((n for n in sizes if suits(n, recompute)), None)
+    if fitting is None:
+        _warn_of_memory(config, device, vocab_size, sizes[-1], precision, recompute, held_bytes)
     return Choices(
         device=_name(device),
         threads=device.threads,
         precision=precision,
         compile=_compiles(training.compile, device),
-        micro_batch_size=next((n for n in sizes if suits(n, recompute)), sizes[-1]),
+        micro_batch_size=fitting or sizes[-1],
         torch=torch.__version__,
         activation_checkpointing=recompute,
         available_threads=device.threads,
@@ -181,6 +184,7 @@ def with_less_memory(choices: Choices, config: Config, rows: int) -> Choices:
         log.warning("out of memory with one row: activation_checkpointing off -> on")
         return replace(choices, activation_checkpointing=True)
     hints = ["set model.block_size, n_layer or n_embd lower", "free memory on this machine"]
+    hints.append("gpt plan CONFIG says what takes how much")
     if not choices.activation_checkpointing:
         hints.insert(0, "set training.activation_checkpointing to auto")
     raise ResourceError(
@@ -215,6 +219,26 @@ def fits(
         config, vocab_size, rows, precision, recompute=recompute, device_kind=device.kind
     )
     return need.total_bytes <= usable
+
+
+def _warn_of_memory(
+    config: Config,
+    device: Device,
+    vocab_size: int,
+    rows: int,
+    precision: str,
+    recompute: bool,
+    held_bytes: int,
+) -> None:
+    """Say that even the smallest step takes more memory than there is, by the estimate."""
+    need = footprint(
+        config, vocab_size, rows, precision, recompute=recompute, device_kind=device.kind
+    )
+    usable = usable_memory_bytes(device, held_bytes) or 0
+    log.warning(
+        f"a step may run out of memory: it takes about {need.total_bytes / 2**30:.2f} GiB, usable"
+        f" are {usable / 2**30:.2f} GiB (gpt plan CONFIG says what takes less)"
+    )
 
 
 def largest_divisor(rows: int, most: int) -> int:

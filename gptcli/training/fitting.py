@@ -51,7 +51,8 @@ class Case:
 
 def check_memory(config: Config, device: Device, vocab_size: int, held_bytes: int = 0) -> None:
     """ResourceError where not even what a run keeps all the time fits into the free memory: the
-    weights, and where all learn, gradients and one moment. `held_bytes` of it are there already.
+    weights, and where all learn, gradients and one moment. `held_bytes` of it are in this machine's
+    memory already.
 
     Before the model is made: a system that promises more memory than it has kills who uses it.
     """
@@ -59,13 +60,14 @@ def check_memory(config: Config, device: Device, vocab_size: int, held_bytes: in
     weights = empty_model(config.model, vocab_size).parameter_count()
     tuned = config.finetune
     all_learn = tuned.method == "full" and not (tuned.freeze_embeddings or tuned.freeze_layers)
-    needed = (12 if all_learn else 4) * weights - held_bytes
+    needed = (12 if all_learn else 4) * weights - (0 if device.kind == "cuda" else held_bytes)
     if free is not None and needed > free:
+        what = "weights, gradients and optimizer" if all_learn else "weights"
         raise ResourceError(
-            f"the weights{', their gradients and the optimizer' if all_learn else ''} alone need"
-            f" {gib(needed)} of memory on {device.kind}, free are {gib(free)}",
-            hint="set model.n_embd, model.n_layer or tokenizer.vocab_size lower; gpt plan says what"
-            " fits",
+            f"{weights:,} parameters: their {what} alone need {gib(needed)} of memory on"
+            f" {device.kind}, free are {gib(free)}",
+            hint="set model.n_embd, model.n_layer or tokenizer.vocab_size lower; gpt plan CONFIG"
+            " says what fits",
         )
 
 
