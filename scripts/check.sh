@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and types: ruff and mypy.
+# Style, types and known holes of the dependencies: ruff, mypy, scripts/audit.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/setup.sh
@@ -7,3 +7,4 @@ setup dev
 ruff check .
 ruff format --check .
 mypy
+python scripts/audit.py

@@ -32,7 +32,8 @@ class MetricsLog:
         self._waiting = deque[bytes](maxlen=_MOST_WAITING)
         try:
             # A descriptor, not a buffered file: a line goes out in one call, so no kill splits it.
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise ResourceError(f"cannot write {self.path}: {error.strerror}") from error
         if _is_cut(self.path):

@@ -21,7 +21,7 @@ from gptcli import __version__, stop
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.device import Device, memory_bytes
-from gptcli.errors import CheckpointError, GptError
+from gptcli.errors import CheckpointError, GptError, ResourceError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.metrics import truncate_after
@@ -136,6 +136,8 @@ def starting(
 def log_file(directory: Path) -> Iterator[None]:
     """Write the library's log records to log.txt in `directory`; a full disk ends no run."""
     path = directory / "log.txt"
+    if path.is_symlink():  # in a run that somebody else made it can lead anywhere
+        raise ResourceError(f"{path} is a symbolic link")
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]
