@@ -21,7 +21,7 @@ TARGETS = sorted(
 
 
 def fuzz(target: str, cases: int) -> tuple[bool, str]:
-    """Whether all went well, and what is to be said of it: the counts, and the case that did not."""
+    """Whether all went well, and what is to be said: the counts, or the case that did not."""
     command = [sys.executable, "-m", "pytest", f"tests/fuzz/test_fuzz_{target}.py"]
     command += ["-q", "-p", "no:logging", "-p", "no:xdist", "--show-capture=no", "--tb=short"]
     environment = {**os.environ, "GPT_FUZZ_CASES": str(cases)}

@@ -1,5 +1,3 @@
-
-
 from gptcli.cli.terminal import columns
 
 
