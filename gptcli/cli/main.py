@@ -30,8 +30,11 @@ EXIT_CODES_HELP = """Exit codes: 0 done; 1 a bug; 2 usage or config; 3 data or t
 4 checkpoint or model; 5 non-finite training; 6 memory, disk or device;
 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM after saving."""
 
-# No space, quota, memory or file handles left: not a bug, wherever it shows.
-_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# No space, quota (of a disk, or of one file), memory or file handles left: no bug, wherever.
+_EXHAUSTED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+)
 
 # Each command's function in its module, or group of commands; in the order of `gpt --help`.
 _COMMANDS = {

@@ -159,6 +159,20 @@ def test_r03_logs(folder: Path) -> None:
     assert found[-1] > before + 2
 
 
+def test_r03_an_end_without_room(folder: Path) -> None:
+    """R3: a run that ends while the disk is full ends with exit 6 and what it could not write; what
+    was saved before stays."""
+    with training(folder / "r", steps=20) as child:  # log.txt has lines that are not written yet
+        limit_files(child, 0)
+        time.sleep(0.05)
+        child.send(signal.SIGTERM)
+        code, err = child.wait()
+    assert code == 6, err
+    assert "internal" not in err
+    assert "r/run.json: File too large" in errors(err)[0] or "is not saved" in errors(err)[0]
+    assert steps(folder / "r") == [0]
+
+
 def failing(call: str, code: int, name: str) -> Callable[..., Any]:
     """A system call that fails where the file or the old name has `name` in it."""
     real = getattr(os, call)
