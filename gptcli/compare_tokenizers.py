@@ -1,5 +1,6 @@
 """`gpt tokenizer show`: what several tokenizers make of one text."""
 
+import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def read_text(name: str) -> str:
         data = sys.stdin.buffer.read()
         refuse_utf16("stdin", data[:HEAD_BYTES])
     else:
-        path = str(Path(name).expanduser())
+        path = os.path.expanduser(name)
         with open_utf8(SourceFile(SourceConfig(path=path), path, "text")) as content:
             data = content.read()
     return data.decode("utf-8-sig", "replace")
@@ -83,7 +84,7 @@ def read_text(name: str) -> str:
 def open_tokenizer(name: str) -> Tokenizer:
     """`bytes`, an encoding that tiktoken names, or a path: a saved tokenizer, a tokenizer.json or
     its folder, a .tiktoken file, a checkpoint or a run. Paths win over names."""
-    for path in (Path(name).expanduser(), runs_root() / name):
+    for path in (Path(os.path.expanduser(name)), runs_root() / name):
         if path.is_dir():
             found = [path / _BESIDE_MODEL, *sorted(path.glob(f"{CHECKPOINTS}/*/{_BESIDE_MODEL}"))]
             return load_tokenizer(next((p for p in reversed(found) if p.is_dir()), path), "gpt4")

@@ -38,6 +38,7 @@ import gptcli.reports.plots  # noqa: F401  what a run imports late
 from gptcli.cli.main import main as gpt
 from gptcli.errors import CheckpointError
 from gptcli.runs import checkpoint
+from gptcli.runs.holder import lock_holder
 from gptcli.runs.outcome import differences, outcome
 
 CONFIG = """\
@@ -101,6 +102,11 @@ class Child:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code is not None
+
+    def works_in(self, directory: Path) -> bool:
+        """Whether it holds the lock of a run."""
+        holder = lock_holder(directory)
+        return holder is not None and holder.pid == self.pid
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it has not ended."""
@@ -258,14 +264,13 @@ def clock(run: Run) -> bool:
 def second_process(run: Run) -> bool:
     """Another process on the same run: it must go away at once, and the first never notice."""
     first = Child(run)
-    first.wait(until=lambda: (run.directory / "checkpoints").exists())
-    if not first.ended():
+    if first.wait(until=lambda: first.works_in(run.directory)):
         second = Child(run)
         second.wait()
         text = second.said.read_text()
         if not (first.ended() or f"in use by process {first.pid}" in text):
             run.wrong.append(f"the second process said: {text}")
-        second.finish(run, {6, 0} if first.ended() else {6})
+        second.finish(run, {6, 143, 0} if first.ended() else {6})
     first.wait(run.moment())
     first.send(signal.SIGTERM)
     first.finish(run, {143, 0})

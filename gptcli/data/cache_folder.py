@@ -7,5 +7,5 @@ from pathlib import Path
 def cache_root() -> Path:
     """Where caches are: $GPT_CACHE, else $XDG_CACHE_HOME/gptcli, else ~/.cache/gptcli."""
     if own := os.environ.get("GPT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptcli"
+        return Path(os.path.expanduser(own))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "gptcli"

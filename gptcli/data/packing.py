@@ -208,6 +208,8 @@ class PackedRows:
         self._last = state["last"]
         self._epoch, self._epoch_begins = state["epoch"], state["epoch_begins"]
         self._number = state["group"]
+        if state["row"] < 0:
+            raise ValueError(f"row {state['row']}")
         if state["row"]:
             self._group = self._next_group()
             # Changed data, where that is allowed, may have given fewer rows.

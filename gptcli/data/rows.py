@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptcli import stop
 from gptcli.model.loss import IGNORED
 
 # uint32 when fresh from a tokenizer; a cache holds uint16 where the vocabulary allows it.
@@ -170,14 +171,21 @@ class Prefetch:
         self._thread.join(timeout=10)
 
     def next(self) -> StepBatch:
-        """The next batch; raises what the thread raised."""
+        """The next batch; raises what the thread raised, `stop.Stopped` while none comes."""
         if self._error is not None:  # nothing comes behind it
             raise self._error
-        item = self._queue.get()
+        item = self._waited()
         if isinstance(item, BaseException):
             self._error = item
             raise item
         return item
+
+    def _waited(self) -> StepBatch | BaseException:
+        while True:
+            try:
+                return self._queue.get(timeout=0.1)
+            except queue.Empty:  # a reader that hangs must not keep a run from being stopped
+                stop.raise_if_requested()
 
     def _run(self, batches: Iterator[StepBatch]) -> None:
         item: StepBatch | BaseException

@@ -48,7 +48,7 @@ def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
                 hint="make one: gpt pretrain configs/small.yaml",
             )
         return ModelPlace("run", run_dir, run_dir.name)
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if path.is_file():
         raise _not_a_directory(path)
     if not path.is_dir():

@@ -45,7 +45,7 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 def runs_root() -> Path:
     """Where runs are made and looked for: $GPT_RUNS, else ./runs."""
-    return Path(os.environ.get("GPT_RUNS") or "runs").expanduser()
+    return Path(os.path.expanduser(os.environ.get("GPT_RUNS") or "runs"))
 
 
 def new_run_dir(name: str, explicit: Path | None, *, overwrite: bool) -> Path:

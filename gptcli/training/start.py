@@ -24,6 +24,7 @@ from gptcli.device import Device, memory_bytes
 from gptcli.errors import CheckpointError, GptError, ResourceError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
+from gptcli.runs.log_file import log_file
 from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
     RunLock,
@@ -122,32 +123,11 @@ def starting(
         try:
             yield start
         except (GptError, stop.Stopped) as error:
-            status = "stopped" if isinstance(error, stop.Stopped) else "failed"
-            update_run_json(directory, status=status, error=str(error))
-            history = read_run_json(directory).get("history") or [{}]
-            if history[-1].get("event") in ("start", "resume"):
-                note_end(directory, status, start.state)
+            with suppress(ResourceError):  # a full disk: why the run ended is what matters
+                _note_failure(directory, error, start.state)
             raise
         finally:
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def log_file(directory: Path) -> Iterator[None]:
-    """Write the library's log records to log.txt in `directory`; a full disk ends no run."""
-    path = directory / "log.txt"
-    if path.is_symlink():  # in a run that somebody else made it can lead anywhere
-        raise ResourceError(f"{path} is a symbolic link")
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        with suppress(OSError):  # what a full disk did not take
-            handler.close()
 
 
 def choose_run_dir(
@@ -253,6 +233,15 @@ def note_end(directory: Path, event: str, state: TrainState) -> None:
     ended = {"event": event, "at": _now(), "step": state.step}
     ended["elapsed_seconds"] = state.elapsed_seconds
     update_run_json(directory, history=[*read_run_json(directory).get("history", []), ended])
+
+
+def _note_failure(directory: Path, error: Exception, state: TrainState) -> None:
+    """In run.json: how a run ended that did not get to its own end."""
+    status = "stopped" if isinstance(error, stop.Stopped) else "failed"
+    update_run_json(directory, status=status, error=str(error))
+    history = read_run_json(directory).get("history") or [{}]
+    if history[-1].get("event") in ("start", "resume"):
+        note_end(directory, status, state)
 
 
 def resume_command(job: str, directory: Path) -> str:

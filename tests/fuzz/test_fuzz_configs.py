@@ -43,7 +43,7 @@ def changed_configs(draw: st.DrawFn) -> Any:
     for _ in range(draw(st.integers(1, 4))):
         section = draw(st.sampled_from(sorted(tree)))
         if isinstance(tree[section], dict) and tree[section] and draw(st.booleans()):
-            tree[section][draw(st.sampled_from(sorted(tree[section])))] = draw(TREES)
+            tree[section][draw(st.sampled_from(sorted(tree[section], key=str)))] = draw(TREES)
         else:
             tree[section] = draw(TREES)
     return tree
