@@ -174,7 +174,8 @@ def _local_names(source: SourceConfig, missing: list[str]) -> list[str]:
 
 
 def _in_directory(path: Path, source: SourceConfig) -> list[str]:
-    names = sorted(str(p) for p in path.rglob("*") if p.is_file())
+    # os.path.isfile: what may not be looked at is no file, not an error.
+    names = sorted(str(p) for p in path.rglob("*") if os.path.isfile(p))
     if source.encoding == "binary":
         return names
     names = [name for name in names if _known_kind(name)]

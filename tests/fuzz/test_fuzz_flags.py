@@ -63,7 +63,7 @@ VALUES = st.one_of(
             "small",
             "r/checkpoints",
             "..",
-            "/",
+            "/dev/null",
             "",
             "-",
             "training.max_steps=1",
