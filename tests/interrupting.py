@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
+import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,11 @@ from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data import corpus, packing, readers, scan, shards
 from gptcli.model.gpt import GPT
+from gptcli.pretrain import pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics, read_samples
 from gptcli.runs.run_dir import read_run_json
+from gptcli.training.build import RunResult
 from gptcli.training.events import EvalEvent
 
 STEPS = 17
@@ -160,3 +163,45 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "best": checkpoint.read_best(run_dir),
         "status": read_run_json(run_dir)["status"],
     }
+
+
+WHERE: dict[str, Where] = {"m": "accumulation", "e": "evaluation", "a": "behind evaluation"}
+
+
+def with_cuts(config: Config, run_dir: Path, cuts: list[str]) -> RunResult:
+    """The run, stopped at each of `cuts` and resumed. "3": in its third update; "3m": between two
+    micro batches of that; "3e": in the evaluation behind it; "3a": just after that."""
+    for number, cut in enumerate(cuts):
+        with interrupted(int(cut.rstrip("mea")), WHERE.get(cut[-1], "update")):
+            result = pretrain(config, run_dir=run_dir, resume="resume" if number else "no")
+        assert (result.status, result.signal) == ("stopped", signal.SIGTERM)
+    return pretrain(config, run_dir=run_dir, resume="resume")
+
+
+def killing(updates: int) -> Callable[[], None]:
+    """For a child: SIGKILL in update number `updates`."""
+
+    def install() -> None:
+        done = 0
+
+        def kill(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            if done == updates:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        register_optimizer_step_post_hook(kill)
+
+    return install
+
+
+def killed(config: Config, run_dir: Path, updates: int, *, resume: bool) -> None:
+    """Run in a child process that SIGKILL ends in update number `updates`."""
+    child = os.fork()
+    if child == 0:
+        killing(updates)()
+        try:
+            pretrain(config, run_dir=run_dir, resume="resume" if resume else "no")
+        finally:
+            os._exit(1)  # not reached: the kill comes first
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

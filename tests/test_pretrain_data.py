@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_pretrain import interrupted, killed, outcome, prose
+from interrupting import interrupted, killed, outcome, prose
 
 from gptcli.config.schema import Config
 from gptcli.data import packing, shards, stream

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from interrupting import outcome, prose, tiny, with_cuts
 from safetensors.torch import load_file
-from test_pretrain import outcome, prose, tiny, with_cuts
 
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config

@@ -5,7 +5,6 @@ state, logs without times.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,18 +20,19 @@ import torch
 from forked import Forked
 from interrupting import (
     STEPS,
-    Where,
     interrupted,
     json_rows,
+    killed,
+    killing,
     many_pieces,
     one_file,
     outcome,
     tiny,
+    with_cuts,
 )
 from outcome import warnings
 from safetensors.torch import load_file
 from small import PROSE, TINY
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gptcli import stop
 from gptcli.cli.main import main
@@ -43,7 +43,6 @@ from gptcli.pretrain import pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import read_run_json
-from gptcli.training.build import RunResult
 from gptcli.training.choices import Choices
 
 Gpt = Callable[..., tuple[int, str, str]]
@@ -192,19 +191,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     return run
 
 
-WHERE: dict[str, Where] = {"m": "accumulation", "e": "evaluation", "a": "behind evaluation"}
-
-
-def with_cuts(config: Config, run_dir: Path, cuts: list[str]) -> RunResult:
-    """The run, stopped at each of `cuts` and resumed. "3": in its third update; "3m": between two
-    micro batches of that; "3e": in the evaluation behind it; "3a": just after that."""
-    for number, cut in enumerate(cuts):
-        with interrupted(int(cut.rstrip("mea")), WHERE.get(cut[-1], "update")):
-            result = pretrain(config, run_dir=run_dir, resume="resume" if number else "no")
-        assert (result.status, result.signal) == ("stopped", signal.SIGTERM)
-    return pretrain(config, run_dir=run_dir, resume="resume")
-
-
 # The epochs of one file end inside updates 7 and 14; 0, 5, 10, 15 and 17 are evaluated.
 CUTS = ["0", "0e", "0a", "1", "4", "5e", "5a", "6", "7", "8", "14", "17", "17e"]
 CUTS += ["4 1 1", "5e 0e 5", "1 5 0"]
@@ -228,35 +214,6 @@ def test_k12_between_micro_batches(cuts: str, tmp_path: Path, straight: Straight
     config, expected = straight("rows, adamw")
     assert with_cuts(config, tmp_path / "run", cuts.split()).status == "finished"
     assert outcome(tmp_path / "run") == expected
-
-
-def killing(updates: int) -> Callable[[], None]:
-    """For a child: SIGKILL in update number `updates`."""
-
-    def install() -> None:
-        done = 0
-
-        def kill(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            if done == updates:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        register_optimizer_step_post_hook(kill)
-
-    return install
-
-
-def killed(config: Config, run_dir: Path, updates: int, *, resume: bool) -> None:
-    """Run in a child process that SIGKILL ends in update number `updates`."""
-    child = os.fork()
-    if child == 0:
-        killing(updates)()
-        try:
-            pretrain(config, run_dir=run_dir, resume="resume" if resume else "no")
-        finally:
-            os._exit(1)  # not reached: the kill comes first
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("pieces")
