@@ -247,7 +247,7 @@ def test_r05_a_model_that_does_not_fit(folder: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.slow  # by itself: in a process that ran many tests, freed memory is enough for the step
+@pytest.mark.slow  # run it alone: after many tests freed memory is enough for the step
 def test_r05_a_step_that_does_not_fit(folder: Path) -> None:
     """R5: a step is tried before the first: where it runs out of memory, smaller micro batches are
     tried, each told; where one row is too much, exit 6 with what to lower."""
