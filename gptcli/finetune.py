@@ -112,6 +112,7 @@ def finetune(
         task, position = run.task, run.session.state.position
         with fitting(start.contents):
             rows = task.rows(config.seed, config.data.shuffle_window, position)
+        start.take_over()
         result = run_session(run.session, rows, run.finish)
         write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))

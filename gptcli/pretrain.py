@@ -80,6 +80,7 @@ def pretrain(
         if start.done:
             return nothing_to_do(start)
         session, rows = _begin(config, start, device, allow_data_change)
+        start.take_over()
         result = run_session(session, rows, partial(_found, session))
         write_report(start.directory)
         return result

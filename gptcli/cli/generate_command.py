@@ -269,7 +269,7 @@ def _run(model: "LoadedModel", settings: "GenerateConfig") -> None:
     began = time.perf_counter()
     tokens = output.finished(batches)
     seconds = time.perf_counter() - began
-    if settings.speculate is not None or sys.stderr.isatty():
+    if settings.speculate is not None or (sys.stderr is not None and sys.stderr.isatty()):
         log.info("%d tokens in %.1f s: %.1f tokens/s", tokens, seconds, tokens / seconds)
 
 

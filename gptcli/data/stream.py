@@ -7,10 +7,12 @@ and goes on at the same place, so nothing is lost and nothing is repeated.
 """
 
 from collections.abc import Iterator, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 from datasets import IterableDataset
+from datasets.io.generator import GeneratorDatasetInputStream
 
 from gptcli import stop
 from gptcli.data.readers import read_shards
@@ -55,9 +57,7 @@ class ShardReader:
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = len(shards)
         self._ordered = _OrderedShards(shards)
-        self._dataset = IterableDataset.from_generator(
-            self._ordered, gen_kwargs={"places": list(range(len(shards)))}
-        )
+        self._dataset = _stream(self._ordered, list(range(len(shards))))
         self._beginning = self._dataset.state_dict()
         self._records: Iterator[dict[str, Any]] = iter(())
         self._opened_at: tuple[int, int] | None = (0, 0)
@@ -83,6 +83,18 @@ class ShardReader:
             return self._opened_at
         state = self._dataset.state_dict()["examples_iterable"]
         return state["shard_idx"], state["shard_example_idx"]
+
+
+def _stream(records: "_OrderedShards", places: list[int]) -> IterableDataset:
+    """The library's stream of the records at `places`."""
+    try:
+        return IterableDataset.from_generator(records, gen_kwargs={"places": places})
+    except OSError:  # it makes a cache, of which a stream uses nothing, where none can be made
+        with TemporaryDirectory() as folder:
+            builder = GeneratorDatasetInputStream(
+                records, cache_dir=folder, streaming=True, gen_kwargs={"places": places}
+            )
+            return builder.read()
 
 
 class _OrderedShards:

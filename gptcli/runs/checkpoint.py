@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,10 @@ def read_best(run_dir: Path) -> tuple[int, float] | None:
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
         log.warning("%s is damaged (%s); going on without a best checkpoint", path, error)
         return None
-    return (step, loss) if math.isfinite(loss) else None
+    if not math.isfinite(loss):
+        log.warning("%s has no finite loss; going on without a best checkpoint", path)
+        return None
+    return step, loss
 
 
 def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
@@ -337,7 +341,8 @@ def _write(temp: Path, step: int, contents: Contents) -> None:
 
 
 def _swap_in(temp: Path, target: Path) -> None:
-    """Rename `temp` to `target`; one that is there already goes aside first, back on failure."""
+    """Rename `temp` to `target`; one that is there already goes aside first, back on failure: what
+    is not on disk for sure is not there."""
     aside = None
     if os.path.lexists(target):
         aside = target.with_name(f".del-{target.name}-{os.getpid()}")
@@ -345,11 +350,13 @@ def _swap_in(temp: Path, target: Path) -> None:
         os.rename(target, aside)
     try:
         os.rename(temp, target)
+        sync_directory(target.parent)
     except OSError:
+        with suppress(OSError):
+            os.rename(target, temp)
         if aside is not None:
             os.rename(aside, target)
         raise
-    sync_directory(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 

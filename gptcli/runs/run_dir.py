@@ -149,8 +149,12 @@ def is_run_dir(path: Path) -> bool:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a published checkpoint is there; says nothing about its health."""
-    return any((run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
+    """Whether a published checkpoint is there; says nothing about its health.
+
+    One that was being replaced when a kill came has another name until the next start.
+    """
+    saved = run_dir / CHECKPOINTS
+    return any(saved.glob("step-*")) or any(saved.glob(".del-step-*"))
 
 
 def read_run_json(run_dir: Path) -> dict[str, Any]:

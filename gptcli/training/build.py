@@ -30,8 +30,9 @@ from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.resuming import LIMITS
 from gptcli.training.session import Session
-from gptcli.training.start import LIMITS, Start, machine, note_end, resume_command
+from gptcli.training.start import Start, machine, note_end, resume_command
 from gptcli.training.trainable import set_trainable
 from gptcli.training.tuning import tune
 from gptcli.training.validation import Validation

@@ -6,10 +6,11 @@ import platform
 import shlex
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,26 +38,12 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
-from gptcli.training.optimizers import peak_rate
-from gptcli.training.saved import read_resumable
-from gptcli.training.schedule import is_decaying, learning_rate
-from gptcli.training.state import TrainState, progress
+from gptcli.training.resuming import Place, place_to_resume
+from gptcli.training.state import TrainState
 
 log = logging.getLogger("gptcli")
 
 Resume = Literal["no", "resume", "auto"]
-_SHAPE = ("model.", "tokenizer.")
-# What rows become, and what of the model learns: a run ends with what it began with.
-_LEARNED = tuple(
-    f"finetune.{key}"
-    for key in (
-        *("task", "fields", "template", "loss_on", "packing", "too_long", "pair_order"),
-        *("method", "lora", "head", "freeze_", "class_weights", "max_train_rows_per_label"),
-        *("labels", "dpo_beta", "lm_weight"),
-    )
-)
-_LABELS = "finetune.labels"
-LIMITS = ("max_steps", "max_tokens", "max_epochs", "max_time")
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,7 @@ class Start:
     state: TrainState
     done: bool  # the run has finished and its limit is as it was
     began: float  # when this process's work began, of time.monotonic()
+    take_over: Callable[[], None] = lambda: None  # to be called once the run is sure to go on
 
     @property
     def source(self) -> Path:
@@ -103,19 +91,24 @@ def starting(
 
     `began` (of time.monotonic(), default: now) is when the work that max_time limits began.
 
-    The lock is held inside the block; an error there is noted in run.json. log.txt gets every
-    record of the library's logger meanwhile. Behind the block torch has as many threads as before
+    The lock is held inside the block; an error there is noted in run.json. A resume that is refused
+    before the block calls `take_over` leaves the run as it was. log.txt gets every record of the
+    library's logger meanwhile. Behind the block torch has as many threads as before
     it: those that a race chose are this run's alone.
     """
     began = time.monotonic() if began is None else began
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
+        before: dict[str, bytes] = {}
         if resuming:
-            contents, state, done = resumable(directory, config)
-            if not done:
-                prepare_resume(directory, config, state, command)
-            start = Start(job, directory, contents, state, done, began)
+            place = place_to_resume(directory, config)
+            before = {name: (directory / name).read_bytes() for name in _existing(directory)}
+            if not place.done:
+                note_resume(directory, config, place.state, command)
+            take_over = partial(_take_over, directory, place, before)
+            state = place.state
+            start = Start(job, directory, place.contents, state, place.done, began, take_over)
         else:
             write_new_run(directory, config, command, job)
             start = Start(job, directory, None, TrainState(), False, began)
@@ -124,7 +117,10 @@ def starting(
             yield start
         except (GptError, stop.Stopped) as error:
             with suppress(ResourceError):  # a full disk: why the run ended is what matters
-                _note_failure(directory, error, start.state)
+                for name, content in before.items():
+                    write_atomic(directory / name, content)
+                if not before:
+                    _note_failure(directory, error, start.state)
             raise
         finally:
             torch.set_num_threads(threads)
@@ -186,61 +182,45 @@ def write_config(directory: Path, config: Config) -> None:
     write_atomic(directory / "config.yaml", dump_config(config, loadable=True).encode())
 
 
-def resumable(directory: Path, config: Config) -> tuple[Contents, TrainState, bool]:
-    """The checkpoint from which `directory` goes on, its state, and whether nothing is left to do.
-
-    Normally the newest valid one. A run that had begun its final decay and now gets a larger
-    limit goes on from the last checkpoint before the decay. Raises CheckpointError when none is
-    usable or the model would be another one.
-    """
-    newest = checkpoint.newest_valid(directory, log)
-    if newest is None:
-        raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
-    contents = read_resumable(newest)
-    saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
-    if config.init is not None:  # automatic rates are those for the run's shape
-        config = config.settled_for(saved.model)
-    _check_config(contents, config, directory)
-    state = TrainState.from_json(contents.state["train"])
-    before = progress(state, saved.training)
-    limited = any(getattr(saved.training, n) != getattr(config.training, n) for n in LIMITS)
-    if limited or saved.finetune.patience != config.finetune.patience:
-        state.reached = 0.0  # it was a share of other limits
-        state.stale_evaluations = 0  # who gives a run more has patience again
-    now = progress(state, config.training)
-    if now >= 1.0 and read_run_json(directory).get("status") == "finished":
-        return contents, state, True
-    is_stable = not is_decaying(now, config.schedule)
-    if contents.state["decaying"] and now < before and (before >= 1.0 or is_stable):
-        contents, state = _before_decay(directory, contents, state)
-        state.reached = 0.0
-    _show_rate(contents, config, state)
-    return contents, state, False
-
-
-def prepare_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
-    """Cut the logs and best.json back to the checkpoint's step and note the resume."""
-    truncate_after(directory, state.step, state.evaluated_step)
-    _restore_best(directory, state)
+def note_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
+    """The config of a resume in config.yaml, and the resume in run.json."""
     write_config(directory, config)
-    about = read_run_json(directory)
-    history = [*about.get("history", []), {**_event("resume", state.step), "command": command}]
+    history = [*_history(directory), {**_event("resume", state.step), "command": command}]
     update_run_json(directory, status="running", history=history, versions=versions())
+
+
+def _take_over(directory: Path, place: Place, before: dict[str, bytes]) -> None:
+    """Make `place` the end of the run so far: cut the logs and best.json back to it. From now on
+    there is no way back to the files as they were `before`."""
+    before.clear()
+    if place.gives_up_later:
+        checkpoint.set_aside_after(directory, place.state.step)
+    truncate_after(directory, place.state.step, place.state.evaluated_step)
+    _restore_best(directory, place.state)
+
+
+def _existing(directory: Path) -> list[str]:
+    return [name for name in ("config.yaml", "run.json") if (directory / name).is_file()]
 
 
 def note_end(directory: Path, event: str, state: TrainState) -> None:
     """Add how this process ended (finished, stopped or failed) to the run's history."""
     ended = {"event": event, "at": _now(), "step": state.step}
     ended["elapsed_seconds"] = state.elapsed_seconds
-    update_run_json(directory, history=[*read_run_json(directory).get("history", []), ended])
+    update_run_json(directory, history=[*_history(directory), ended])
+
+
+def _history(directory: Path) -> list[dict[str, Any]]:
+    """What run.json tells of the run's starts and ends."""
+    entries = read_run_json(directory).get("history")
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 
 
 def _note_failure(directory: Path, error: Exception, state: TrainState) -> None:
     """In run.json: how a run ended that did not get to its own end."""
     status = "stopped" if isinstance(error, stop.Stopped) else "failed"
     update_run_json(directory, status=status, error=str(error))
-    history = read_run_json(directory).get("history") or [{}]
-    if history[-1].get("event") in ("start", "resume"):
+    if any(entry.get("event") in ("start", "resume") for entry in _history(directory)[-1:]):
         note_end(directory, status, state)
 
 
@@ -299,93 +279,12 @@ def _event(name: str, step: int) -> dict[str, Any]:
     return {"event": name, "at": _now(), "step": step, **found}
 
 
-def _check_config(contents: Contents, config: Config, directory: Path) -> None:
-    """Another model or tokenizer is refused; other changes are shown."""
-    old, new = _flat(contents.config_yaml), _flat(dump_config(config, loadable=True))
-    if config.init is not None:  # the checkpoint's config has also what came from there
-        given = new.keys() | _given_when_begun(directory)
-        old = {k: v for k, v in old.items() if k in given or not k.startswith(_SHAPE)}
-    if new.get(_LABELS) is None:  # they were read from the rows
-        old.pop(_LABELS, None)
-    differing = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
-    shown = {k: f"{k}: {a} -> {b}" for k, (a, b) in differing.items()}
-    fixed = [
-        text
-        for key, text in shown.items()
-        if key.startswith((*_SHAPE, "data.", "init", "seed", "optimizer.kind", *_LEARNED))
-        and key not in ("model.dropout", "data.cache")  # neither changes what is trained on
-    ]
-    if fixed:
-        raise CheckpointError(
-            "this run was begun with other settings, which a resume cannot change: "
-            + "; ".join(fixed),
-            hint="resume with the run's own config.yaml, or start a new run",
-        )
-    for text in shown.values():
-        log.warning(f"changed since the run began: {text}")
-
-
-def _given_when_begun(directory: Path) -> set[str]:
-    """Keys in the run's config.yaml, which with `init` holds what was given beside it."""
-    try:
-        return set(_flat((directory / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # it was lost or edited
-        return set()
-
-
-def _before_decay(
-    directory: Path, contents: Contents, state: TrainState
-) -> tuple[Contents, TrainState]:
-    """The last checkpoint before the decay, which becomes the newest; the given one if none is."""
-    for path in reversed(checkpoint.list_checkpoints(directory)):
-        older = _read_or_none(path)
-        if older is not None and not older.state["decaying"]:
-            before = TrainState.from_json(older.state["train"])
-            log.warning(
-                f"the limit has changed and the decay had begun: going on from step"
-                f" {before.step}, before the decay, instead of step {state.step}"
-            )
-            checkpoint.set_aside_after(directory, before.step)
-            return older, before
-    return contents, state
-
-
-def _show_rate(contents: Contents, config: Config, state: TrainState) -> None:
-    """Warn where changed settings make the learning rate of the next step another one."""
-    saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
-    old, new = (
-        learning_rate(state.step, progress(state, c.training), c.schedule, peak_rate(c))
-        for c in (saved, config)
-    )
-    if old != new:
-        log.warning(f"the learning rate at step {state.step} was {old:.3g} and is now {new:.3g}")
-
-
 def _restore_best(directory: Path, state: TrainState) -> None:
     """best.json as the checkpoint knows it: a kill between the two leaves it behind."""
     step, loss = state.best_step, state.best_loss
     if step is None or loss is None or not checkpoint.checkpoint_dir(directory, step).is_dir():
         return
     checkpoint.write_best(directory, step, loss)
-
-
-def _flat(config_yaml: str) -> dict[str, Any]:
-    sections = yaml.safe_load(config_yaml)
-    flat: dict[str, Any] = {}
-    for name, value in sections.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _read_or_none(path: Path) -> Contents | None:
-    try:
-        return read_resumable(path)
-    except CheckpointError as error:
-        log.warning(f"{path.name} is damaged and skipped: {error}")
-        return None
 
 
 def _now() -> str:

@@ -1,5 +1,12 @@
 """The config and the text that the faults happen to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
 TINY = """\
 name: tiny
 tokenizer: {kind: bytes}
@@ -11,3 +18,18 @@ schedule: {warmup_steps: 1}
 samples: {n: 1, max_new_tokens: 4}
 """
 PROSE = "".join(f"On day {i} a cat sat on the mat, and then it ran away.\n" for i in range(200))
+
+
+@contextmanager
+def working_in(place: Path) -> Iterator[Path]:
+    """Work in `place`, with both in it. Reports, whose plots take a second, are left out."""
+    (place / "tiny.yaml").write_text(TINY)
+    (place / "text.txt").write_text(PROSE)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("GPT_DEBUG", raising=False)
+        patch.setenv("GPT_RUNS", str(place / "runs"))
+        for job in ("pretrain", "finetune"):
+            patch.setattr(f"gptcli.{job}.write_report", lambda run_dir: None)
+        yield place

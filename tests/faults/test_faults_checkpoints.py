@@ -27,7 +27,7 @@ from interrupting import interrupted
 from outcome import errors, hints, warnings
 from safetensors.torch import load_file, save_file
 from sealing import reseal
-from small import PROSE, TINY
+from small import working_in
 
 from gptcli.cli.main import main
 from gptcli.data.rows import Prefetch
@@ -53,13 +53,7 @@ OPTIMIZER = f"r/checkpoints/step-{NEWEST:08d}/optimizer.safetensors"
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped at step 5 of 6 and has checkpoints before it; to be copied."""
-    place = tmp_path_factory.mktemp("stopped")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, interrupted(NEWEST):
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("stopped")) as place, interrupted(NEWEST):
         assert main(["pretrain", "tiny.yaml", "--run-dir=r", "--quiet", *SAVES]) == 143
     assert steps(place / "r")[-2:] == [OLDER, NEWEST]
     return place / "r"
@@ -151,10 +145,10 @@ def killed_saves(run_dir: Path, contents: Contents, kills: Callable[[int, int], 
 
 
 def test_k01_kills_while_saving(tmp_path: Path, contents: Contents) -> None:
-    """K1: SIGKILL in the middle of saves, 20 times: the newest checkpoint is whole, none that was
-    acknowledged is lost, and the next start removes what lies about."""
+    """K1: SIGKILL until 20 of them have left a half-written checkpoint: the newest published one is
+    whole, none that was acknowledged is lost, and the next start removes what lies about."""
     (tmp_path / "run").mkdir()
-    assert killed_saves(tmp_path / "run", contents, lambda done, _: done < 20) > 5
+    assert killed_saves(tmp_path / "run", contents, lambda _, inside: inside < 20) > 5
 
 
 @pytest.mark.slow
@@ -240,16 +234,37 @@ def test_k02_damaged_newest(damage: str, gpt: Gpt, run: Path, newest: Path) -> N
     assert_stepped_over(gpt, run, newest, problem)
 
 
-def test_k02_all_damaged(gpt: Gpt, run: Path) -> None:
-    """K2: with no whole checkpoint left, exit 4; each is told, and none is deleted."""
+@pytest.mark.parametrize("damage", ["truncated", "no manifest"])
+def test_k02_all_damaged(damage: str, gpt: Gpt, run: Path) -> None:
+    """K2: with no whole checkpoint left, exit 4, with --auto-resume too; each is told, and none is
+    deleted. Without a flag for it the run is not touched: exit 2."""
+    spoil, told = DAMAGES[damage]
     for path in checkpoint.list_checkpoints(run):
-        os.truncate(path / "model.safetensors", 100)
-    before = steps(run)
-    code, _, err = gpt(*RESUME)
-    assert code == 4
-    assert errors(err) == ["r has no valid checkpoint to resume from"]
-    assert warnings(err).count("model.safetensors has 100 bytes") == len(before)
+        spoil(path)
+    before, kept = steps(run), (run / "metrics.jsonl").read_bytes()
+    for flag in ("--resume", "--auto-resume"):
+        code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir=r", *SAVES, flag)
+        assert code == 4
+        assert errors(err) == ["r has no valid checkpoint to resume from"]
+        assert warnings(err).count(told) == len(before)
+    assert gpt("pretrain", "tiny.yaml", "--run-dir=r", *SAVES)[0] == 2
     assert steps(run) == before
+    assert (run / "metrics.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--auto-resume"])
+def test_k01_a_kill_between_two_names(flag: str, gpt: Gpt, run: Path, newest: Path) -> None:
+    """K1: killed while the only checkpoint of a run was being replaced, it goes on from there."""
+    for path in checkpoint.list_checkpoints(run):
+        if path != newest:
+            shutil.rmtree(path)
+    newest.rename(newest.with_name(f".del-{newest.name}-77"))
+    code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir=r", *SAVES, flag)
+    assert code == 0, err
+    assert [entry["event"] for entry in read_run_json(run)["history"]][-2:] == [
+        "resume",
+        "finished",
+    ]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
@@ -482,11 +497,11 @@ def test_k10_best_is_never_nan(gpt: Gpt, folder: Path, monkeypatch: pytest.Monke
 def test_k10_a_damaged_best(gpt: Gpt, run: Path) -> None:
     """K10: a best.json that says NaN, or nothing, is a warning; the newest checkpoint is taken."""
     best = run / "checkpoints" / "best.json"
-    for text, told in (('{"step": 0, "loss": NaN}', False), ('{"step": ', True)):
+    for text, told in (('{"step": 0, "loss": NaN}', "no finite loss"), ('{"step": ', "is damaged")):
         best.write_text(text)
         code, _, err = gpt("eval", "--model=r", "--data=text.txt", "--max-tokens=64")
         assert code == 0, err
-        assert ("best.json is damaged" in warnings(err)) == told
+        assert f"best.json {told}" in warnings(err).replace("has no", "no")
         assert f"step {NEWEST}" in err or f"step-{NEWEST:08d}" in err
 
 

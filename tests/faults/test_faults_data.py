@@ -87,6 +87,12 @@ def weights(run_dir: Path) -> bytes:
     return (checkpoint.list_checkpoints(run_dir)[-1] / "model.safetensors").read_bytes()
 
 
+def content(run_dir: Path) -> dict[str, bytes]:
+    """All that a run holds but its log of messages and its lock."""
+    files = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in ("log.txt", ".lock")]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
 def losses(run_dir: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(run_dir) if r["event"] == "train"]
 
@@ -446,19 +452,34 @@ def test_d14_data_that_changed(gpt: Gpt, folder: Path) -> None:
         assert gpt("pretrain", "tiny.yaml", "--run-dir=r")[0] == 143
     finally:
         handle.remove()
-    saved = weights(folder / "r")
     with (folder / "text.txt").open("a") as f:
         f.write("one more line\n")
+    saved = content(folder / "r")
     resume = ("pretrain", "tiny.yaml", "--run-dir=r", "--resume")
     code, out, err = gpt(*resume)
     assert (code, out) == (4, "")
     assert "text.txt (changed)" in errors(err)[0]
     assert "--allow-data-change" in hints(err)
-    assert weights(folder / "r") == saved
+    assert content(folder / "r") == saved
     code, _, err = gpt(*resume, "--allow-data-change")
     assert code == 0, err
     assert "text.txt (changed)" in warnings(err)
     assert read_metrics(folder / "r")[-1]["step"] == 4
+
+
+def test_d14_a_longer_run_over_other_data(gpt: Gpt, folder: Path) -> None:
+    """D14: a finished run that is to go on for longer, over other data, stays as it was: its best
+    checkpoint, its log, its config."""
+    saves = "--set=training.save_every=1"
+    assert gpt("pretrain", "tiny.yaml", "--run-dir=r", saves)[0] == 0
+    with (folder / "text.txt").open("a") as f:
+        f.write("one more line\n")
+    saved = content(folder / "r")
+    more = ("--resume", saves, "--set=training.max_steps=9", "--set=optimizer.lr=0.1")
+    assert gpt("pretrain", "tiny.yaml", "--run-dir=r", *more)[0] == 4
+    assert content(folder / "r") == saved
+    assert gpt("pretrain", "tiny.yaml", "--run-dir=r", *more, "--allow-data-change")[0] == 0
+    assert read_metrics(folder / "r")[-1]["step"] == 9
 
 
 def test_d15_validation_text_that_is_trained_on(gpt: Gpt, folder: Path) -> None:

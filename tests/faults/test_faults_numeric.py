@@ -19,7 +19,7 @@ from interrupting import interrupted
 from outcome import errors, hints, warnings
 from safetensors.torch import load_file, save_file
 from sealing import reseal
-from small import PROSE, TINY
+from small import PROSE, working_in
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -50,13 +50,7 @@ TEXT = ("--prompt=On", "--max-new-tokens=4", "--seed=1")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has finished; to be copied."""
-    place = tmp_path_factory.mktemp("finished")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("finished")) as place:
         assert main([*TRAIN, "--quiet"]) == 0
     return place / "r"
 
@@ -172,7 +166,7 @@ def test_n01_three_in_a_row(gpt: Gpt, folder: Path) -> None:
 
 def test_n02_a_gradient(gpt: Gpt, folder: Path) -> None:
     """N2: a gradient that is not finite behind a finite loss is no update either: clipping would
-    make NaN of every weight. Loss and norm are in the log as they were."""
+    make NaN of every weight. The loss is in the log, the norm is null there: JSON has no inf."""
     line = assert_one_step_left_out(infinite_gradient, gpt, folder)
     assert line["grad_norm"] is None
     assert math.isfinite(line["loss"])
@@ -203,26 +197,36 @@ def test_n03_weights(gpt: Gpt, folder: Path) -> None:
     assert gpt(*RESUME)[0] == 0
 
 
-def test_n04_a_spike(gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def steep(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss with a gradient that is far too large."""
+    loss.register_hook(lambda grad: grad * 1e4)
+    return loss
+
+
+def high(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is far too large, with the same gradient."""
+    return loss + 100
+
+
+@pytest.mark.parametrize(("spike", "told"), [(steep, "loss 5."), (high, "loss 105.")])
+def test_n04_a_spike(
+    spike: Poison, told: str, gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """N4: a loss or gradient far above the recent ones (training.spike_zscore) is a warning and a
     line in the log; what is usual comes from finite steps only and outlives a resume."""
     monkeypatch.setattr(stability, "_RECENT_STEPS", 4)
     flags = ("--set=training.max_steps=12", "--set=optimizer.lr=1e-4", "--set=training.spike=warn")
     flags += ("--set=optimizer.adamw_lr=1e-4", "--set=optimizer.embedding_lr=1e-4")
 
-    def steep(x: torch.Tensor) -> torch.Tensor:
-        x.register_hook(lambda grad: grad * 1e4)
-        return x
-
     with poisoned({5}, nan_loss), interrupted(6):
         assert gpt(*TRAIN, *flags)[0] == 143
     saved = state(folder / "r")
     assert saved["watch"]["loss"]["count"] == 6
-    with poisoned({2}, steep):
+    with poisoned({2}, spike):
         code, _, err = gpt(*RESUME, *flags)
     assert code == 0, err
     step = saved["step"] + 2
-    assert f"step {step}: loss 5." in warnings(err)
+    assert f"step {step}: {told}" in warnings(err)
     assert warnings(err).endswith("; a spike")
     assert [r["step"] for r in events(folder / "r", "spike")] == [step]
 

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import pytest
 import torch
 from forked import Forked
 from outcome import errors, hints, warnings
 from processes import logged, started, training, until
+from small import PROSE
 
 from gptcli.data.rows import Prefetch
 from gptcli.runs import checkpoint
@@ -220,6 +222,28 @@ def test_r04_a_failing_disk(
     assert leftovers(folder / "other") == []
 
 
+@needs_proc
+def test_r04_a_directory_that_cannot_be_synced(
+    gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R4: where the new name of a checkpoint may not be on disk, it is not saved, and not there."""
+    real = os.fsync
+
+    def fail(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "checkpoints" and (path / "step-00000002").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    flags = ("--set=training.save_every=2", "--set=training.max_steps=4")
+    monkeypatch.setattr(os, "fsync", fail)
+    code, _, err = gpt(*TRAIN, *flags, "--set=schedule.kind=linear")
+    assert code == 0, err
+    assert "not saved at step 2" in warnings(err)
+    assert steps(folder / "r") == [0, 4]
+    assert leftovers(folder / "r") == []
+
+
 def less_memory(more_bytes: int) -> Callable[[], None]:
     """For a child: it can take only so much more memory."""
 
@@ -247,16 +271,16 @@ def test_r05_a_model_that_does_not_fit(folder: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.slow  # run it alone: after many tests freed memory is enough for the step
 def test_r05_a_step_that_does_not_fit(folder: Path) -> None:
     """R5: a step is tried before the first: where it runs out of memory, smaller micro batches are
     tried, each told; where one row is too much, exit 6 with what to lower."""
-    wide = ("--set=model.block_size=4096", "--set=model.n_embd=256", "--set=model.n_layer=2")
-    rows = ("--set=training.tokens_per_step=16384", "--set=training.micro_batch_size=4")
+    (folder / "text.txt").write_text(PROSE * 20)
+    wide = ("--set=model.block_size=65536", "--set=model.n_embd=256", "--set=model.n_layer=2")
+    rows = ("--set=training.tokens_per_step=262144", "--set=training.micro_batch_size=4")
     child = Forked([*TRAIN, *wide, *rows, ADAMW], before=less_memory(80 * 2**20))
     code, err = child.wait()
     assert code == 6
-    assert errors(err) == ["out of memory on cpu with micro batches of one row of 4096 tokens"]
+    assert errors(err) == ["out of memory on cpu with micro batches of one row of 65536 tokens"]
     for half in ("4 -> 2", "2 -> 1"):
         assert f"out of memory: micro_batch_size {half}, more of them a step" in warnings(err)
     assert "model.block_size, n_layer or n_embd" in hints(err)
@@ -376,8 +400,7 @@ def no_temporary_files() -> None:
 
 
 def test_r08_no_temporary_directory(folder: Path) -> None:
-    """R8: everything that a run writes is in its directory: without a temporary directory, training
-    and generating work as ever."""
+    """R8: training and generating need no temporary directory."""
     code, err = Forked([*TRAIN, "--quiet"], before=no_temporary_files).wait()
     assert (code, err) == (0, "")
     for path in checkpoint.list_checkpoints(folder / "r"):
@@ -387,6 +410,17 @@ def test_r08_no_temporary_directory(folder: Path) -> None:
     shown = child.stdout.read()
     assert child.wait()[0] == 0
     assert shown.startswith(b"On")
+
+
+def test_r08_no_home(folder: Path) -> None:
+    """R8: nor a home that can be written: what libraries keep there is done without."""
+
+    def no_home() -> None:
+        os.environ["HOME"] = datasets.config.HF_DATASETS_CACHE = "/dev/null/home"
+        os.environ["GPT_CACHE"] = "/dev/null/cache"
+
+    code, err = Forked([*TRAIN, "--quiet"], before=no_home).wait()
+    assert code == 0, err
 
 
 def test_r09_slow_saves(gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from interrupting import (
 )
 from outcome import warnings
 from safetensors.torch import load_file
-from small import PROSE, TINY
+from small import PROSE, working_in
 
 from gptcli import stop
 from gptcli.cli.main import main
@@ -55,13 +55,7 @@ SAVED = 2
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped in the middle; to be copied."""
-    place = tmp_path_factory.mktemp("stopped")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, interrupted(SAVED):
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("stopped")) as place, interrupted(SAVED):
         assert main(["pretrain", "tiny.yaml", "--run-dir=r", "--quiet"]) == 143
     return place / "r"
 

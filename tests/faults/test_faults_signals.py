@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-import torch
 from outcome import errors
 from processes import logged, started, training, until
 from pseudo_terminal import Terminal
-from small import PROSE, TINY
+from small import PROSE, working_in
 
 from gptcli.cli.main import main
 from gptcli.runs import checkpoint
@@ -41,13 +40,7 @@ LONG = (
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the run `LONG` comes to when nobody disturbs it."""
-    place = tmp_path_factory.mktemp("straight")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("straight")) as place:
         assert main([*LONG, "--quiet"]) == 0
     return result(place / "r")
 
@@ -55,13 +48,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A trained run."""
-    place = tmp_path_factory.mktemp("model")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("model")) as place:
         assert main(["pretrain", "tiny.yaml", "--run-dir=r", "--quiet"]) == 0
     return str(place / "r")
 

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from cycle_model import cycle_model
 from forked import Forked
 from outcome import errors, hints, warnings
 from processes import started
 from pseudo_terminal import Terminal
-from small import PROSE, TINY
+from small import PROSE, TINY, working_in
 
 from gptcli.cli import generate_command
 from gptcli.cli.main import main
@@ -41,13 +40,7 @@ needs_full = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A trained run."""
-    place = tmp_path_factory.mktemp("model")
-    (place / "tiny.yaml").write_text(TINY)
-    (place / "text.txt").write_text(PROSE)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr("gptcli.pretrain.write_report", lambda run_dir: None)
+    with working_in(tmp_path_factory.mktemp("model")) as place:
         assert main(["pretrain", "tiny.yaml", "--run-dir=r", "--quiet"]) == 0
     return str(place / "r")
 
@@ -401,7 +394,6 @@ def test_s15_help(gpt: Gpt) -> None:
     and is there in less than a second."""
     listed = re.findall(r"^  ([a-z]+)  ", gpt("--help")[1].partition("Commands:")[2], re.MULTILINE)
     assert {"pretrain", "generate", "runs"} <= set(listed)
-    times = []
     for commands in ([""], listed):
         done = subprocess.run(
             [sys.executable, "-c", HELP, json.dumps(commands)],
@@ -413,5 +405,12 @@ def test_s15_help(gpt: Gpt) -> None:
         codes, heavy, seconds = json.loads(done.stderr.splitlines()[-1])
         assert set(codes.values()) == {0}
         assert heavy == []
-        times.append(seconds / len(commands))
-    assert min(times) < 1.0  # 0.2 s on an idle core; the bound leaves room for a busy one
+        assert seconds < 1.0 * len(commands)
+
+    def processor_seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "gptcli", "--help"], capture_output=True, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user
+
+    assert min(processor_seconds() for _ in range(3)) < 1.0  # of a fresh process, Python included
