@@ -98,9 +98,15 @@ def other_tokenizer(path: Path) -> None:
     train_bpe([OTHER], 300, "gpt4", 10**9).save(path.parent)
 
 
-@pytest.mark.parametrize("swap", [swapped, other_tokenizer])
+@pytest.mark.parametrize(
+    ("swap", "told"),
+    [
+        (swapped, ["not a saved tokenizer", "do not belong together"]),
+        (other_tokenizer, ["holds the tokenizer", "but the model was trained with"]),
+    ],
+)
 def test_t01_another_tokenizer_of_the_same_size(
-    swap: Callable[[Path], None], gpt: Gpt, folder: Path
+    swap: Callable[[Path], None], told: list[str], gpt: Gpt, folder: Path
 ) -> None:
     """T1: generate, eval and finetune with another tokenizer than the model was trained with end
     with exit 4, although the number of tokens is the same: identities are compared."""
@@ -127,8 +133,7 @@ def test_t01_another_tokenizer_of_the_same_size(
     for command in commands:
         code, out, err = gpt(*command)
         assert (code, out) == (4, ""), command[0]
-        assert "holds the tokenizer" in errors(err)[0]
-        assert "but the model was trained with" in errors(err)[0]
+        assert all(text in errors(err)[0] for text in told)
     assert not (folder / "f" / "checkpoints").exists()
 
 
