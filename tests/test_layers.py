@@ -34,6 +34,7 @@ FLOORS = [
         "chat",
         "serve",
         "text_recipe",
+        "launch",
     },
     {"training"},
     {"reports"},
@@ -44,7 +45,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"config"},
-    {"stop", "errors", "device"},
+    {"stop", "errors", "device", "world"},
     {"__init__", "shipped"},
 ]
 MODULES = {

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,13 +70,31 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
-def publish(run_dir: Path, step: int, contents: Contents) -> Path:
+def write_whole(folder: Path, contents: Contents) -> dict[str, str]:
+    """Write the tensors' files into `folder` and return the sha256 of each."""
+    model, _ = untied(contents.model)
+    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
+        saved = {
+            name: pool.submit(save_tensors, tensors, folder / name)
+            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
+        }
+        return {name: done.result() for name, done in saved.items()}
+
+
+def publish(
+    run_dir: Path,
+    step: int,
+    contents: Contents,
+    write: Callable[[Path, Contents], dict[str, str]] = write_whole,
+) -> Path:
     """Save `contents` as the checkpoint of `step`; once this returns, it survives a crash.
 
-    Raises NonFiniteError for weights with nan or infinity, ResourceError when the disk does not
-    take it; then nothing is left behind and older checkpoints are untouched.
+    `write` writes the tensors' files. Raises NonFiniteError for weights with nan or infinity,
+    ResourceError when the disk does not take it; then nothing is left behind and older checkpoints
+    are untouched.
     """
-    _refuse_non_finite(step, contents.model)
+    if write is write_whole:
+        refuse_non_finite(step, contents.model)
     target = checkpoint_dir(run_dir, step)
     temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     needed, free = space_needed(contents), _free_bytes(run_dir)
@@ -87,7 +105,7 @@ def publish(run_dir: Path, step: int, contents: Contents) -> Path:
         sync_directory(run_dir)
         _remove(temp)
         temp.mkdir()
-        _write(temp, step, contents)
+        _write(temp, step, contents, write(temp, contents))
         _swap_in(temp, target)
     except (OSError, ResourceError) as error:
         raise ResourceError(
@@ -163,15 +181,18 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def read(directory: Path, *, with_optimizer: bool) -> Contents:
-    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
+def read(directory: Path, *, with_optimizer: bool, tensors: bool = True) -> Contents:
+    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty, and
+    without `tensors` the model's too.
 
     CheckpointError when it is damaged. Raises `stop.Stopped`.
     """
     manifest = verify(directory, optimizer=with_optimizer)
     return Contents(
-        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory),
-        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer else {},
+        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory)
+        if tensors
+        else {},
+        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer and tensors else {},
         state=read_state(directory),
         config_yaml=_read_text(directory / CONFIG),
         tokenizer=read_tokenizer(directory, manifest),
@@ -307,7 +328,8 @@ def check_space(run_dir: Path, bytes_needed: int) -> None:
         )
 
 
-def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
+def refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
+    """NonFiniteError where one of the weights is nan or infinite."""
     floats = [(name, t) for name, t in model.items() if t.is_floating_point() and t.numel()]
     # The extremes of what holds a nan are nan; a mask of every number would take ten times as long.
     bad = [name for name, t in floats if not torch.stack(torch.aminmax(t)).isfinite().all()]
@@ -319,15 +341,9 @@ def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
         )
 
 
-def _write(temp: Path, step: int, contents: Contents) -> None:
-    """Fill `temp`; manifest.json last, everything synced."""
-    model, tied = untied(contents.model)
-    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
-        saved = {
-            name: pool.submit(save_tensors, tensors, temp / name)
-            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
-        }
-        hashes = {name: done.result() for name, done in saved.items()}
+def _write(temp: Path, step: int, contents: Contents, hashes: dict[str, str]) -> None:
+    """Fill `temp` beside the tensors' files; manifest.json last, everything synced."""
+    tied = untied(contents.model)[1]
     # Unlike our other JSON this may hold NaN and Infinity: an exact resume needs the same numbers.
     (temp / STATE).write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     (temp / CONFIG).write_text(contents.config_yaml, encoding="utf-8")

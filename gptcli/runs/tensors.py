@@ -82,8 +82,10 @@ def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     tied: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in names:
+        to_local = getattr(tensor, "to_local", None)
+        held = to_local() if to_local is not None else tensor  # of a sharded one, the part here
+        place = (tensor.device, held.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if held.numel() and place in names:
             tied[name] = names[place]
         else:
             names[place] = name

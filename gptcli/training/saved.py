@@ -34,13 +34,14 @@ class _State(BaseModel):
     decaying: bool
 
 
-def read_resumable(directory: Path) -> Contents:
-    """The contents of a checkpoint, whose config and state are such as a resume reads.
+def read_resumable(directory: Path, *, tensors: bool = True) -> Contents:
+    """The contents of a checkpoint, whose config and state are such as a resume reads. Without
+    `tensors` there are none: they are read when each process knows its share.
 
     The position of the data is an exception: whoever takes it up does so in `fitting`.
     CheckpointError when it is damaged or not such a state. Raises `stop.Stopped`.
     """
-    contents = checkpoint.read(directory, with_optimizer=True)
+    contents = checkpoint.read(directory, with_optimizer=True, tensors=tensors)
     where = directory / STATE
     try:
         config = load_resolved(directory / CONFIG)
