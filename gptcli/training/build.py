@@ -104,7 +104,8 @@ def build_session(
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
     saved = start.contents.state["choices"] if start.contents is not None else None
-    strategy = choose_strategy(config, device, tokenizer.vocab_size, (saved or {}).get("strategy"))
+    before = saved["strategy"] if saved is not None else None
+    strategy = choose_strategy(config, device, tokenizer.vocab_size, start.job, before)
     check_strategy(config, start.job, strategy)
     if strategy != "fsdp":
         check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial))
