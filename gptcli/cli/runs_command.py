@@ -184,7 +184,7 @@ def verify_runs(
     every model by loading it, the log by its steps. Changes nothing; exit code 4 if something is.
     """
     from gptcli.runs.run_dir import json_bytes
-    from gptcli.runs.verify import verify_run
+    from gptcli.verify import verify_run
 
     found = []
     for path in [find_run(run) for run in runs] if runs else [find_run(None)]:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from gptcli.runs.manifest import (
     write_manifest,
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
+from gptcli.runs.space import free_bytes, megabytes
 from gptcli.runs.tensors import read_tensors, save_tensors, untied, with_tied
 
 _BEST = "best.json"
@@ -70,16 +72,29 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
+def refuse_link(run_dir: Path) -> None:
+    """ResourceError where the checkpoints lie elsewhere, by a symbolic link: they may be another
+    run's, which would delete and replace them as its own."""
+    saved = run_dir / CHECKPOINTS
+    if saved.is_symlink():
+        raise ResourceError(
+            f"{saved} is a symbolic link to {os.path.realpath(saved)}: a run keeps its checkpoints"
+            " itself, so that no other one deletes them",
+            hint=f"remove the link: rm {shlex.quote(str(saved))}; a whole run may lie elsewhere",
+        )
+
+
 def publish(run_dir: Path, step: int, contents: Contents) -> Path:
     """Save `contents` as the checkpoint of `step`; once this returns, it survives a crash.
 
     Raises NonFiniteError for weights with nan or infinity, ResourceError when the disk does not
     take it; then nothing is left behind and older checkpoints are untouched.
     """
+    refuse_link(run_dir)
     _refuse_non_finite(step, contents.model)
     target = checkpoint_dir(run_dir, step)
     temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    needed, free = space_needed(contents), _free_bytes(run_dir)
+    needed, free = space_needed(contents), free_bytes(run_dir)
     try:
         if free is not None and free < needed:
             raise ResourceError("disk full")
@@ -92,7 +107,7 @@ def publish(run_dir: Path, step: int, contents: Contents) -> Path:
     except (OSError, ResourceError) as error:
         raise ResourceError(
             f"checkpoint of step {step} is not saved: {getattr(error, 'strerror', None) or error};"
-            f" it needs {_megabytes(needed)}, free in {run_dir}: {_megabytes(free)}"
+            f" it needs {megabytes(needed)}, free in {run_dir}: {megabytes(free)}"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -232,6 +247,7 @@ def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
     Visibly damaged ones do not count as the last, and are left alone after the last whole one.
     What cannot be deleted is a warning.
     """
+    refuse_link(run_dir)
     paths = list_checkpoints(run_dir)
     whole = [path for path in paths if is_whole(path)]
     if not whole:
@@ -294,17 +310,6 @@ def space_needed(contents: Contents) -> int:
     """Bytes on disk of a checkpoint, rounded up."""
     tensors = [*untied(contents.model)[0].values(), *contents.optimizer.values()]
     return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
-
-
-def check_space(run_dir: Path, bytes_needed: int) -> None:
-    """ResourceError unless two checkpoints of `bytes_needed` fit: the old one goes last."""
-    free = _free_bytes(run_dir)
-    if free is not None and free < 2 * bytes_needed:
-        needed = _megabytes(2 * bytes_needed)
-        raise ResourceError(
-            f"two checkpoints need {needed}, but only {_megabytes(free)} are free in {run_dir}",
-            hint="free some space, or put the run elsewhere: --run-dir DIR or GPT_RUNS=DIR",
-        )
 
 
 def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
@@ -383,15 +388,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _free_bytes(path: Path) -> int | None:
-    """Free bytes where `path` is or will be; None for file systems that do not tell."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
-
-
-def _megabytes(count: int | None) -> str:
-    return "an unknown amount" if count is None else f"{count / 1e6:,.1f} MB"

@@ -38,7 +38,7 @@ class Removal:
 
 
 def removable(run_dirs: list[Path]) -> list[Removal]:
-    """What can go of these runs; nothing of those in use.
+    """What can go of these runs; nothing of those in use, or whose checkpoints lie elsewhere.
 
     Runs that --overwrite moved aside; runs that failed or were killed before their first logged
     step and have no checkpoint; checkpoints that are none of the best, the newest whole one, later
@@ -47,6 +47,11 @@ def removable(run_dirs: list[Path]) -> list[Removal]:
     found = []
     for run_dir in run_dirs:
         if run_dir.is_symlink() or lock_holder(run_dir) is not None:
+            continue
+        try:
+            checkpoint.refuse_link(run_dir)
+        except ResourceError as error:
+            log.warning(f"left alone: {error.message}")
             continue
         reason = _reason(run_dir)
         paths = [(run_dir, reason)] if reason is not None else _parts(run_dir)

@@ -25,6 +25,7 @@ from gptcli.runs import checkpoint
 from gptcli.runs.metrics import SAMPLES, MetricsLog
 from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
+from gptcli.runs.space import check_space
 from gptcli.runs.tensorboard_log import TensorBoardLog
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
@@ -208,7 +209,7 @@ class Session:
         self.metrics.flush()  # what a full disk held up belongs to the step that is saved
         try:
             if self.state.step == 0:
-                checkpoint.check_space(self.directory, checkpoint.space_needed(contents))
+                check_space(self.directory, checkpoint.space_needed(contents))
             path = checkpoint.publish(self.directory, self.state.step, contents)
         except ResourceError as error:
             if must:

@@ -25,6 +25,7 @@ from gptcli.device import Device, memory_bytes
 from gptcli.errors import CheckpointError, GptError, ResourceError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
+from gptcli.runs.continuity import rhythm_facts
 from gptcli.runs.log_file import log_file
 from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
@@ -98,6 +99,7 @@ def starting(
     """
     began = time.monotonic() if began is None else began
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
+    checkpoint.refuse_link(directory)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
         before: dict[str, bytes] = {}
@@ -172,7 +174,7 @@ def write_new_run(directory: Path, config: Config, command: str, job: str) -> No
             "created": _now(),
             "versions": versions(),
             "seeds": {"seed": config.seed},
-            "history": [_event("start", 0)],
+            "history": [{**_event("start", 0), **rhythm_facts(config)}],
         },
     )
 
@@ -185,7 +187,8 @@ def write_config(directory: Path, config: Config) -> None:
 def note_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
     """The config of a resume in config.yaml, and the resume in run.json."""
     write_config(directory, config)
-    history = [*_history(directory), {**_event("resume", state.step), "command": command}]
+    entry = {**_event("resume", state.step), **rhythm_facts(config), "command": command}
+    history = [*_history(directory), entry]
     update_run_json(directory, status="running", history=history, versions=versions())
 
 

@@ -31,7 +31,7 @@ from small import working_in
 
 from gptcli.cli.main import main
 from gptcli.data.rows import Prefetch
-from gptcli.errors import GptError
+from gptcli.errors import GptError, ResourceError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
@@ -656,3 +656,32 @@ def test_k17_what_is_wrong_is_named(what: str, gpt: Gpt, hf: Path) -> None:
     code, out, err = gpt("generate", "--model=./hf", *PROMPT)
     assert (code, out) == (4, "")
     assert named in errors(err)[0], err
+
+
+@pytest.mark.usefixtures("no_training")
+def test_k19_checkpoints_of_another_run(gpt: Gpt, run: Path, folder: Path) -> None:
+    """K19: a run whose `checkpoints` is a link would delete another run's as its own: exit 6 to
+    resume and to verify, left alone by `gpt runs prune`; nothing of the other is touched.
+    Without the link, as the hint says, there is nothing to resume."""
+    shutil.copytree(run, folder / "other")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to("../other/checkpoints")
+    kept = steps(folder / "other")
+    code, _, err = gpt("runs", "prune", "r", "--yes")
+    assert (code, "left alone: r/checkpoints is a symbolic link" in warnings(err)) == (0, True)
+    for command in (
+        RESUME,
+        ("pretrain", "tiny.yaml", "--run-dir=r", "--auto-resume"),
+        ("runs", "verify", "r"),
+    ):
+        code, _, err = gpt(*command)
+        assert code == 6, err
+        (line,) = errors(err)
+        assert "checkpoints is a symbolic link to " in line
+        assert steps(folder / "other") == kept
+    with pytest.raises(ResourceError):
+        checkpoint.prune(run, 1, ())
+    assert steps(folder / "other") == kept
+    assert "rm r/checkpoints" in hints(err)
+    (run / "checkpoints").unlink()
+    assert gpt(*RESUME)[0] == 4

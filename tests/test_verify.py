@@ -10,7 +10,7 @@ import pytest
 from gptcli.runs import checkpoint
 from gptcli.runs.manifest import sealed
 from gptcli.runs.run_dir import RunLock
-from gptcli.runs.verify import verify_run
+from gptcli.verify import verify_run
 
 Gpt = Callable[..., tuple[int, str, str]]
 
@@ -80,10 +80,11 @@ def test_a_flipped_bit(name: str, run: Path, gpt: Gpt) -> None:
     assert name in bad(run)[f"checkpoints/{newest(run).name}"]
     code, out, err = gpt("runs", "verify", str(run), "--json")
     assert code == 4
-    (line,) = [json.loads(text) for text in out.splitlines() if '"bad"' in text]
+    line, best = [json.loads(text) for text in out.splitlines() if '"bad"' in text]
     assert line["run"] == str(run)
-    assert "sha256" in line["text"]
-    assert "error: 1 of" in err
+    assert line["text"].startswith(name) or "sha256" in line["text"]
+    assert best["text"] == "it names step 9, whose checkpoint is bad"
+    assert "error: 2 of" in err
 
 
 def test_hashes_that_agree_are_not_enough(run: Path) -> None:
