@@ -1,6 +1,7 @@
 """`verify_run`: whether everything that a run directory holds is whole, readable and continuous."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,9 +28,10 @@ from gptcli.runs.holder import lock_holder
 from gptcli.runs.load import load_model
 from gptcli.runs.manifest import CONFIG, OPTIMIZER
 from gptcli.runs.metrics import METRICS, SAMPLES, broken_lines, read_metrics, read_samples
-from gptcli.runs.run_dir import CHECKPOINTS, RUN_JSON, RUN_JSON_BYTES, read_json
+from gptcli.runs.run_dir import CHECKPOINTS, RUN_JSON, RUN_JSON_BYTES, read_json, read_run_json
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.saved import read_resumable
+from gptcli.training.start import resume_command
 from gptcli.training.state import TrainState
 from gptcli.training.trainable import set_trainable
 
@@ -55,6 +57,7 @@ class _Run:
     resume could take, and why the others are bad."""
 
     directory: Path
+    in_use: bool  # as this begins
     about: dict[str, Any] = field(default_factory=dict)
     states: dict[int, TrainState] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
@@ -77,7 +80,7 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         yield Finding(
             ".", "note", f"in use by {holder}: what it writes meanwhile may be half there"
         )
-    run = _Run(run_dir)
+    run = _Run(run_dir, holder is not None)
     yield _run_json(run)
     yield _config(run_dir)
     saved = checkpoint.list_checkpoints(run_dir)
@@ -92,6 +95,21 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     course = rhythms(run.about.get("history"), _configs(run_dir, saved))
     yield _metrics(run, records, course)
     yield _samples(run, records, course)
+
+
+def mending(run_dir: Path, findings: list[Finding]) -> list[str]:
+    """What to do about what is bad, for a hint: a command that goes on without it, if one does."""
+    verdicts = {one.what: one.verdict for one in findings}
+    whole = [w for w, v in verdicts.items() if w.startswith(f"{CHECKPOINTS}/step-") and v == "ok"]
+    if "bad" not in verdicts.values() or not whole:
+        return []
+    newest = max(whole)
+    if verdicts.get(CONFIG) == "bad":
+        source, target = (shlex.quote(str(run_dir / w / CONFIG)) for w in (newest, ""))
+        return [f"the config of the newest whole checkpoint: cp {source} {target}"]
+    job = "finetune" if read_run_json(run_dir).get("job") == "finetune" else "pretrain"
+    command = resume_command(job, run_dir)
+    return [f"to go on from the newest checkpoint that is whole: {command}"]
 
 
 def _run_json(run: _Run) -> Finding:
@@ -136,9 +154,9 @@ def _checkpoint(run: _Run, path: Path) -> Finding:
         return Finding(what, "ok", _whole(run, path))
     except (CheckpointError, ConfigError, DataError) as first:
         error: GptError = first
-    if not path.is_dir():
+    if run.in_use and not path.is_dir():
         return Finding(what, "note", "gone meanwhile: the run goes on, and deletes old ones")
-    if lock_holder(run.directory) is not None:
+    if run.in_use:
         try:
             return Finding(what, "ok", _whole(run, path))
         except (CheckpointError, ConfigError, DataError) as second:

@@ -3,13 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptcli.runs import checkpoint
 from gptcli.runs.manifest import sealed
-from gptcli.runs.run_dir import RunLock
+from gptcli.runs.metrics import read_metrics
+from gptcli.runs.run_dir import RunLock, read_run_json, update_run_json
 from gptcli.verify import verify_run
 
 Gpt = Callable[..., tuple[int, str, str]]
@@ -129,8 +132,138 @@ def test_the_rest(run: Path) -> None:
 
 
 def test_a_run_that_is_going_on(run: Path) -> None:
-    with RunLock(run):
-        assert "in use by process" in notes(run)["."]
+    """What it deletes while its checkpoints are looked at is not lost; what is gone of a run that
+    nobody works in is."""
+    first, second = checkpoint.list_checkpoints(run)[:2]
+    for lock, verdict in ((RunLock(run), "note"), (nullcontext(), "bad")):
+        with lock:
+            found = {}
+            for one in verify_run(run):
+                found[one.what] = one
+                if one.what == f"checkpoints/{first.name}":
+                    second.rename(second.with_name("aside"))
+        assert found[f"checkpoints/{second.name}"].verdict == verdict
+        assert ("." in found) == (verdict == "note")
+        second.with_name("aside").rename(second)
+
+
+def edited_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if keep(json.loads(line))))
+
+
+def test_lost_evaluations(run: Path) -> None:
+    """Of the first step, of one that was due, of the last; a line for each is expected whatever
+    the checkpoints know."""
+    whole = (run / "metrics.jsonl").read_text()
+    for step in (0, 4, 8, 9):
+        edited_lines(
+            run / "metrics.jsonl", lambda r, step=step: (r["event"], r["step"]) != ("eval", step)
+        )
+        assert bad(run)["metrics.jsonl"] == f"evaluations are missing: steps {step}"
+        (run / "metrics.jsonl").write_text(whole)
+    assert bad(run) == {}
+
+
+def test_lost_texts(run: Path) -> None:
+    for step in (0, 8, 9):
+        whole = (run / "samples.jsonl").read_text()
+        edited_lines(run / "samples.jsonl", lambda r, step=step: r["step"] != step)
+        assert bad(run) == {"samples.jsonl": f"texts are missing: step {step} has 0 of 1"}
+        (run / "samples.jsonl").write_text(whole)
+
+
+def test_a_best_that_is_not_the_best(run: Path) -> None:
+    """A loss that was never measured, a step whose loss is higher, a checkpoint that is damaged, no
+    best.json at all."""
+    path = run / "checkpoints" / "best.json"
+    best = json.loads(path.read_text())
+    path.write_text(json.dumps({**best, "loss": 0.5}))
+    assert bad(run) == {
+        "checkpoints/best.json": (
+            f"it says loss 0.5 at step {best['step']}, metrics.jsonl says {best['loss']:.6g}"
+        )
+    }
+    evals = [r for r in read_metrics(run) if r["event"] == "eval"]
+    worse = max(evals, key=lambda r: r["loss"])
+    path.write_text(json.dumps({"step": worse["step"], "loss": worse["loss"]}))
+    told = f"it names step {worse['step']}, but step {best['step']} is better"
+    if checkpoint.checkpoint_dir(run, worse["step"]).is_dir():
+        assert bad(run) == {"checkpoints/best.json": told}
+        update_run_json(run, status="running")
+        assert notes(run)["checkpoints/best.json"] == told  # a kill came between the two
+        update_run_json(run, status="finished")
+    path.unlink()
+    assert bad(run)["checkpoints/best.json"].startswith("missing")
+    path.write_text(json.dumps(best))
+    (checkpoint.checkpoint_dir(run, best["step"]) / "state.json").write_text("{}")
+    told = bad(run)["checkpoints/best.json"]
+    assert told == f"it names step {best['step']}, whose checkpoint is bad"
+
+
+def test_a_checkpoint_that_was_set_aside(run: Path) -> None:
+    newest(run).rename(newest(run).with_name("replaced-step-00000012"))
+    told = notes(run)["checkpoints/replaced-step-00000012"]
+    assert told == "set aside when the run went back; gpt runs prune removes it"
+
+
+def test_each_path_is_told_once(run: Path, gpt: Gpt) -> None:
+    """A line begins with the path; what follows it does not say it again."""
+    (newest(run) / "optimizer.safetensors").unlink()
+    told = "hint: to go on from the newest checkpoint that is whole:"
+    code, out, err = gpt("runs", "verify", str(run))
+    assert f"{told} gpt pretrain {run}/config.yaml --run-dir {run} --resume\n" in err
+    (run / "config.yaml").write_text("model: {n_lyer: 3}")
+    (run / "run.json").write_text("{")
+    code, out, err = gpt("runs", "verify", str(run))
+    assert code == 4
+    lines = [line for line in out.splitlines() if line.startswith("bad")]
+    assert len(lines) == 4
+    assert all(line.count(str(run)) == 1 for line in lines)
+    assert f"{newest(run)}: optimizer.safetensors is missing" in out
+    older = checkpoint.list_checkpoints(run)[-2]
+    assert f": cp {older}/config.yaml {run}/config.yaml\n" in err
+    shutil.copy(older / "config.yaml", run / "config.yaml")
+    assert "config.yaml" not in bad(run)
+
+
+def test_a_resume_that_logs_at_other_steps(made: Path, run: Path, gpt: Gpt) -> None:
+    """Lines, evaluations and texts are expected as often as the config of their own time says,
+    though no checkpoint of that time is left."""
+    more = ("log_every=2", "eval_every=5", "save_every=1", "max_steps=16")
+    flags = [*(f"--set=training.{key}" for key in more), "--set=samples.n=2"]
+    command = ("pretrain", str(made.parent / "tiny.yaml"), "--run-dir", str(run), "--resume")
+    code, _, err = gpt(*command, *flags)
+    assert code == 0, err
+    assert bad(run) == {}
+    assert made.joinpath("checkpoints", "step-00000004").is_dir()
+    assert not (run / "checkpoints" / "step-00000004").exists()
+    history = read_run_json(run)["history"]
+    assert [entry.get("log_every") for entry in history] == [3, None, 2, None]
+    whole = (run / "metrics.jsonl").read_text()
+    for event, lost, told in (
+        ("train", 12, "lines are missing: steps 11 to 13"),
+        ("train", 3, "lines are missing: steps 1 to 3"),
+        ("eval", 10, "evaluations are missing: steps 10"),
+    ):
+        edited_lines(
+            run / "metrics.jsonl", lambda r, at=(event, lost): (r["event"], r["step"]) != at
+        )
+        assert bad(run)["metrics.jsonl"] == told
+        (run / "metrics.jsonl").write_text(whole)
+    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run / "samples.jsonl").write_text("".join(lines[:-1]))
+    assert bad(run) == {"samples.jsonl": "texts are missing: step 16 has 1 of 2"}
+
+
+def test_a_run_of_an_early_version(run: Path) -> None:
+    """Whose history does not say how often it logged: the configs of its checkpoints do."""
+    history = read_run_json(run)["history"]
+    plain = [{k: v for k, v in entry.items() if k != "log_every"} for entry in history]
+    update_run_json(run, history=plain)
+    assert bad(run) == {}
+    edited_lines(run / "metrics.jsonl", lambda r: (r["event"], r["step"]) != ("train", 6))
+    assert bad(run) == {"metrics.jsonl": "lines are missing: steps 4 to 8"}
 
 
 def test_a_run_without_checkpoints(run: Path) -> None:

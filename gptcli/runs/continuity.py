@@ -71,8 +71,14 @@ def _widest(configs: Iterable[Config]) -> Rhythm:
 
 
 def _at(step: int, rhythms: list[Rhythm]) -> Rhythm:
-    """That of the update which made `step`, or of the evaluation behind it."""
+    """That of the update from `step` to the next one."""
     return rhythms[max(bisect_right([rhythm.step for rhythm in rhythms], step) - 1, 0)]
+
+
+def _evaluating(step: int, rhythms: list[Rhythm]) -> list[Rhythm]:
+    """That of the evaluation at `step`; where a resume began there, it may have been before it."""
+    now, before = _at(step, rhythms), _at(step - 1, rhythms)
+    return [now] if now is before else [before, now]
 
 
 def missing_steps(
@@ -97,8 +103,8 @@ def missing_evaluations(
     `newest` saved one, and those that checkpoints know of."""
     expected = set(known)
     for step in range(newest or 0):
-        every = _at(step, rhythms).eval_every
-        if step == 0 or (every and step % every == 0):
+        every = [rhythm.eval_every for rhythm in _evaluating(step, rhythms)]
+        if step == 0 or all(n and step % n == 0 for n in every):
             expected.add(step)
     return sorted(expected - evaluated)
 
@@ -109,9 +115,9 @@ def missing_texts(
     """Evaluations whose texts are not all there."""
     found = Counter(record.get("step") for record in samples)
     for step in sorted(evaluated):
-        texts = _at(step, rhythms).texts
-        if texts is not None and found[step] < texts:
-            yield f"step {step} has {found[step]} of {texts}"
+        least = min(rhythm.texts or 0 for rhythm in _evaluating(step, rhythms))
+        if found[step] < least:
+            yield f"step {step} has {found[step]} of {least}"
 
 
 def some(found: Iterable[object]) -> str:
