@@ -29,6 +29,7 @@ from gptcli.runs.load import load_model
 from gptcli.runs.manifest import CONFIG, OPTIMIZER
 from gptcli.runs.metrics import METRICS, SAMPLES, broken_lines, read_metrics, read_samples
 from gptcli.runs.run_dir import CHECKPOINTS, RUN_JSON, RUN_JSON_BYTES, read_json, read_run_json
+from gptcli.runs.space import refuse_link
 from gptcli.training.optimizers import Optimizer
 from gptcli.training.saved import read_resumable
 from gptcli.training.start import resume_command
@@ -74,7 +75,7 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     Every file of every checkpoint is hashed, its model loaded and its state read as a resume does.
     Raises ResourceError where the checkpoints are those of another place, `stop.Stopped`.
     """
-    checkpoint.refuse_link(run_dir)
+    refuse_link(run_dir)
     holder = lock_holder(run_dir)
     if holder is not None:
         yield Finding(

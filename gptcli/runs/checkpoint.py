@@ -11,12 +11,12 @@ import logging
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ from gptcli.runs.manifest import (
     TOKENIZER,
     NewerFormatError,
     check_files,
+    damage,
     read_manifest,
     write_manifest,
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
-from gptcli.runs.space import free_bytes, megabytes
+from gptcli.runs.space import free_bytes, megabytes, refuse_link
 from gptcli.runs.tensors import read_tensors, save_tensors, untied, with_tied
 
 _BEST = "best.json"
@@ -70,18 +71,6 @@ class Contents:
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` is or would be."""
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
-
-
-def refuse_link(run_dir: Path) -> None:
-    """ResourceError where the checkpoints lie elsewhere, by a symbolic link: they may be another
-    run's, which would delete and replace them as its own."""
-    saved = run_dir / CHECKPOINTS
-    if saved.is_symlink():
-        raise ResourceError(
-            f"{saved} is a symbolic link to {os.path.realpath(saved)}: a run keeps its checkpoints"
-            " itself, so that no other one deletes them",
-            hint=f"remove the link: rm {shlex.quote(str(saved))}; a whole run may lie elsewhere",
-        )
 
 
 def publish(run_dir: Path, step: int, contents: Contents) -> Path:
@@ -178,6 +167,22 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint is whole and its hashes agree, which a process looks at once for as long
+    as its files stay as they are."""
+    if not is_whole(path):
+        return False
+    try:
+        problem = damage(path)
+    except NewerFormatError:
+        return True
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    if problem:
+        log.warning("not counted as a checkpoint to keep: %s", problem)
+    return not problem
+
+
 def read(directory: Path, *, with_optimizer: bool) -> Contents:
     """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
 
@@ -244,19 +249,20 @@ def read_best(run_dir: Path) -> tuple[int, float] | None:
 def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
     """Delete all checkpoints but the last `keep_last` (>= 1), the best and the steps `protect`.
 
-    Visibly damaged ones do not count as the last, and are left alone after the last whole one.
-    What cannot be deleted is a warning.
+    Damaged ones, by their hashes too, do not count as the last, and are left alone after the last
+    whole one. What cannot be deleted is a warning.
     """
     refuse_link(run_dir)
-    paths = list_checkpoints(run_dir)
-    whole = [path for path in paths if is_whole(path)]
-    if not whole:
-        return
-    keep = {_step(path) for path in whole[-max(keep_last, 1) :]} | set(protect)
+    paths, count = list_checkpoints(run_dir), max(keep_last, 1)
+    keep = set(protect)
     if best := read_best(run_dir):
         keep.add(best[0])
+    if len(paths) <= count or keep.issuperset(_step(path) for path in paths[:-count]):
+        return  # so that nothing is hashed for nothing
+    last = list(islice(filter(is_sound, reversed(paths)), count))
+    keep |= {_step(path) for path in last}
     for path in paths:
-        if _step(path) in keep or path.is_symlink() or _step(path) > _step(whole[-1]):
+        if not last or _step(path) in keep or path.is_symlink() or _step(path) > _step(last[0]):
             continue
         aside = path.with_name(f".del-{path.name}-{os.getpid()}")
         try:

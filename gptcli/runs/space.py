@@ -1,9 +1,11 @@
-"""Room on a disk for what is to be saved."""
+"""Where checkpoints are to be saved: room on the disk, and no other run's place."""
 
 import os
+import shlex
 from pathlib import Path
 
 from gptcli.errors import ResourceError
+from gptcli.runs.run_dir import CHECKPOINTS
 
 
 def check_space(run_dir: Path, bytes_needed: int) -> None:
@@ -14,6 +16,18 @@ def check_space(run_dir: Path, bytes_needed: int) -> None:
         raise ResourceError(
             f"two checkpoints need {needed}, but only {megabytes(free)} are free in {run_dir}",
             hint="free some space, or put the run elsewhere: --run-dir DIR or GPT_RUNS=DIR",
+        )
+
+
+def refuse_link(run_dir: Path) -> None:
+    """ResourceError where the checkpoints lie elsewhere, by a symbolic link: they may be another
+    run's, which would delete and replace them as its own."""
+    saved = run_dir / CHECKPOINTS
+    if saved.is_symlink():
+        raise ResourceError(
+            f"{saved} is a symbolic link to {os.path.realpath(saved)}: a run keeps its checkpoints"
+            " itself, so that no other one deletes them",
+            hint=f"remove the link: rm {shlex.quote(str(saved))}; a whole run may lie elsewhere",
         )
 
 

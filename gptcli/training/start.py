@@ -39,6 +39,7 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
+from gptcli.runs.space import refuse_link
 from gptcli.training.resuming import Place, place_to_resume
 from gptcli.training.state import TrainState
 
@@ -99,7 +100,7 @@ def starting(
     """
     began = time.monotonic() if began is None else began
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
-    checkpoint.refuse_link(directory)
+    refuse_link(directory)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
         before: dict[str, bytes] = {}

@@ -445,6 +445,33 @@ def test_k09_the_newest_whole_one_stays(gpt: Gpt, run: Path) -> None:
     assert {best[0], 6} <= set(whole)
 
 
+def test_k09_bits_that_flipped(gpt: Gpt, run: Path) -> None:
+    """K9: nor do checkpoints of the right size whose hashes differ: the run that goes on, and `gpt
+    runs prune`, say so and keep the newest ones that are whole, before they delete a good one."""
+    for step in (4, 5):
+        flip(checkpoint.checkpoint_dir(run, step) / "optimizer.safetensors")
+    code, _, err = gpt("runs", "prune", "r", "--yes")
+    assert code == 0, err
+    assert {3, 4, 5} <= set(steps(run))
+    assert 2 not in steps(run)
+    assert "step-00000005: optimizer.safetensors is damaged" in warnings(err)
+    code, _, err = gpt(*RESUME, "--set=training.keep_last=2", "--set=training.save_every=1")
+    assert code == 0, err
+    assert f"using step 3 instead: {NEWEST - 3} steps lost" in warnings(err)
+    for path in checkpoint.list_checkpoints(run)[-2:]:
+        checkpoint.verify(path)
+
+
+def test_k09_bits_that_flip_while_it_runs(run: Path, newest: Path) -> None:
+    """K9: the same of a checkpoint that was whole when the run last looked."""
+    checkpoint.prune(run, 3, ())
+    assert steps(run) == [0, 3, 4, 5]
+    flip(newest / "model.safetensors")
+    flip(checkpoint.checkpoint_dir(run, OLDER) / "model.safetensors")
+    checkpoint.prune(run, 1, ())
+    assert steps(run) == [0, 3, 4, 5]
+
+
 @pytest.mark.parametrize("call", ["rename", "rmtree"])
 def test_k09_a_deletion_that_fails(
     call: str, gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch
