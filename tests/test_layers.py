@@ -35,6 +35,7 @@ FLOORS = [
         "chat",
         "serve",
         "text_recipe",
+        "launch",
     },
     {"training"},
     {"reports"},
@@ -45,7 +46,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"config"},
-    {"stop", "errors", "device"},
+    {"stop", "errors", "device", "world"},
     {"__init__", "shipped"},
 ]
 MODULES = {

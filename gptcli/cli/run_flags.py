@@ -74,6 +74,22 @@ DryRunOption = Annotated[
 ]
 
 
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", metavar="N", min=1, help="One process for each of N GPUs, or on the CPU N."
+    ),
+]
+NodesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--nodes",
+        metavar="NODES",
+        help="N machines, each with --devices: slurm, or N@HOST:PORT of the first.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class RunFlags:
     """Where a run is written and what happens to one that is there."""
@@ -101,6 +117,31 @@ class RunFlags:
     def mode(self) -> Literal["no", "resume", "auto"]:
         """What the jobs call it."""
         return "resume" if self.resume else "auto" if self.auto_resume else "no"
+
+
+def launched(arguments: list[str], devices: int | None, nodes: str | None) -> int | None:
+    """The exit code of the processes that these flags ask for; None where this process is to do
+    the work, alone or as one of them."""
+    from gptcli.world import from_environment
+
+    if (devices is None and nodes is None) or from_environment().size > 1:
+        return None
+    from gptcli.launch import launch, nodes_of
+
+    machines = nodes_of(nodes)
+    if machines.count * (devices or 1) == 1:
+        return None
+    return launch(_without(arguments, ("--devices", "--nodes")), devices or 1, machines)
+
+
+def _without(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
+    """`arguments` less these flags and their values."""
+    left, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument not in flags and argument.partition("=")[0] not in flags:
+            left.append(argument)
+        skip = argument in flags
+    return left
 
 
 def load_run_config(

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
+from gptcli.errors import CheckpointError, ResourceError
 from gptcli.runs.manifest import (
     ADAPTER,
     CONFIG,
@@ -41,7 +40,7 @@ from gptcli.runs.manifest import (
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
 from gptcli.runs.space import free_bytes, megabytes, refuse_link
-from gptcli.runs.tensors import read_tensors, save_tensors, untied, with_tied
+from gptcli.runs.tensors import read_tensors, refuse_non_finite, save_tensors, untied, with_tied
 
 _BEST = "best.json"
 _BEST_BYTES = 4096
@@ -73,14 +72,32 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
-def publish(run_dir: Path, step: int, contents: Contents) -> Path:
+def write_whole(folder: Path, contents: Contents) -> dict[str, str]:
+    """Write the tensors' files into `folder` and return the sha256 of each."""
+    model, _ = untied(contents.model)
+    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
+        saved = {
+            name: pool.submit(save_tensors, tensors, folder / name)
+            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
+        }
+        return {name: done.result() for name, done in saved.items()}
+
+
+def publish(
+    run_dir: Path,
+    step: int,
+    contents: Contents,
+    write: Callable[[Path, Contents], dict[str, str]] = write_whole,
+) -> Path:
     """Save `contents` as the checkpoint of `step`; once this returns, it survives a crash.
 
-    Raises NonFiniteError for weights with nan or infinity, ResourceError when the disk does not
-    take it; then nothing is left behind and older checkpoints are untouched.
+    `write` writes the tensors' files. Raises NonFiniteError for weights with nan or infinity,
+    ResourceError when the disk does not take it; then nothing is left behind and older checkpoints
+    are untouched.
     """
     refuse_link(run_dir)
-    _refuse_non_finite(step, contents.model)
+    if write is write_whole:
+        refuse_non_finite(step, contents.model)
     target = checkpoint_dir(run_dir, step)
     temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     needed, free = space_needed(contents), free_bytes(run_dir)
@@ -91,7 +108,7 @@ def publish(run_dir: Path, step: int, contents: Contents) -> Path:
         sync_directory(run_dir)
         _remove(temp)
         temp.mkdir()
-        _write(temp, step, contents)
+        _write(temp, step, contents, write(temp, contents))
         _swap_in(temp, target)
     except (OSError, ResourceError) as error:
         raise ResourceError(
@@ -183,15 +200,18 @@ def is_sound(path: Path) -> bool:
     return not problem
 
 
-def read(directory: Path, *, with_optimizer: bool) -> Contents:
-    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
+def read(directory: Path, *, with_optimizer: bool, tensors: bool = True) -> Contents:
+    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty, and
+    without `tensors` the model's too.
 
     CheckpointError when it is damaged. Raises `stop.Stopped`.
     """
     manifest = verify(directory, optimizer=with_optimizer)
     return Contents(
-        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory),
-        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer else {},
+        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory)
+        if tensors
+        else {},
+        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer and tensors else {},
         state=read_state(directory),
         config_yaml=_read_text(directory / CONFIG),
         tokenizer=read_tokenizer(directory, manifest),
@@ -318,27 +338,9 @@ def space_needed(contents: Contents) -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
 
 
-def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
-    floats = [(name, t) for name, t in model.items() if t.is_floating_point() and t.numel()]
-    # The extremes of what holds a nan are nan; a mask of every number would take ten times as long.
-    bad = [name for name, t in floats if not torch.stack(torch.aminmax(t)).isfinite().all()]
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise NonFiniteError(
-            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}",
-            hint="lower optimizer.lr, then resume: earlier checkpoints are as they were",
-        )
-
-
-def _write(temp: Path, step: int, contents: Contents) -> None:
-    """Fill `temp`; manifest.json last, everything synced."""
-    model, tied = untied(contents.model)
-    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
-        saved = {
-            name: pool.submit(save_tensors, tensors, temp / name)
-            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
-        }
-        hashes = {name: done.result() for name, done in saved.items()}
+def _write(temp: Path, step: int, contents: Contents, hashes: dict[str, str]) -> None:
+    """Fill `temp` beside the tensors' files; manifest.json last, everything synced."""
+    tied = untied(contents.model)[1]
     # Unlike our other JSON this may hold NaN and Infinity: an exact resume needs the same numbers.
     (temp / STATE).write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     (temp / CONFIG).write_text(contents.config_yaml, encoding="utf-8")

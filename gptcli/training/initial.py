@@ -21,6 +21,8 @@ from gptcli.model.heads import attach_head, has_task_head
 from gptcli.model.lora import add_lora, has_lora
 from gptcli.runs.adapter import adapter_on, fill_adapter
 from gptcli.runs.load import LoadedModel, load_model, load_weights, reshaped, with_adapter
+from gptcli.runs.manifest import MODEL
+from gptcli.runs.tensors import stored_shapes
 from gptcli.training.start import Start, write_config
 
 log = logging.getLogger("gptcli")
@@ -146,6 +148,9 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
     if adapter is not None:
         model = with_adapter(config.model, adapter, saved, str(start.source))
         facts = {"adapter": adapter}
+    elif not saved:  # each process reads its share into it
+        rows = stored_shapes(start.source / MODEL)["wte.weight"][0]
+        model, facts = GPT(config.model, rows), {}
     else:
         table = saved.get("wte.weight")  # a published one has rows to spare
         rows = tokenizer.vocab_size if table is None else table.size(0)

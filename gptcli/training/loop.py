@@ -5,10 +5,10 @@ import math
 import time
 from typing import Any
 
-from gptcli import stop
-from gptcli.data.rows import Prefetch
+from gptcli import stop, world
+from gptcli.data.rows import Prefetch, StepBatch
 from gptcli.device import peak_memory_bytes
-from gptcli.errors import DataError, ResourceError
+from gptcli.errors import DataError, GptError, PeerError, ResourceError
 from gptcli.training.events import StepEvent
 from gptcli.training.flops import flops_per_token, learning_share, peak_flops
 from gptcli.training.optimizers import peak_rate
@@ -38,19 +38,24 @@ def train(session: Session, batches: Prefetch) -> None:
     """
     training = session.config.training
     precision = session.choices.precision
-    readings = Readings(reading_lag(session.device.kind, precision, training.spike))
+    late = not session.parallel.sharded
+    readings = Readings(late * reading_lag(session.device.kind, precision, training.spike))
     session.model.train()
     while _goes_on(session, readings):
         state, start = session.state, time.perf_counter()
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
         try:
-            batch = batches.next()
+            batch = _next(batches)
+            if batch is None:  # the reader saw a stop request first; _goes_on saves
+                continue
             got = time.perf_counter()
             loss, grad_norm = forward_backward(session, batch)
             computed = time.perf_counter()
-        except stop.Stopped:  # the reader saw the request first; _goes_on saves
-            continue
-        except (DataError, ResourceError):  # a file went away under the run, or memory ran out
+        except (
+            DataError,
+            PeerError,
+            ResourceError,
+        ):  # a file went away under the run, or memory ran out
             _keep_what_is_trained(session, readings)
             raise
         limits = _limits(session, readings)
@@ -92,6 +97,24 @@ def train(session: Session, batches: Prefetch) -> None:
         other = time.perf_counter() - arrived
         _add(state.interval, {"other_seconds": other})
         state.seconds += other
+
+
+def _next(batches: Prefetch) -> StepBatch | None:
+    """The next batch, None where any of the processes has none because of a stop request. What one
+    of them raises instead, it raises, and the others PeerError."""
+    batch, problem = None, None
+    try:
+        batch = batches.next()
+    except stop.Stopped:
+        pass
+    except GptError as error:
+        problem = error
+    lacking, failed = world.agree([float(batch is None), float(problem is not None)])
+    if problem is not None:
+        raise problem
+    if failed:
+        raise PeerError("another rank has no data to go on with", DataError.exit_code)
+    return None if lacking else batch
 
 
 def _goes_on(session: Session, readings: Readings) -> bool:

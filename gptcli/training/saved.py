@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptcli.config.load import dump_config, load_resolved
@@ -19,6 +18,7 @@ from gptcli.evaluation.perplexity import Scores
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.manifest import CONFIG, MODEL, OPTIMIZER, STATE, read_manifest
+from gptcli.runs.tensors import stored_dtypes
 from gptcli.training.choices import Choices
 from gptcli.training.state import INTERVAL, INTERVAL_TIMES, TrainState
 
@@ -43,17 +43,18 @@ class _State(BaseModel):
     decaying: Annotated[bool, Field(strict=True)]
 
 
-def read_resumable(directory: Path) -> Contents:
+def read_resumable(directory: Path, *, tensors: bool = True) -> Contents:
     """The contents of a checkpoint, whose config, tensors and state are such as a run saves.
 
+    Without `tensors` there are none in them: they are read when each process knows its share.
     CheckpointError when it is damaged or not such a state; whether the position is one of the
     data, `fitting` and `standing_at` say. Raises `stop.Stopped`.
     """
-    contents = checkpoint.read(directory, with_optimizer=True)
+    contents = checkpoint.read(directory, with_optimizer=True, tensors=tensors)
     try:
         config = load_resolved(directory / CONFIG)
         state = _checked_state(directory, contents.state)
-        _check_tensors(directory, contents, state)
+        _check_tensors(directory, state)
     except (CheckpointError, ConfigError) as error:  # not the user's config, so not exit code 2
         older = f"mv {shlex.quote(str(directory))} {shlex.quote(f'{directory}.bad')}"
         hint = f"to go on from the checkpoint before it: {older}"
@@ -76,23 +77,19 @@ def _checked_state(directory: Path, saved: dict[str, Any]) -> _State:
     return state
 
 
-def _check_tensors(directory: Path, contents: Contents, state: _State) -> None:
+def _check_tensors(directory: Path, state: _State) -> None:
     """CheckpointError for tensors of another type than runs save, and where none are left of an
     optimizer. Their names and shapes are for the model and the optimizer to check."""
-    for file, tensors in ((MODEL, contents.model), (OPTIMIZER, contents.optimizer)):
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                problem = f"{name} holds {kind}, but runs save float32"
-                raise CheckpointError(f"{directory / file}: {problem}")
-    train = state.train
+    moments = stored_dtypes(directory / OPTIMIZER)
+    for file, dtypes in ((MODEL, stored_dtypes(directory / MODEL)), (OPTIMIZER, moments)):
+        for name, dtype in dtypes.items():
+            if dtype != "F32":
+                raise CheckpointError(
+                    f"{directory / file}: {name} holds {dtype}, but runs save F32"
+                )
+    updates = state.train.step - state.train.skipped_steps
     # With fp16, steps that overflow at the beginning are not applied, and are not skipped ones.
-    if (
-        not contents.optimizer
-        and train.step > train.skipped_steps
-        and state.choices.precision != "fp16"
-    ):
-        updates = train.step - train.skipped_steps
+    if not moments and updates > 0 and state.choices.precision != "fp16":
         raise CheckpointError(f"{directory / OPTIMIZER} holds nothing, after {updates} updates")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,28 +10,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptcli import stop
+from gptcli import stop, world
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
-from gptcli.errors import ResourceError
+from gptcli.errors import NonFiniteError, ResourceError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt, fit_prompt
 from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.model.lora import adapter_tensors
-from gptcli.runs import checkpoint
-from gptcli.runs.metrics import SAMPLES, MetricsLog
+from gptcli.runs import checkpoint, sharded
+from gptcli.runs.metrics import SAMPLES, MetricsLog, NoLog
 from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
 from gptcli.runs.space import check_space
 from gptcli.runs.tensorboard_log import TensorBoardLog
+from gptcli.runs.tensors import refuse_non_finite
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
 from gptcli.training.objective import LossOf
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.parallel import Parallel, local
 from gptcli.training.schedule import is_decaying
 from gptcli.training.state import (
     TrainState,
@@ -43,6 +46,11 @@ from gptcli.training.state import (
 log = logging.getLogger("gptcli")
 
 _SLOW_SAVE_SECONDS = 1.0  # what takes less is no burden, however often
+# Of the state: what each process measures for itself, and rank 0 for all.
+_CLOCKS = (
+    *("elapsed_seconds", "reached", "seconds", "evaluation_seconds"),
+    *("evaluated_seconds", "save_seconds", "finish_seconds"),
+)
 _LOST_SECONDS = 1.0  # of elapsed time: so much may be forgotten where a save would keep only them
 
 
@@ -89,12 +97,15 @@ class Session:
     scores: Scores | None = None
     score_task: Callable[[], TaskScore] | None = None
     adapter: dict[str, Any] | None = None  # adapter.json, of a run that saves adapters alone
+    parallel: Parallel = field(default_factory=Parallel)
+    stopping: signal.Signals | None = None  # what all processes know of
     saved_step: int = -1
     clock: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_elapsed: float = field(init=False)
     _progress_before: float | None = None  # when the last step began
     _first: tuple[float, float] | None = None  # elapsed seconds and progress behind the first step
+    _save_asked: bool = False
     _told_thinning: bool = False
     _told_slow_saves: bool = False
 
@@ -103,14 +114,16 @@ class Session:
 
     @cached_property
     def metrics(self) -> MetricsLog:
-        """metrics.jsonl, and what TensorBoard reads where the config asks for it."""
+        """metrics.jsonl, and what TensorBoard reads where the config asks for it; of rank 0."""
+        if not self.parallel.here.leads:
+            return NoLog(self.directory)
         tensorboard = self.config.report.tensorboard
         return TensorBoardLog(self.directory) if tensorboard else MetricsLog(self.directory)
 
     @cached_property
     def samples(self) -> MetricsLog:
-        """samples.jsonl."""
-        return MetricsLog(self.directory, SAMPLES)
+        """samples.jsonl, of rank 0."""
+        return (MetricsLog if self.parallel.here.leads else NoLog)(self.directory, SAMPLES)
 
     @property
     def progress(self) -> float:
@@ -120,7 +133,7 @@ class Session:
     @property
     def _ends(self) -> bool:
         """Whether this process trains no further."""
-        return self.progress >= 1.0 or stop.requested() is not None
+        return self.progress >= 1.0 or self.stopping is not None
 
     @property
     def finished(self) -> bool:
@@ -143,12 +156,31 @@ class Session:
         self.clock = now
         self.state.reached = self.progress
 
+    def agree(self) -> None:
+        """Learn what any of the processes was asked to do, and take over rank 0's times: whatever
+        follows from them is then the same for all."""
+        asked, number = stop.take_save_request(), stop.requested()
+        timed = self._minutes_due()
+        if self.parallel.here.size == 1:
+            self.stopping, self._save_asked = number, asked or timed
+            return
+        times = [getattr(self.state, name) for name in _CLOCKS]
+        if not self.parallel.here.leads:
+            timed, times = False, [-math.inf] * len(times)
+        agreed, saves, *times = world.agree([float(number or 0), float(asked or timed), *times])
+        self.stopping = signal.Signals(int(agreed)) if agreed else None
+        if self.stopping is not None and number is None:
+            stop.request(self.stopping)
+        self._save_asked = bool(saves)
+        for name, value in zip(_CLOCKS, times, strict=True):
+            setattr(self.state, name, value)
+
     def due(self) -> Due | None:
         """What comes before the next step, None for nothing; to be asked once a step."""
+        self.agree()
         step, training = self.state.step, self.config.training
         end = self._ends
-        save = stop.take_save_request()  # first: what is saved anyway answers it
-        save = save or step % training.save_every == 0 or self._minutes_due()
+        save = self._save_asked or step % training.save_every == 0
         save = self._decay_begins() or save
         if self._first is None and self._progress_before is not None:
             self._first = (self.state.elapsed_seconds, self.progress)
@@ -170,7 +202,8 @@ class Session:
                 self.saved_step = -1  # a checkpoint of this step, if there, lacks these scores
             except stop.Stopped:
                 log.info("evaluation interrupted")
-        ends = due.end or stop.requested() is not None
+        self.agree()
+        ends = due.end or self.stopping is not None
         # After steps that were not applied, the checkpoint before them is the one to keep.
         save = (due.save or improved) and not self.state.bad_steps
         unsaved = self.saved_step != step
@@ -178,9 +211,11 @@ class Session:
         late = self.state.elapsed_seconds - self._saved_elapsed > _LOST_SECONDS
         if ((save or ends) and unsaved) or (ends and late):
             self.save(must=unsaved and (ends or step == 0))
-        if improved:
+        if improved and self.parallel.here.leads:
             self._point_at_best()
         self.tick()
+        world.meet()
+        self.agree()
         return not ends
 
     def save(self, *, must: bool) -> None:
@@ -208,9 +243,7 @@ class Session:
         )
         self.metrics.flush()  # what a full disk held up belongs to the step that is saved
         try:
-            if self.state.step == 0:
-                check_space(self.directory, checkpoint.space_needed(contents))
-            path = checkpoint.publish(self.directory, self.state.step, contents)
+            path = self._publish(contents)
         except ResourceError as error:
             if must:
                 raise
@@ -226,7 +259,45 @@ class Session:
         )
         if not must:
             self._tell_slow_saves(seconds, between)
-        checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
+        if self.parallel.here.leads:
+            checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
+
+    def _publish(self, contents: checkpoint.Contents) -> Path:
+        """Rank 0 publishes, and all learn how that went. ResourceError for all, or for none."""
+        step, sharded_too = self.state.step, self.parallel.sharded
+        if sharded_too:
+            self._refuse_non_finite_shares(contents)
+        write = sharded.Together() if sharded_too else checkpoint.write_whole
+        path, problem = checkpoint.checkpoint_dir(self.directory, step), None
+        try:
+            if self.parallel.here.leads:
+                if step == 0:
+                    check_space(self.directory, checkpoint.space_needed(contents))
+                checkpoint.publish(self.directory, step, contents, write)
+            elif isinstance(write, sharded.Together):
+                write(None, contents)
+        except ResourceError as error:
+            problem = error
+            if isinstance(write, sharded.Together):
+                write.give_up()
+        told = world.told(None if problem is None else problem.message)
+        if problem is not None and (self.parallel.here.leads or told is None):
+            raise problem
+        if told is not None:
+            raise ResourceError(told)
+        return path
+
+    def _refuse_non_finite_shares(self, contents: checkpoint.Contents) -> None:
+        """NonFiniteError for all where any process's share of a weight is not finite."""
+        shares = {name: local(tensor) for name, tensor in contents.model.items()}
+        try:
+            refuse_non_finite(self.state.step, shares)
+            problem = None
+        except NonFiniteError as error:
+            problem = error.message
+        found = [text for text in world.gathered(problem) if text is not None]
+        if found:
+            raise NonFiniteError(found[0])
 
     def _tell_slow_saves(self, seconds: float, between: float) -> None:
         """Once: that saves take longer than what lies between them."""
@@ -299,6 +370,10 @@ class Session:
             state.reached = 1.0
 
     def _sample(self) -> list[dict[str, Any]]:
+        """Texts for samples.jsonl: rank 0 writes them, with the help of all where none has the
+        whole model."""
+        if not (self.parallel.here.leads or self.parallel.sharded):
+            return []
         wanted, rows = self.config.samples, []
         sampling = Sampling(
             temperature=0.8,
@@ -312,7 +387,8 @@ class Session:
             for made in generate_samples(
                 self.model, self.tokenizer, ids, wanted.n, sampling, prompt=prompt
             ):
-                stop.raise_if_requested()
+                if not self.parallel.sharded:  # else all would have to stop at the same token
+                    stop.raise_if_requested()
                 row = {"step": self.state.step, "tokens": self.state.tokens, "prompt": prompt}
                 rows.append({**row, "text": made.text, "sample": made.sample})
         return rows
@@ -395,5 +471,7 @@ class Session:
         return facts
 
     def write_run_json(self, **changes: Any) -> None:
-        """Update run.json with `about()` and `changes`."""
+        """Update run.json with `about()` and `changes`; rank 0 does."""
+        if not self.parallel.here.leads:
+            return
         update_run_json(self.directory, **{**self.about(), **changes})
