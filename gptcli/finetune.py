@@ -57,7 +57,7 @@ from gptcli.training.objective import (
     preference_loss,
 )
 from gptcli.training.reference import reference_log_probabilities
-from gptcli.training.saved import fitting
+from gptcli.training.saved import fitting, standing_at
 from gptcli.training.session import Session, TaskScore
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
 from gptcli.training.together import check_same
@@ -114,8 +114,9 @@ def finetune(
             # "after" takes about as long, for which max_time keeps time back.
             run.session.state.finish_seconds = time.monotonic() - scoring
         task, position = run.task, run.session.state.position
-        with fitting(start.contents):
+        with fitting(start.contents, start.source):
             rows = task.rows(config.seed, config.data.shuffle_window, position)
+            standing_at(rows, start.contents, task.corpus.fingerprint)
         start.take_over()
         result = run_session(run.session, rows, run.finish)
         if here.leads:

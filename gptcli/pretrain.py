@@ -41,7 +41,7 @@ from gptcli.training.initial import (
     starting_tokenizer,
     with_shape,
 )
-from gptcli.training.saved import fitting
+from gptcli.training.saved import fitting, standing_at
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
 from gptcli.training.together import check_same, common_tokenizer, leave_tokenizer
@@ -109,8 +109,9 @@ def _begin(
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-    with fitting(start.contents):
-        return session, training_rows(config, corpus, tokenizer, session.state.position)
+    with fitting(start.contents, start.source):
+        rows = training_rows(config, corpus, tokenizer, session.state.position)
+        return session, standing_at(rows, start.contents, corpus.fingerprint)
 
 
 def _found(session: Session) -> dict[str, Any]:

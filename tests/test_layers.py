@@ -27,6 +27,7 @@ FLOORS = [
         "import_model",
         "plan",
         "prove_resume",
+        "verify",
         "compare",
         "inspect_data",
         "train_tokenizer",

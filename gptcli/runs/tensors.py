@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptcli import stop
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, NonFiniteError
 from gptcli.interop.safetensors_file import file_header, numbers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,6 +42,15 @@ def stored_shapes(path: Path) -> Shapes:
                     kind = "int8, but has scales" if scaled else "floats"
                     raise CheckpointError(f"{path}: {name} holds {dtype}, not {kind}")
             return {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def stored_dtypes(path: Path) -> dict[str, str]:
+    """Types by name from the file's header: F32, BF16, ... CheckpointError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -91,6 +100,19 @@ def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
             names[place] = name
             unique[name] = tensor
     return unique, tied
+
+
+def refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
+    """NonFiniteError where one of the weights is nan or infinite."""
+    floats = [(name, t) for name, t in model.items() if t.is_floating_point() and t.numel()]
+    # The extremes of what holds a nan are nan; a mask of every number would take ten times as long.
+    bad = [name for name, t in floats if not torch.stack(torch.aminmax(t)).isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}",
+            hint="lower optimizer.lr, then resume: earlier checkpoints are as they were",
+        )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> str:

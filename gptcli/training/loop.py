@@ -23,12 +23,11 @@ from gptcli.training.recovery import settle
 from gptcli.training.schedule import learning_rate_ratio
 from gptcli.training.session import Session
 from gptcli.training.stability import Limits, applicable
-from gptcli.training.state import expected_steps
+from gptcli.training.state import INTERVAL_TIMES, expected_steps
 from gptcli.training.step import forward_backward
 
 log = logging.getLogger("gptcli")
 
-_TIMES = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds", "other_seconds")
 _REFUSED = ("skip", "rollback")  # training.spike where a spike's update is not applied
 
 
@@ -86,7 +85,10 @@ def train(session: Session, batches: Prefetch) -> None:
         arrived = time.perf_counter()
         # On a GPU the wait for the last step's figures is the time that its work takes.
         parts = (got - start, computed - got + arrived - updated, updated - computed)
-        _add(state.interval, {"tokens": batch.count, **dict(zip(_TIMES, parts, strict=False))})
+        _add(
+            state.interval,
+            {"tokens": batch.count, **dict(zip(INTERVAL_TIMES, parts, strict=False))},
+        )
         state.seconds += arrived - start
         session.tick()
         if not readings.lag:
@@ -174,7 +176,7 @@ def _log_interval(session: Session, reading: Reading | None) -> None:
     rate = peak_rate(config) * reading.lr_ratio if reading is not None else math.nan
     grad_norm = reading.grad_norm if reading is not None else math.nan
     update_ratio = reading.update_ratio if reading is not None else None
-    times = {name: sums.get(name, 0.0) for name in _TIMES}
+    times = {name: sums.get(name, 0.0) for name in INTERVAL_TIMES}
     per_second = sums["tokens"] / sum(times.values())
     mfu = _mfu(session, per_second)
     record: dict[str, Any] = {

@@ -122,19 +122,27 @@ class Optimizer:
         for group in self._adamw.param_groups:
             for parameter in group["params"]:
                 name = next(n for n, p in self._named.items() if p is parameter)
-                entry = {}
-                for key in _ADAM_STATE:
-                    value = state.pop(f"{name}.{key}", None)
-                    if value is not None:
-                        value = value.reshape(()) if key == "step" else value
-                        if key != "step" and value.shape != parameter.shape:
-                            raise CheckpointError(f"optimizer state {name}.{key} has another shape")
-                        here = self._fused or key != "step"
-                        entry[key] = value.to(parameter.device) if here else value
-                if entry:
+                if entry := self._taken_entry(state, name, parameter):
                     self._adamw.state[parameter] = entry
         if state:
             raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(state)}")
+
+    def _taken_entry(
+        self, state: dict[str, Tensor], name: str, parameter: Tensor
+    ) -> dict[str, Tensor]:
+        """AdamW's state of one parameter, taken out of `state`: all of it, or none where it has had
+        no gradient yet."""
+        found = {key: state.pop(f"{name}.{key}", None) for key in _ADAM_STATE}
+        if all(value is None for value in found.values()):
+            return {}
+        entry = {}
+        for key, value in found.items():
+            if value is not None and key == "step" and value.numel() == 1:
+                value = value.reshape(())
+            if value is None or value.shape != (torch.Size() if key == "step" else parameter.shape):
+                raise CheckpointError(f"optimizer state {name}.{key} is missing or misshapen")
+            entry[key] = value.to(parameter.device) if self._fused or key != "step" else value
+        return entry
 
 
 def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:

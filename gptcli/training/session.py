@@ -26,7 +26,9 @@ from gptcli.runs import checkpoint, sharded
 from gptcli.runs.metrics import SAMPLES, MetricsLog, NoLog
 from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
+from gptcli.runs.space import check_space
 from gptcli.runs.tensorboard_log import TensorBoardLog
+from gptcli.runs.tensors import refuse_non_finite
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
 from gptcli.training.objective import LossOf
@@ -270,7 +272,7 @@ class Session:
         try:
             if self.parallel.here.leads:
                 if step == 0:
-                    checkpoint.check_space(self.directory, checkpoint.space_needed(contents))
+                    check_space(self.directory, checkpoint.space_needed(contents))
                 checkpoint.publish(self.directory, step, contents, write)
             elif isinstance(write, sharded.Together):
                 write(None, contents)
@@ -289,7 +291,7 @@ class Session:
         """NonFiniteError for all where any process's share of a weight is not finite."""
         shares = {name: local(tensor) for name, tensor in contents.model.items()}
         try:
-            checkpoint.refuse_non_finite(self.state.step, shares)
+            refuse_non_finite(self.state.step, shares)
             problem = None
         except NonFiniteError as error:
             problem = error.message

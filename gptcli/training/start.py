@@ -25,6 +25,7 @@ from gptcli.device import Device, memory_bytes
 from gptcli.errors import CheckpointError, GptError, ResourceError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
+from gptcli.runs.continuity import rhythm_facts
 from gptcli.runs.log_file import log_file
 from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
@@ -38,6 +39,7 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
+from gptcli.runs.space import refuse_link
 from gptcli.training.resuming import Place, place_to_resume
 from gptcli.training.state import TrainState
 
@@ -101,6 +103,7 @@ def starting(
         yield _following(job, config, began)
         return
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
+    refuse_link(directory)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
         world.told([str(directory), resuming])
@@ -188,7 +191,7 @@ def write_new_run(directory: Path, config: Config, command: str, job: str) -> No
             "created": _now(),
             "versions": versions(),
             "seeds": {"seed": config.seed},
-            "history": [_event("start", 0)],
+            "history": [{**_event("start", 0), **rhythm_facts(config)}],
         },
     )
 
@@ -202,7 +205,8 @@ def write_config(directory: Path, config: Config) -> None:
 def note_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
     """The config of a resume in config.yaml, and the resume in run.json."""
     write_config(directory, config)
-    history = [*_history(directory), {**_event("resume", state.step), "command": command}]
+    entry = {**_event("resume", state.step), **rhythm_facts(config), "command": command}
+    history = [*_history(directory), entry]
     update_run_json(directory, status="running", history=history, versions=versions())
 
 
