@@ -21,6 +21,7 @@ from gptcli.model.heads import attach_head, has_task_head
 from gptcli.model.lora import add_lora, has_lora
 from gptcli.runs.adapter import adapter_on, fill_adapter
 from gptcli.runs.load import LoadedModel, load_model, load_weights, reshaped, with_adapter
+from gptcli.runs.manifest import MODEL
 from gptcli.training.start import Start, write_config
 
 log = logging.getLogger("gptcli")
@@ -143,6 +144,7 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
     """The model of the checkpoint that the run goes on from."""
     assert start.contents is not None
     saved, adapter = start.contents.model, start.contents.adapter
+    _check_trained(saved, str(start.source / MODEL))
     if adapter is not None:
         model = with_adapter(config.model, adapter, saved, str(start.source))
         facts = {"adapter": adapter}
@@ -154,6 +156,14 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
         facts = {}
     saved.clear()  # `start` lives as long as the run
     return model, facts
+
+
+def _check_trained(tensors: dict[str, Tensor], where: str) -> None:
+    """CheckpointError unless all are float32, as every run keeps what it trains."""
+    other = next((name for name, t in tensors.items() if t.dtype != torch.float32), None)
+    if other is not None:
+        kind = str(tensors[other].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{where}: {other} holds {kind}, but a run trains float32")
 
 
 def _check_changes(given: dict[str, Any], shape: ModelConfig) -> None:

@@ -10,6 +10,7 @@ from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_SCALAR = torch.zeros(())
 _FUSED = ("cpu", "cuda")  # kinds of device where AdamW is one kernel, which has `step` there too
 
 
@@ -95,10 +96,11 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that `state_dict` gave out of `state`, without a copy where possible.
 
-        CheckpointError when a name or shape differs.
+        CheckpointError when a name, shape or dtype differs.
         """
         if self._muon is not None:
             self._muon.load_state_dict(state)
+        missing: list[str] = []
         for group in self._adamw.param_groups:
             for parameter in group["params"]:
                 name = next(n for n, p in self._named.items() if p is parameter)
@@ -106,14 +108,25 @@ class Optimizer:
                 for key in _ADAM_STATE:
                     value = state.pop(f"{name}.{key}", None)
                     if value is not None:
-                        if key != "step" and value.shape != parameter.shape:
-                            raise CheckpointError(f"optimizer state {name}.{key} has another shape")
+                        _check_like(f"{name}.{key}", value, _SCALAR if key == "step" else parameter)
                         here = self._fused or key != "step"
                         entry[key] = value.to(parameter.device) if here else value
                 if entry:
                     self._adamw.state[parameter] = entry
+                missing += [f"{name}.{key}" for key in _ADAM_STATE if key not in entry]
+        if missing and self._adamw.state:  # before the first step there is none at all
+            raise CheckpointError(f"optimizer state {missing[0]} is missing")
         if state:
             raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(state)}")
+
+
+def _check_like(name: str, value: Tensor, like: Tensor) -> None:
+    """CheckpointError unless the optimizer's `value` has the shape and dtype of `like`."""
+    if value.shape != like.shape:
+        raise CheckpointError(f"optimizer state {name} has another shape")
+    if value.dtype != like.dtype:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(f"optimizer state {name} holds {kind}, not float32")
 
 
 def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:
@@ -199,6 +212,7 @@ class Muon:
             value = state.pop(f"{name}.momentum", None)
             if value is None or value.shape != buffer.shape:
                 raise CheckpointError(f"optimizer state {name}.momentum is missing or misshapen")
+            _check_like(f"{name}.momentum", value, buffer)
             self._buffers[name] = value.to(buffer)
 
 

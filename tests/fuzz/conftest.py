@@ -1,9 +1,15 @@
 """A folder to fuzz in, and the counts at the end."""
 
+import os
 from pathlib import Path
 
 import pytest
-from guard import COUNTS
+from guard import COUNTS, STDERR
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tracebacks of what hangs go to the stderr that nothing captures yet."""
+    os.dup2(2, STDERR)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,4 +45,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"fuzz {target}: {count.cases:,} cases, the slowest {count.slowest:.2f} s,"
             f" memory grew by {count.growth / 2**20:.0f} MB"
+            + "".join(f", {n:,} {what}" for what, n in sorted(count.outcomes.items()))
         )
