@@ -35,19 +35,9 @@ Change = Callable[[st.DrawFn, bytes], bytes]
 
 def changed_json(draw: st.DrawFn, tree: Any) -> Any:
     """The tree with one of its values replaced, removed or added."""
-    places: list[tuple[Any, Any]] = []
-
-    def collect(node: Any) -> None:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            places.append((node, key))
-            if isinstance(value, dict | list):
-                collect(value)
-
-    collect(tree)
-    if not places:
+    if not isinstance(tree, dict | list) or not tree:
         return draw(VALUES)
-    node, key = places[draw(st.integers(0, len(places) - 1))]
+    node, key = draw(st.sampled_from([any_place, place_by_level]))(draw, tree)
     how = draw(st.sampled_from(["replace", "replace", "near", "remove", "add", "rename"]))
     number = isinstance(node[key], int | float) and not isinstance(node[key], bool)
     if how == "near" and number:
@@ -60,6 +50,36 @@ def changed_json(draw: st.DrawFn, tree: Any) -> Any:
         name = draw(st.one_of(st.text(max_size=9), st.just(f"module.{key}")))
         node[name] = node.pop(key) if how == "rename" else draw(VALUES)
     return tree
+
+
+def any_place(draw: st.DrawFn, tree: Any) -> tuple[Any, Any]:
+    """A container in the tree and a key of it: any of all, so rather one of a long list."""
+    places: list[tuple[Any, Any]] = []
+
+    def collect(node: Any) -> None:
+        for key in keys_of(node):
+            places.append((node, key))
+            collect(node[key])
+
+    collect(tree)
+    return places[draw(st.integers(0, len(places) - 1))]
+
+
+def place_by_level(draw: st.DrawFn, tree: Any) -> tuple[Any, Any]:
+    """The same, but each key of a container is as likely as the others, however much it holds."""
+    node = tree
+    while True:
+        key = draw(st.sampled_from(keys_of(node)))
+        if not keys_of(node[key]) or draw(st.integers(0, 3)) == 0:
+            return node, key
+        node = node[key]
+
+
+def keys_of(node: Any) -> list[Any]:
+    """Keys or indices; none of what holds nothing."""
+    if isinstance(node, dict):
+        return list(node)
+    return list(range(len(node))) if isinstance(node, list) else []
 
 
 def changed_json_bytes(draw: st.DrawFn, data: bytes) -> bytes:
