@@ -80,7 +80,8 @@ CONFIGS = st.one_of(
 def changed_values(draw: st.DrawFn, text: str) -> bytes:
     """The config of that text, with a value or two that may well be allowed there."""
     tree = yaml.safe_load(text)
-    for _ in range(draw(st.integers(1, 3))):
+    tree["training"]["compile"] = "off"  # which YAML reads as false
+    for _ in range(draw(st.integers(1, 2))):
         section = draw(st.sampled_from(SECTIONS))
         key = draw(st.sampled_from(sorted(WHOLE[section])))
         default = WHOLE[section][key]

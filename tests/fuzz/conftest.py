@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from guard import COUNTS, STDERR
+from guard import COUNTS, STDERR, Gpt
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +25,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / "text.txt").write_text("".join(f"day {i} was as day {i * i}.\n" for i in range(99)))
         (path / "tiny.yaml").write_text(TINY)
         yield path
+
+
+@pytest.fixture
+def gpt(capsysbinary: pytest.CaptureFixture[bytes]) -> Gpt:
+    """Run `gpt` in this process: exit code, stdout, stderr, whatever bytes these get."""
+    from gptcli.cli.main import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsysbinary.readouterr()
+        code = main(list(arguments))
+        out, err = capsysbinary.readouterr()
+        return code, out.decode(errors="replace"), err.decode(errors="replace")
+
+    return run
 
 
 TINY = """\
