@@ -594,7 +594,7 @@ def test_a_text_that_the_library_cannot_encode(tmp_path: Path):
     library = Library(Unigram([("a", -1.0), ("</s>", 0.0)], None, False))
     ours = load_tokenizer_json(write(tmp_path, library))
     assert ours.encode("aa") == [0, 0]
-    with pytest.raises(DataError, match="cannot encode a text that begins with 'ab': .*unk_id"):
+    with pytest.raises(DataError, match=r"cannot encode a text that begins with 'ab': .*unk_id"):
         ours.encode("ab")
 
 
