@@ -347,5 +347,6 @@ def _left_out(corpus: Corpus) -> dict[str, dict[str, int]]:
         "invalid_utf8": problems.invalid_utf8,
         "skipped_rows": problems.skipped_rows,
         "null_rows": problems.null_rows,
+        "blank_rows": problems.blank_rows,
     }
     return {name: counts for name, counts in found.items() if counts}
