@@ -182,13 +182,18 @@ def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> 
         if tokens <= block_size:
             raise DataError(
                 f"the training text has {tokens} tokens, less than one block of {block_size} + 1",
-                hint=f"add text, or set model.block_size below {tokens}",
+                hint=f"add text, or --set model.block_size={_fitting_block(tokens)}",
             )
     if not corpus.val_documents:
         raise DataError(
             "the validation part is empty",
             hint="add text, or set data.val_fraction or data.val",
         )
+
+
+def _fitting_block(tokens: int) -> int:
+    """The largest power of two below `tokens`: it divides most tokens_per_step."""
+    return int(2 ** ((max(tokens, 2) - 1).bit_length() - 1))
 
 
 def _token_count(record: dict[str, Any], tokenizer: Tokenizer) -> int:

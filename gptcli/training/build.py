@@ -103,12 +103,7 @@ def build_session(
     `outputs` are those of a finetuning task's head, None without one; `objective` gives
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
-    saved = start.contents.state["choices"] if start.contents is not None else None
-    before = saved["strategy"] if saved is not None else None
-    strategy = choose_strategy(config, device, tokenizer.vocab_size, start.job, before)
-    check_strategy(config, start.job, strategy)
-    if strategy != "fsdp":
-        check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial))
+    strategy = _strategy(config, start, device, tokenizer.vocab_size, initial)
     model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
     if start.job == "finetune":
@@ -143,21 +138,41 @@ def build_session(
         saved_step=start.state.step if start.contents is not None else -1,
         clock=start.began,
     )
+    _note_facts(session, corpus, validation, facts)
+    return session
+
+
+def _strategy(
+    config: Config, start: Start, device: Device, vocab_size: int, initial: LoadedModel | None
+) -> Strategy:
+    """How several processes share the run; ResourceError where its model cannot fit at all."""
+    saved = start.contents.state["choices"] if start.contents is not None else {}
+    strategy = choose_strategy(config, device, vocab_size, saved.get("strategy"))
+    check_strategy(config, start.job, strategy)
+    if strategy != "fsdp":
+        check_memory(config, device, vocab_size, _held_bytes(start, initial))
+    return strategy
+
+
+def _note_facts(
+    session: Session, corpus: Corpus, validation: list[EncodedDocument], facts: dict[str, Any]
+) -> None:
+    """In run.json: what the run computes on, its model and its data, and `facts` of the start."""
+    model, planted = session.model, [asdict(canary) for canary in corpus.canaries]
     session.write_run_json(
-        machine=machine(device),
-        fingerprints={"data": corpus.fingerprint, "tokenizer": tokenizer.identity},
+        machine=machine(session.device),
+        fingerprints={"data": corpus.fingerprint, "tokenizer": session.tokenizer.identity},
         model={
             "parameters": model.parameter_count(),
             "non_embedding_parameters": model.parameter_count(embeddings=False),
             "vocab_size": model.vocab_size,
-            **config.model.model_dump(),
+            **session.config.model.model_dump(),
         },
         data=_data_facts(corpus, validation),
         skipped_text=_left_out(corpus),
-        **({"planted_canaries": [asdict(c) for c in corpus.canaries]} if corpus.canaries else {}),
+        **({"planted_canaries": planted} if planted else {}),
         **facts,
     )
-    return session
 
 
 def _choices(
@@ -332,5 +347,6 @@ def _left_out(corpus: Corpus) -> dict[str, dict[str, int]]:
         "invalid_utf8": problems.invalid_utf8,
         "skipped_rows": problems.skipped_rows,
         "null_rows": problems.null_rows,
+        "blank_rows": problems.blank_rows,
     }
     return {name: counts for name, counts in found.items() if counts}

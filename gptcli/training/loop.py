@@ -5,6 +5,8 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from gptcli import stop, world
 from gptcli.data.rows import Prefetch, StepBatch
 from gptcli.device import peak_memory_bytes
@@ -51,25 +53,10 @@ def train(session: Session, batches: Prefetch) -> None:
             got = time.perf_counter()
             loss, grad_norm = forward_backward(session, batch)
             computed = time.perf_counter()
-        except (
-            DataError,
-            PeerError,
-            ResourceError,
-        ):  # a file went away under the run, or memory ran out
+        except (DataError, PeerError, ResourceError):  # a file went away, or memory ran out
             _keep_what_is_trained(session, readings)
             raise
-        limits = _limits(session, readings)
-        applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
-        logs = (state.step + 1) % training.log_every == 0
-        old = watched_weights(session.model) if logs else None
-        if readings.lag:  # decided on the device, so that nothing waits for it
-            session.optimizer.step(ratio, applies)
-        elif bool(applies):
-            session.optimizer.step(ratio)
-        session.optimizer.zero_grad()
-        change = update_ratio(old, session.model) if old is not None else None
-        figures = (loss, grad_norm, applies, change)
-        readings.add(state.step + 1, ratio, limits, *figures, position=state.position)
+        _update(session, readings, ratio, loss, grad_norm)
         updated = time.perf_counter()
 
         if readings.lag:  # the step before is read and logged while the device computes this one
@@ -85,10 +72,8 @@ def train(session: Session, batches: Prefetch) -> None:
         arrived = time.perf_counter()
         # On a GPU the wait for the last step's figures is the time that its work takes.
         parts = (got - start, computed - got + arrived - updated, updated - computed)
-        _add(
-            state.interval,
-            {"tokens": batch.count, **dict(zip(INTERVAL_TIMES, parts, strict=False))},
-        )
+        times = dict(zip(INTERVAL_TIMES, parts, strict=False))
+        _add(state.interval, {"tokens": batch.count, **times})
         state.seconds += arrived - start
         session.tick()
         if not readings.lag:
@@ -97,6 +82,25 @@ def train(session: Session, batches: Prefetch) -> None:
         other = time.perf_counter() - arrived
         _add(state.interval, {"other_seconds": other})
         state.seconds += other
+
+
+def _update(
+    session: Session, readings: Readings, ratio: float, loss: Tensor, grad_norm: Tensor
+) -> None:
+    """Update the weights, unless the step went wrong, and send off its figures."""
+    state, training = session.state, session.config.training
+    limits = _limits(session, readings)
+    applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
+    logs = (state.step + 1) % training.log_every == 0
+    old = watched_weights(session.model) if logs else None
+    if readings.lag:  # decided on the device, so that nothing waits for it
+        session.optimizer.step(ratio, applies)
+    elif bool(applies):
+        session.optimizer.step(ratio)
+    session.optimizer.zero_grad()
+    change = update_ratio(old, session.model) if old is not None else None
+    figures = (loss, grad_norm, applies, change)
+    readings.add(state.step + 1, ratio, limits, *figures, position=state.position)
 
 
 def _next(batches: Prefetch) -> StepBatch | None:

@@ -1,6 +1,7 @@
 """Where a resumed run goes on, and whether it may: looked at, with nothing changed."""
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def place_to_resume(directory: Path, config: Config) -> Place:
     """
     newest = checkpoint.newest_valid(directory, log)
     if newest is None:
-        raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
+        raise CheckpointError(
+            f"{directory} has no valid checkpoint to resume from",
+            hint=f"what is left of it: gpt runs verify {shlex.quote(str(directory))}",
+        )
     contents = read_resumable(newest, tensors=not _in_shares(newest, config))
     saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
     if config.init is not None:  # automatic rates are those for the run's shape
