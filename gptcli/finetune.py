@@ -42,6 +42,7 @@ from gptcli.training.build import (
     nothing_to_do,
     run_session,
 )
+from gptcli.training.facts import TaskScore
 from gptcli.training.features import frozen_features
 from gptcli.training.initial import (
     load_trained,
@@ -58,7 +59,7 @@ from gptcli.training.objective import (
 )
 from gptcli.training.reference import reference_log_probabilities
 from gptcli.training.saved import fitting, standing_at
-from gptcli.training.session import Session, TaskScore
+from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
 from gptcli.training.together import check_same
 

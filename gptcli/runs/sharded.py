@@ -14,19 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from gptcli import world
-from gptcli.errors import CheckpointError, ResourceError
+from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
+from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.manifest import MODEL, OPTIMIZER
-from gptcli.runs.tensors import save_tensors, untied
+from gptcli.runs.space import check_space
+from gptcli.runs.tensors import local, refuse_non_finite, save_tensors, untied
 
 _CHUNK_BYTES = 2**24
 
@@ -55,11 +50,54 @@ class Together:
             world.told(None)
 
 
+def publish_together(run_dir: Path, step: int, contents: Contents, *, in_shares: bool) -> Path:
+    """`checkpoint.publish` by rank 0, of which all processes learn how it went: ResourceError for
+    all, or for none. `in_shares`: of each tensor a process has a share, which it writes."""
+    if in_shares:
+        _refuse_non_finite_shares(step, contents)
+    leads, write = world.current().leads, Together() if in_shares else checkpoint.write_whole
+    path, problem = checkpoint.checkpoint_dir(run_dir, step), None
+    try:
+        if leads:
+            if step == 0:
+                check_space(run_dir, checkpoint.space_needed(contents))
+            checkpoint.publish(run_dir, step, contents, write)
+        elif isinstance(write, Together):
+            write(None, contents)
+    except ResourceError as error:
+        problem = error
+        if isinstance(write, Together):
+            write.give_up()
+    told = world.told(None if problem is None else problem.message)
+    if problem is not None and (leads or told is None):
+        raise problem
+    if told is not None:
+        raise ResourceError(told)
+    return path
+
+
+def _refuse_non_finite_shares(step: int, contents: Contents) -> None:
+    """NonFiniteError for all where any process's share of a weight is not finite."""
+    shares = {name: local(tensor) for name, tensor in contents.model.items()}
+    try:
+        refuse_non_finite(step, shares)
+        problem = None
+    except NonFiniteError as error:
+        problem = [error.message, error.hint]
+    found = [text for text in world.gathered(problem) if text is not None]
+    if found:
+        raise NonFiniteError(*found[0])
+
+
 def read_together(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Fill this process's shares of `tensors` from a checkpoint's files; all processes call this.
 
     CheckpointError, for all, where one cannot.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     try:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)))
     except (CheckpointException, RuntimeError, KeyError) as error:
@@ -67,6 +105,10 @@ def read_together(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> str:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     if not tensors:  # no optimizer has a state before its first step
         return save_tensors({}, folder / name) if world.current().leads else ""
     # Consolidation loses the numbers of tensors without dimensions.

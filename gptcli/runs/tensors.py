@@ -85,14 +85,19 @@ def with_tied(
     return stored | {name: stored[kept] for name, kept in tied.items()}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor, in the same memory; of a whole one all of it."""
+    share = getattr(tensor.detach(), "to_local", None)
+    return share() if share is not None else tensor
+
+
 def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors without second names of the same memory, and second name -> first name."""
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        to_local = getattr(tensor, "to_local", None)
-        held = to_local() if to_local is not None else tensor  # of a sharded one, the part here
+        held = local(tensor)
         place = (tensor.device, held.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if held.numel() and place in names:
             tied[name] = names[place]

@@ -26,7 +26,7 @@ from gptcli.runs.manifest import OPTIMIZER
 from gptcli.runs.run_dir import read_run_json
 from gptcli.runs.sharded import empty_like, read_together
 from gptcli.runs.tensorboard_log import check_tensorboard
-from gptcli.runs.tensors import stored_shapes
+from gptcli.runs.tensors import local, stored_shapes
 from gptcli.training.choices import (
     Choices,
     apply,
@@ -42,7 +42,7 @@ from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
-from gptcli.training.parallel import Parallel, Strategy, local, shard, sharded
+from gptcli.training.parallel import Parallel, Strategy, shard, sharded
 from gptcli.training.resuming import LIMITS
 from gptcli.training.session import Session
 from gptcli.training.start import Start, machine, note_end, resume_command
@@ -147,7 +147,7 @@ def _strategy(
 ) -> Strategy:
     """How several processes share the run; ResourceError where its model cannot fit at all."""
     saved = start.contents.state["choices"] if start.contents is not None else {}
-    strategy = choose_strategy(config, device, vocab_size, saved.get("strategy"))
+    strategy = choose_strategy(config, device, vocab_size, start.job, saved.get("strategy"))
     check_strategy(config, start.job, strategy)
     if strategy != "fsdp":
         check_memory(config, device, vocab_size, _held_bytes(start, initial))

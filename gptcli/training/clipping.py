@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gptcli.training.parallel import local
+from gptcli.runs.tensors import local
 
 
 @torch.no_grad()

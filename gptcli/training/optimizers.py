@@ -9,8 +9,9 @@ from gptcli import world
 from gptcli.config.schema import Config, OptimizerConfig
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
+from gptcli.runs.tensors import local
 from gptcli.training.exchange import Exchange
-from gptcli.training.parallel import like, local
+from gptcli.training.parallel import like
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 _SCALAR = torch.zeros(())

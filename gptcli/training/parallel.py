@@ -64,7 +64,7 @@ class Parallel:
         self._wrapped = nn.parallel.DistributedDataParallel(
             _Loss(model, loss_of),
             device_ids=[device.index] if device.type == "cuda" else None,
-            forward_sync_buffers=False,
+            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=partly,
         )
@@ -143,12 +143,6 @@ def gathered_root(model: GPT) -> Iterator[None]:
 def sharded(model: GPT) -> bool:
     """Whether this process has a share of the model's tensors only."""
     return hasattr(model, "reshard")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, in the same memory; of a whole one all of it."""
-    share = getattr(tensor.detach(), "to_local", None)
-    return share() if share is not None else tensor
 
 
 def like(share: Tensor, whole: Tensor) -> Tensor:

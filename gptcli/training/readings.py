@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptcli.model.gpt import GPT
-from gptcli.training.parallel import local, sharded
+from gptcli.runs.tensors import local
+from gptcli.training.parallel import sharded
 from gptcli.training.stability import Limits
 
 _WATCHED = ("attn.qkv.weight", "mlp.up.weight", "lora_a")

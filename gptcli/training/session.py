@@ -16,25 +16,23 @@ from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
-from gptcli.errors import NonFiniteError, ResourceError
+from gptcli.errors import ResourceError
 from gptcli.evaluation.perplexity import Scores
-from gptcli.generation.engine import generate_samples
-from gptcli.generation.prompt import encode_prompt, fit_prompt
-from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.model.lora import adapter_tensors
-from gptcli.runs import checkpoint, sharded
+from gptcli.runs import checkpoint
 from gptcli.runs.metrics import SAMPLES, MetricsLog, NoLog
 from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
-from gptcli.runs.space import check_space
+from gptcli.runs.sharded import publish_together
 from gptcli.runs.tensorboard_log import TensorBoardLog
-from gptcli.runs.tensors import refuse_non_finite
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
+from gptcli.training.facts import TaskScore, evaluation_record, run_facts
 from gptcli.training.objective import LossOf
 from gptcli.training.optimizers import Optimizer
-from gptcli.training.parallel import Parallel, local
+from gptcli.training.parallel import Parallel
+from gptcli.training.samples import sample_texts
 from gptcli.training.schedule import is_decaying
 from gptcli.training.state import (
     TrainState,
@@ -62,14 +60,6 @@ class Due:
     evaluate: bool
     save: bool
     end: bool
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One score of a finetuning task, by its name; higher is better."""
-
-    name: str
-    value: float
 
 
 @dataclass
@@ -244,7 +234,9 @@ class Session:
         )
         self.metrics.flush()  # what a full disk held up belongs to the step that is saved
         try:
-            path = self._publish(contents)
+            path = publish_together(
+                self.directory, self.state.step, contents, in_shares=self.parallel.sharded
+            )
         except ResourceError as error:
             if must:
                 raise
@@ -262,43 +254,6 @@ class Session:
             self._tell_slow_saves(seconds, between)
         if self.parallel.here.leads:
             checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
-
-    def _publish(self, contents: checkpoint.Contents) -> Path:
-        """Rank 0 publishes, and all learn how that went. ResourceError for all, or for none."""
-        step, sharded_too = self.state.step, self.parallel.sharded
-        if sharded_too:
-            self._refuse_non_finite_shares(contents)
-        write = sharded.Together() if sharded_too else checkpoint.write_whole
-        path, problem = checkpoint.checkpoint_dir(self.directory, step), None
-        try:
-            if self.parallel.here.leads:
-                if step == 0:
-                    check_space(self.directory, checkpoint.space_needed(contents))
-                checkpoint.publish(self.directory, step, contents, write)
-            elif isinstance(write, sharded.Together):
-                write(None, contents)
-        except ResourceError as error:
-            problem = error
-            if isinstance(write, sharded.Together):
-                write.give_up()
-        told = world.told(None if problem is None else problem.message)
-        if problem is not None and (self.parallel.here.leads or told is None):
-            raise problem
-        if told is not None:
-            raise ResourceError(told)
-        return path
-
-    def _refuse_non_finite_shares(self, contents: checkpoint.Contents) -> None:
-        """NonFiniteError for all where any process's share of a weight is not finite."""
-        shares = {name: local(tensor) for name, tensor in contents.model.items()}
-        try:
-            refuse_non_finite(self.state.step, shares)
-            problem = None
-        except NonFiniteError as error:
-            problem = error.message
-        found = [text for text in world.gathered(problem) if text is not None]
-        if found:
-            raise NonFiniteError(found[0])
 
     def _tell_slow_saves(self, seconds: float, between: float) -> None:
         """Once: that saves take longer than what lies between them."""
@@ -319,20 +274,8 @@ class Session:
         state.evaluation_seconds = time.monotonic() - began
         if state.step and self.progress < 1.0:
             state.evaluated_seconds += state.evaluation_seconds
-        record = {
-            "event": "eval",
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss": scores.loss,
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
-            "accuracy": scores.accuracy,
-            "seconds": scores.seconds,
-            "training_seconds": state.seconds,
-            **({"task": asdict(task)} if task is not None else {}),
-        }
         self.scores = scores
-        self.metrics.write(record)
+        self.metrics.write(evaluation_record(state, scores, task))
         for text in texts:
             self.samples.write(text)
         event = EvalEvent(
@@ -368,7 +311,9 @@ class Session:
             try:
                 task = self.score_task() if self.score_task is not None else None
                 with stop.postponed() if self.parallel.sharded else nullcontext():
-                    texts = self._sample()
+                    texts = sample_texts(
+                        self.model, self.tokenizer, self.config, self.state.step, self.state.tokens
+                    )
             except stop.Stopped:
                 if here.size == 1:
                     raise
@@ -388,26 +333,6 @@ class Session:
             if self.progress < 1.0:
                 log.info(f"ends here: no better for {patience} evaluations (finetune.patience)")
             state.reached = 1.0
-
-    def _sample(self) -> list[dict[str, Any]]:
-        """Texts for samples.jsonl."""
-        wanted, rows = self.config.samples, []
-        sampling = Sampling(
-            temperature=0.8,
-            top_p=0.95,
-            seed=self.config.seed,
-            max_new_tokens=wanted.max_new_tokens,
-        )
-        for prompt in wanted.prompts:
-            ids = encode_prompt(self.tokenizer, prompt)
-            ids = fit_prompt(ids, self.model.config.block_size, "left")
-            for made in generate_samples(
-                self.model, self.tokenizer, ids, wanted.n, sampling, prompt=prompt
-            ):
-                stop.raise_if_requested()
-                row = {"step": self.state.step, "tokens": self.state.tokens, "prompt": prompt}
-                rows.append({**row, "text": made.text, "sample": made.sample})
-        return rows
 
     def _point_at_best(self) -> None:
         """best.json names a checkpoint that exists: the one of this step, if it was saved. A full
@@ -461,33 +386,10 @@ class Session:
             if name in self.__dict__:
                 self.__dict__.pop(name).close()
 
-    def about(self) -> dict[str, Any]:
-        """Facts for run.json that change as the run goes."""
-        self.tick()
-        state = self.state
-        per_second = state.tokens / state.seconds if state.seconds else None
-        facts: dict[str, Any] = {
-            "training": {
-                "steps": state.step,
-                "tokens": state.tokens,
-                "epochs": state.epochs,
-                "seconds": state.seconds,
-                "elapsed_seconds": state.elapsed_seconds,
-                "tokens_per_second": per_second,
-                "parameters": self.model.parameter_count(),
-                "best_step": state.best_step,
-                "skipped_steps": state.skipped_steps,
-            },
-            "choices": self.choices.to_json(),
-        }
-        if state.position is not None and "seen" in state.position:
-            facts["mixture"] = state.position["seen"]
-        if self.scores is not None:
-            facts["scores"] = self.scores.to_json()
-        return facts
-
     def write_run_json(self, **changes: Any) -> None:
-        """Update run.json with `about()` and `changes`; rank 0 does."""
+        """Update run.json with the facts of now and `changes`; rank 0 does."""
         if not self.parallel.here.leads:
             return
-        update_run_json(self.directory, **{**self.about(), **changes})
+        self.tick()
+        facts = run_facts(self.state, self.model, self.choices, self.scores)
+        update_run_json(self.directory, **{**facts, **changes})
