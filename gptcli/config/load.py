@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from gptcli import stop
 from gptcli.config.check import check
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.model_schema import BESIDE_INIT, ModelConfig
@@ -172,8 +174,12 @@ def _find(reference: str) -> Path:
 
 def _read(path: Path) -> tuple[Node, list[Problem]]:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        # Without O_NONBLOCK, to open a pipe to which nobody writes could not be stopped.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            data = stop.read_to_end(descriptor, MAX_BYTES)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(f"{path}: {_reason(error)}") from None
     if len(data) > MAX_BYTES:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptcli import stop
 from gptcli.runs.holder import POLL_SECONDS, lock_holder
+from gptcli.runs.regular import open_regular
 from gptcli.runs.run_dir import LOG, read_run_json
 
 RESUME_SECONDS = 30.0  # so long a stopped or killed run is waited for: a resume starts in less
@@ -54,7 +55,7 @@ def _inode(path: Path) -> int | None:
 
 def _read_from(path: Path, position: int) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(position)
             return file.read()
     except OSError:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from gptcli.errors import ResourceError
+from gptcli.runs.regular import open_regular, open_to_append
 from gptcli.runs.run_dir import json_bytes, write_atomic
 
 log = logging.getLogger("gptcli")
@@ -30,12 +31,8 @@ class MetricsLog:
         self.path = run_dir / filename
         self._warned = False
         self._waiting = deque[bytes](maxlen=_MOST_WAITING)
-        try:
-            # A descriptor, not a buffered file: a line goes out in one call, so no kill splits it.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self.path, flags, 0o666)
-        except OSError as error:
-            raise ResourceError(f"cannot write {self.path}: {error.strerror}") from error
+        # A descriptor, not a buffered file: a line goes out in one call, so no kill splits it.
+        self._descriptor = open_to_append(self.path)
         if _is_cut(self.path):
             self._waiting.append(b"\n")  # ends the broken line, which the reader skips
 
@@ -53,12 +50,25 @@ class MetricsLog:
         except OSError as error:
             self._warn(error)
 
+    def sync(self) -> None:
+        """Write what waits, and have all of it on disk when this returns, as far as that is taken:
+        what is published next must not survive a power cut that this does not."""
+        self.flush()
+        if self._descriptor >= 0:
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self._warn(error)
+
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call does nothing. What the disk did not take until now is lost,
+        and told."""
         if self._descriptor >= 0:
             self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
+            if self._waiting:
+                log.warning("%s: its last %d lines are lost", self.path, len(self._waiting))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -162,16 +172,21 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Lines without their ends, blank ones left out; none when there is no file."""
-    if not path.exists():
+    """Lines without their ends, blank ones left out; none when there is no file. ResourceError when
+    it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return [line for line in file.read().split(b"\n") if line.strip()]
+    except FileNotFoundError:
         return []
-    return [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except OSError as error:
+        raise ResourceError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
     """Lines without their ends, the last one first; none when the file cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             end, cut = file.seek(0, os.SEEK_END), b""
             while end:
                 start = max(0, end - _BLOCK_BYTES)
@@ -188,9 +203,8 @@ def _append(descriptor: int, line: bytes) -> None:
     """Append a line, or nothing. OSError."""
     before = os.fstat(descriptor).st_size
     try:
-        written = os.write(descriptor, line)
-        if written < len(line):  # the disk took a part; the next call tells why
-            os.write(descriptor, line[written:])
+        while line:  # a disk that takes a part tells why when it gets the rest
+            line = line[os.write(descriptor, line) :]
     except OSError:
         os.ftruncate(descriptor, before)
         raise
@@ -207,7 +221,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _is_cut(path: Path) -> bool:
     """Whether the last line lacks its end."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) != b"\n"
     except OSError:  # no file, or an empty one

@@ -62,6 +62,9 @@ def new_run_dir(name: str, explicit: Path | None, *, overwrite: bool) -> Path:
         else:
             _clear(explicit, overwrite)
             explicit.mkdir(parents=True, exist_ok=True)
+        for place in (target.parent, target.parent.parent):  # a power cut must not lose the run
+            with contextlib.suppress(OSError):  # of a folder that may be written but not read
+                sync_directory(place)
     except OSError as error:
         raise ResourceError(f"cannot make the run directory {target}: {error.strerror}") from error
     created = datetime.now(timezone.utc).isoformat()

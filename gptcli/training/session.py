@@ -232,7 +232,8 @@ class Session:
             tokenizer=self.tokenizer,
             adapter=self.adapter,
         )
-        self.metrics.flush()  # what a full disk held up belongs to the step that is saved
+        self.metrics.sync()  # what a full disk held up too belongs to the step that is saved
+        self.samples.sync()
         try:
             path = publish_together(
                 self.directory, self.state.step, contents, in_shares=self.parallel.sharded

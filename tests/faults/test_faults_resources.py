@@ -4,6 +4,7 @@ Each test names its row and says what the row owes: exit code, message, hint, an
 """
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -25,7 +26,7 @@ from small import PROSE
 
 from gptcli.data.rows import Prefetch
 from gptcli.runs import checkpoint
-from gptcli.runs.metrics import read_metrics
+from gptcli.runs.metrics import MetricsLog, read_metrics
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training import session, step
 
@@ -242,6 +243,124 @@ def test_r04_a_directory_that_cannot_be_synced(
     assert "not saved at step 2" in warnings(err)
     assert steps(folder / "r") == [0, 4]
     assert leftovers(folder / "r") == []
+
+
+@needs_proc
+def test_r04_a_power_cut_after_a_save(
+    gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R4: the lines of metrics.jsonl and samples.jsonl up to a checkpoint are on disk before it is,
+    and the names of the run directory and of the folder it is in before either."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def move(source: Path, target: Path) -> None:
+        rename(source, target)
+        done.append(f"published {target.name}")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", move)
+    (folder / "deep").mkdir()
+    code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir=deep/r", "--set=training.max_steps=2")
+    assert code == 0, err
+    assert done.index("deep") < done.index(folder.name) < done.index("published step-00000000")
+    first, last = (done.index(f"published step-0000000{step}") for step in (0, 2))
+    assert {"metrics.jsonl", "samples.jsonl"} <= set(done[:first])
+    assert {"metrics.jsonl", "samples.jsonl"} <= set(done[first:last])
+
+
+def test_r04_lines_that_no_disk_took(folder: Path) -> None:
+    """R4: lines of metrics.jsonl that could not be written until the end are counted in a
+    warning."""
+    path = folder / "small"
+    path.mkdir()
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        with MetricsLog(path) as log:
+            for step in range(9):
+                log.write({"event": "train", "step": step})
+        os.write(2, "".join(told).encode())
+
+    told: list[str] = []
+    logging.getLogger("gptcli").addHandler(handler := _Told(told))
+    try:
+        Forked(["--version"], before=full).wait()
+        err = Forked(["--version"], before=full).wait()[1]
+    finally:
+        logging.getLogger("gptcli").removeHandler(handler)
+    assert "its lines wait until there is room" in err
+    assert "metrics.jsonl: its last " in err
+    assert " lines are lost" in err
+    assert len(read_metrics(path)) < 9
+
+
+class _Told(logging.Handler):
+    """Keeps messages in a list."""
+
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self._told.append(record.getMessage() + "\n")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "log.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "directory", "link"])
+def test_r08_no_regular_file_where_a_log_is(
+    name: str, kind: str, gpt: Gpt, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """R8: a pipe, directory or link with the name of a log is never waited for nor written into:
+    exit 6 with its name and what to do; lists of runs are shown all the same."""
+    assert gpt(*TRAIN)[0] == 0
+    place = folder / "r" / name
+    place.unlink()
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "directory":
+        place.mkdir()
+    else:
+        place.symlink_to(folder / "text.txt")
+    text = (folder / "text.txt").read_bytes()
+    code, _, err = gpt(*TRAIN, "--resume", "--set=training.max_steps=8")
+    assert code == 6
+    (line,) = errors(err)
+    assert f"r/{name}: " in line
+    assert "ls -l r" in hints(err)
+    assert (folder / "text.txt").read_bytes() == text
+    assert gpt("runs", "list", "--root", ".")[0] in (0, 2)
+    assert gpt("runs", "verify", "r")[0] in (0, 4, 6)
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_r08_a_log_of_another_user(name: str, gpt: Gpt, folder: Path) -> None:
+    """R8: a log that belongs to another user and cannot be written is exit 6, with its name."""
+    assert gpt(*TRAIN)[0] == 0
+    for path in (folder, *(folder / "r").rglob("*")):
+        path.chmod(0o777)
+    (folder / "r").chmod(0o777)
+    (folder / "r" / name).chmod(0o444)
+
+    def become_nobody() -> None:
+        os.setgid(65534)
+        os.setuid(65534)
+
+    if os.getuid():
+        pytest.skip("only root can become another user")
+    child = Forked([*TRAIN, "--resume", "--set=training.max_steps=8"], before=become_nobody)
+    code, err = child.wait()
+    assert code == 6, err
+    (line,) = errors(err)
+    assert line == f"cannot write r/{name}: Permission denied"
+    assert "ls -l r" in hints(err)
 
 
 def less_memory(more_bytes: int) -> Callable[[], None]:

@@ -1,0 +1,47 @@
+"""Files of a run are regular files: whatever else has one of their names is not waited for."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from gptcli.errors import ResourceError
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read. OSError also for a pipe, socket, device or directory: to open or read
+    one could take for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that appends to a file, which is made where there is none.
+
+    ResourceError where it cannot be written, is a link (in a run that somebody else made it can
+    lead anywhere) or no regular file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = -1
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        _check(descriptor)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        kind = "a symbolic link" if path.is_symlink() else error.strerror
+        raise ResourceError(
+            f"cannot write {path}: {kind}",
+            hint=f"move it away, or give it back to who runs this: ls -l {path.parent}",
+        ) from error
+    return descriptor
+
+
+def _check(descriptor: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(0, "not a regular file")
