@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptcli")
 
 _PATIENCE = timedelta(hours=2)  # for what one rank does while the others wait: saving, sampling
+_STOPPED = 143  # the last word of who ended without an error, before the others did
 _AFTERWORD_SECONDS = 5.0  # how long a rank has to say why it ended
 # torchrun's names, and those that Slurm gives to the tasks of `srun`.
 _RANK, _SIZE = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")
@@ -100,9 +101,11 @@ def joined(device_kind: str, timeout_seconds: float) -> Iterator[World]:
             _say(here.rank, {"code": 1, "text": f"{type(error).__name__}: {error}"})
             raise
         if known is not None:
-            _say(here.rank, {"code": getattr(known, "exit_code", 0), "text": str(known)})
+            _say(here.rank, {"code": getattr(known, "exit_code", _STOPPED), "text": str(known)})
             raise
         raise _why(here, error) from error
+    else:
+        _say(here.rank, {"code": _STOPPED, "text": "ended"})
     finally:
         _disconnect()
         _world, _group = World(), None

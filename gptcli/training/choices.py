@@ -128,16 +128,18 @@ def choose(
     )
 
 
-def choose_strategy(config: Config, device: Device, vocab_size: int, saved: str | None) -> Strategy:
+def choose_strategy(
+    config: Config, device: Device, vocab_size: int, job: str, saved: str | None
+) -> Strategy:
     """How several processes share the model: as the config says, else as the run did so far, else
-    each has all of it where a step of one row fits."""
+    each has all of it where a step of one row fits, and for finetuning."""
     here, wanted = world.current(), config.distributed.strategy
     if here.size == 1:
         return "one"
     if wanted == "auto" and saved in ("ddp", "fsdp"):
         return "ddp" if saved == "ddp" else "fsdp"
-    if wanted != "auto":
-        return wanted
+    if wanted != "auto" or job == "finetune":
+        return "fsdp" if wanted == "fsdp" else "ddp"
     roomy = fits(config, device, vocab_size, 1, "fp32", recompute=True)
     return "ddp" if world.agree([float(not roomy)], patient=True) == [0.0] else "fsdp"
 
@@ -146,13 +148,11 @@ def check_strategy(config: Config, job: str, strategy: Strategy) -> None:
     """ConfigError for what needs the whole model in each process."""
     if strategy != "fsdp":
         return
-    tuned, problems = config.finetune, []
+    problems = []
     if config.training.spike == "rollback":
         problems.append("training.spike: rollback goes back to a whole model; use skip or warn")
-    if job == "finetune" and (
-        tuned.method != "full" or tuned.has_head or tuned.task == "preference"
-    ):
-        problems.append("fsdp trains all weights of a language model; other finetuning uses ddp")
+    if job == "finetune":
+        problems.append("distributed.strategy: fsdp is for pretraining; finetuning takes ddp")
     if problems:
         raise ConfigError(problems, hint="--set distributed.strategy=ddp")
 

@@ -313,8 +313,7 @@ class Session:
         """Score the validation part and write samples; returns whether it is the best so far."""
         state, began = self.state, time.monotonic()
         scores = self.score_validation()
-        task = self.score_task() if self.score_task is not None else None
-        texts = self._sample()
+        task, texts = self._judged()
         state.evaluated_step = state.step
         state.evaluation_seconds = time.monotonic() - began
         if state.step and self.progress < 1.0:
@@ -360,6 +359,25 @@ class Session:
         self._lose_patience(improved)
         return improved
 
+    def _judged(self) -> tuple[TaskScore | None, list[dict[str, Any]]]:
+        """The task's score and some texts: rank 0 finds them, with the help of all where none has
+        the whole model. Raises `stop.Stopped`, for all."""
+        here, task, texts, stopped = self.parallel.here, None, list[dict[str, Any]](), False
+        if here.leads or self.parallel.sharded:
+            try:
+                task = self.score_task() if self.score_task is not None else None
+                texts = self._sample()
+            except stop.Stopped:
+                if here.size == 1:
+                    raise
+                stopped = True
+        if here.size == 1:
+            return task, texts
+        stopped, found = world.told([stopped, asdict(task) if task is not None else None])
+        if stopped:
+            raise stop.Stopped
+        return TaskScore(**found) if found is not None else None, texts
+
     def _lose_patience(self, improved: bool) -> None:
         """End the run where as many evaluations as `finetune.patience` says did not improve."""
         state, patience = self.state, self.config.finetune.patience
@@ -370,10 +388,7 @@ class Session:
             state.reached = 1.0
 
     def _sample(self) -> list[dict[str, Any]]:
-        """Texts for samples.jsonl: rank 0 writes them, with the help of all where none has the
-        whole model."""
-        if not (self.parallel.here.leads or self.parallel.sharded):
-            return []
+        """Texts for samples.jsonl."""
         wanted, rows = self.config.samples, []
         sampling = Sampling(
             temperature=0.8,
