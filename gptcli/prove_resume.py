@@ -6,9 +6,11 @@ and logs are compared, bit by bit.
 """
 
 import logging
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 from gptcli import stop
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
-from gptcli.errors import GptError, ResourceError
+from gptcli.errors import ConfigError, GptError, ResourceError
 from gptcli.runs.checkpoint import checkpoint_dir
 from gptcli.runs.metrics import METRICS, SAMPLES, last_metrics
 from gptcli.runs.outcome import differences, digest, outcome
@@ -40,18 +42,21 @@ log = logging.getLogger("gptcli")
 STEPS = 40  # unless the config ends before, or --set training.max_steps says otherwise
 _SAVES = 5
 _POLL_SECONDS = 0.002
+_STARTING = "while it started"
 _START_SECONDS = (0.2, 2.0)
 _LONGEST_PAUSE_SECONDS = 0.3  # behind a step: the kill meets the middle of a later one
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was tried and what came of it. `kills` says where each kill came, in words, and
-    `differences` what is not the same; `sha256` are of everything that was compared."""
+    """What was tried and what came of it. `kills` says where each kill came, in words: each met a
+    living process, and `training_kills` of them one that trained. `differences` says what is not
+    the same; `sha256` are of everything that was compared."""
 
     directory: Path
     steps: int
     kills: list[str]
+    training_kills: int
     differences: list[str]
     sha256: tuple[str, str]
 
@@ -72,9 +77,12 @@ def prove_resume(
     """Train `config` for `steps` (STEPS, or what it says if that is less) twice, and compare.
 
     `directory` (runs/NAME-prove-resume-TIME) must be new; runs that are not identical stay in it,
-    and proof.json in any case. The places of the kills come from `seed` (a random one). Raises what
-    a run raises, `stop.Stopped`.
+    and proof.json in any case. The places of the kills come from `seed` (a random one). Raises
+    ConfigError where no kill met a process that trained, so that nothing is proved; what a run
+    raises, also one that was to be killed and failed by itself; `stop.Stopped`.
     """
+    if kills < 1:
+        raise ConfigError("without a kill there is nothing to prove", hint="give kills=5")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     place = directory or runs_root() / f"{config.name}-prove-resume-{stamp}"
     config = _shortened(config, steps)
@@ -94,9 +102,15 @@ def prove_resume(
         log.info(f"kill {len(told)} of {kills}: {where}")
     else:
         _train(place, killed, ["--resume"], lambda process: None)
+    training = sum(where != _STARTING for where in told)
+    if not training:
+        raise ConfigError(
+            f"nothing is proved: the run of {number} steps was through before a kill met it",
+            hint="give it more to do: --set training.max_steps=1000",
+        )
     one, other = outcome(straight), outcome(killed)
     found = differences(one, other)
-    proof = Proof(place, number, told, found, (digest(one), digest(other)))
+    proof = Proof(place, number, told, training, found, (digest(one), digest(other)))
     write_json_atomic(place / "proof.json", {**asdict(proof), "directory": place.name})
     if proof.identical:
         for run in (straight, killed):
@@ -136,11 +150,12 @@ def _moments(steps: int, kills: int, chosen: random.Random) -> list[Moment]:
     def starting(run: Path, process: Process) -> str | None:
         ends = time.monotonic() + chosen.uniform(*_START_SECONDS)
         _wait(process, lambda: time.monotonic() > ends)
-        return "while it started" if process.poll() is None else None
+        return _STARTING if process.poll() is None else None
 
     def saving(run: Path, process: Process) -> str | None:
-        saves = (run / CHECKPOINTS).glob
-        return "in the middle of a save" if _wait(process, lambda: any(saves(".tmp-*"))) else None
+        before = _half_saved(run)  # by a process that was killed
+        saves = _wait(process, lambda: bool(_half_saved(run) - before))
+        return "in the middle of a save" if saves else None
 
     def training(run: Path, process: Process) -> str | None:
         resumes = len(read_run_json(run).get("history", []))
@@ -153,11 +168,15 @@ def _moments(steps: int, kills: int, chosen: random.Random) -> list[Moment]:
         time.sleep(chosen.random() * _LONGEST_PAUSE_SECONDS)
         return f"behind step {_last_step(run)}"
 
-    moments: list[Moment] = [starting, saving]
+    moments: list[Moment] = [saving, starting]
     moments += [training] * (kills - 2)
     moments = moments[:kills]
     chosen.shuffle(moments)
     return moments
+
+
+def _half_saved(run: Path) -> set[str]:
+    return {path.name for path in (run / CHECKPOINTS).glob(".tmp-*")}
 
 
 def _last_step(run: Path) -> int:
@@ -168,7 +187,8 @@ def _train(
     place: Path, run: Path, flags: list[str], watch: Callable[[Process], str | None]
 ) -> str | None:
     """A process that trains in `run`. Killed when `watch` says where it is, which is returned;
-    where that gives None it comes to its end. GptError when it fails."""
+    where that gives None it comes to its end. None also where it ended just before the kill.
+    GptError when it fails."""
     command = [sys.executable, "-m", "gptcli", "pretrain", str(place / "config.yaml")]
     command += ["--run-dir", str(run), "--quiet", *flags]
     said = place / "process.log"
@@ -182,9 +202,11 @@ def _train(
         process.kill()
         code = process.wait()
     stop.raise_if_requested()
-    if where is None and code != 0:
+    if where is not None and code == -signal.SIGKILL:
+        return where
+    if code != 0:
         raise _failure(code, said.read_text(encoding="utf-8", errors="replace"))
-    return where
+    return None
 
 
 def _failure(code: int, said: str) -> GptError:
@@ -214,9 +236,12 @@ def _give_start(straight: Path, killed: Path, process: Process) -> None:
     first = checkpoint_dir(straight, 0)
     if not _wait(process, first.is_dir):
         return  # it failed, and says why
+    target = checkpoint_dir(killed, 0)
+    temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
-        (killed / CHECKPOINTS).mkdir(parents=True)
-        shutil.copytree(first, checkpoint_dir(killed, 0))
+        target.parent.mkdir(parents=True)
+        shutil.copytree(first, temp)
+        temp.rename(target)
         for name in ("config.yaml", RUN_JSON, METRICS, SAMPLES):
             if (straight / name).exists():
                 shutil.copyfile(straight / name, killed / name)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from forked import Forked
 
 from gptcli import prove_resume
 from gptcli.config.load import load_config
-from gptcli.errors import GptError
+from gptcli.errors import ConfigError, GptError
 from gptcli.runs.outcome import differences, digest, outcome
 
 Gpt = Callable[..., tuple[int, str, str]]
@@ -74,6 +73,7 @@ def test_a_proof(folder: Path, gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> Non
     proof = prove_resume.prove_resume(config, steps=30, kills=3, directory=folder / "p", seed=3)
     assert proof.identical, proof.differences
     assert len(proof.kills) == 3
+    assert proof.training_kills == 2
     assert {"while it started", "in the middle of a save"} <= set(proof.kills)
     assert proof.sha256[0] == proof.sha256[1]
     assert json.loads((folder / "p" / "proof.json").read_text())["kills"] == proof.kills
@@ -83,25 +83,84 @@ def test_a_proof(folder: Path, gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_said(folder: Path, gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command says identical or not, and where; both runs are kept where they differ."""
     monkeypatch.setattr("gptcli.prove_resume.subprocess", SimpleNamespace(Popen=Process))
-    monkeypatch.setattr("gptcli.prove_resume._moments", lambda *_: [])
-    code, out, _ = gpt("pretrain", "tiny.yaml", "--prove-resume", "--run-dir=same")
-    assert code == 0
-    assert out.startswith("bit-identical on this machine: 6 steps straight, and killed 0 times (")
+    monkeypatch.setitem(prove_resume.prove_resume.__kwdefaults__, "kills", 1)
+    code, out, err = gpt("pretrain", "tiny.yaml", "--prove-resume", "--run-dir=same")
+    assert code == 0, err
+    killed, same = out.splitlines()
+    assert killed == "killed in the middle of a save"
+    tried = "6 steps straight, and killed 1 times while training"
+    assert same.startswith(f"bit-identical on this machine: {tried} (sha256 ")
     give = prove_resume._give_start
 
     def spoil(straight: Path, killed: Path, process: Any) -> None:
         give(straight, killed, process)
-        process.wait()
-        shutil.copytree(straight, killed, dirs_exist_ok=True)
-        (killed / "metrics.jsonl").write_text("")
+        first = killed / "metrics.jsonl"
+        first.write_text(first.read_text().replace('"loss"', '"lost"'))
 
     monkeypatch.setattr("gptcli.prove_resume._give_start", spoil)
     code, out, err = gpt("pretrain", "tiny.yaml", "--prove-resume", "--run-dir=other")
     assert code == 4
     assert "error: not bit-identical on this machine: 6 steps straight" in err
-    assert "error: metrics: 9 and 0 lines" in err
+    assert "error: metrics: the first other line is that of step 0 (" in err
     assert "hint: both runs are in other" in err
     assert (folder / "other" / "straight" / "run.json").exists()
+
+
+def killing_at(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kills come where `moment` waits for them, in forks of this process."""
+    monkeypatch.setattr("gptcli.prove_resume.subprocess", SimpleNamespace(Popen=Process))
+    monkeypatch.setattr("gptcli.prove_resume._moments", lambda *_: [moment])
+
+
+def test_kills_that_meet_nobody(folder: Path, gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a run that was through before any kill counts as one that was killed and came back."""
+
+    def late(run: Path, process: Process) -> str:
+        process.wait()
+        return "behind step 6"
+
+    killing_at(late, monkeypatch)
+    code, out, err = gpt("pretrain", "tiny.yaml", "--prove-resume", "--run-dir=p")
+    assert (code, out) == (2, "")
+    assert "error: nothing is proved: the run of 6 steps was through before a kill met it\n" in err
+    with pytest.raises(ConfigError, match="without a kill there is nothing to prove"):
+        prove_resume.prove_resume(load_config("tiny.yaml").config, kills=0)
+
+
+def test_kills_while_starting_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a kill before anything was trained counts as one that the training survived."""
+
+    def early(run: Path, process: Process) -> str:
+        return prove_resume._STARTING
+
+    killing_at(early, monkeypatch)
+    with pytest.raises(ConfigError, match="nothing is proved"):
+        prove_resume.prove_resume(load_config("tiny.yaml").config, directory=folder / "p")
+
+
+def test_a_process_that_crashes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a process that ends by itself, by an error or a signal of somebody else, is a kill."""
+
+    def crash(run: Path, process: Process) -> str:
+        (folder / "text.txt").unlink()
+        process.wait()
+        return "behind step 3"
+
+    killing_at(crash, monkeypatch)
+    with pytest.raises(GptError) as caught:
+        prove_resume.prove_resume(load_config("tiny.yaml").config, directory=folder / "p")
+    assert caught.value.exit_code == 3
+
+    def other(run: Path, process: Process) -> str:
+        process.send(signal.SIGALRM)
+        process.wait()
+        return "behind step 3"
+
+    (folder / "text.txt").write_text("some day it will be.\n" * 99)
+    killing_at(other, monkeypatch)
+    with pytest.raises(GptError) as caught:
+        prove_resume.prove_resume(load_config("tiny.yaml").config, directory=folder / "q")
+    assert caught.value.exit_code == 142
 
 
 def test_flags_that_do_not_go_with_it(gpt: Gpt) -> None:

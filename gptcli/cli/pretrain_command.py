@@ -110,7 +110,9 @@ def _prove(settings: "Config", overrides: list[str], directory: Path | None) -> 
     proof = prove_resume(
         settings, steps=settings.training.max_steps if asked else None, directory=directory
     )
-    tried = f"{proof.steps} steps straight, and killed {len(proof.kills)} times"
+    tried = f"{proof.steps} steps straight, and killed {proof.training_kills} times while training"
+    if starting := len(proof.kills) - proof.training_kills:
+        tried += f", {starting} times while starting"
     write_out("".join(f"killed {where}\n" for where in proof.kills))
     if not proof.identical:
         raise CheckpointError(

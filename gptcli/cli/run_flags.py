@@ -13,6 +13,7 @@ import typer
 from gptcli import stop
 from gptcli.cli.terminal import columns, write_error, write_out
 from gptcli.errors import ConfigError
+from gptcli.world import from_environment
 
 if TYPE_CHECKING:
     from gptcli.config.load import LoadedConfig
@@ -122,8 +123,6 @@ class RunFlags:
 def launched(arguments: list[str], devices: int | None, nodes: str | None) -> int | None:
     """The exit code of the processes that these flags ask for; None where this process is to do
     the work, alone or as one of them."""
-    from gptcli.world import from_environment
-
     if (devices is None and nodes is None) or from_environment().size > 1:
         return None
     from gptcli.launch import launch, nodes_of
@@ -213,7 +212,8 @@ def end_run(result: "RunResult") -> int:
     if result.status == "stopped":
         number = result.signal
         by = f" by {number.name}" if number else ""
-        write_error(f"stopped{by} at step {result.step}; to continue: {result.resume_command}")
+        if from_environment().leads:
+            write_error(f"stopped{by} at step {result.step}; to continue: {result.resume_command}")
         return stop.EXIT_CODES[number] if number else 0
     summary = f"finished at step {result.step}"
     if result.scores is not None:

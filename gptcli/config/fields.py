@@ -52,7 +52,8 @@ class Wanted:
         if self.sources:
             words.append("a list of sources")
         elif self.items is not None:
-            words.append(f"a list of {_PLURALS[wanted(self.items).describe()]}")
+            item = wanted(self.items).describe().removeprefix("one of: ")
+            words.append(f"a list of {_PLURALS.get(item, item)}")
         if self.values is not None:
             words.append("a mapping")
         if self.choices:

@@ -244,7 +244,13 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> Ids:
         text.encode()  # for lone surrogates the library has another error than UnicodeEncodeError
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        try:
+            ids = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more special
+            raise DataError(
+                f"{TOKENIZER_JSON} cannot encode a text that begins with {text[:40]!r}: {error}"
+            ) from error
+        return np.array(ids, dtype=np.uint32)
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one token; U+FFFD for the unknown one, none for special and unused ids."""

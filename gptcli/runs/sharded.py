@@ -70,7 +70,7 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> str:
     if not tensors:  # no optimizer has a state before its first step
         return save_tensors({}, folder / name) if world.current().leads else ""
     # Consolidation loses the numbers of tensors without dimensions.
-    tensors = {n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
+    tensors = {n: t.reshape(1) if t.ndim == 0 else t for n, t in sorted(tensors.items())}
     place = folder / f"shares-{name}"
     writer: Any = HuggingFaceStorageWriter(
         path=str(place),

@@ -80,7 +80,7 @@ class Exchange:
         sent = own.new_zeros(max(counts))
         sent[: own.numel()] = own
         received = own.new_empty(self.here.size * max(counts))
-        dist.all_gather_into_tensor(received, sent)
+        dist.all_gather(list(torch.split(received, max(counts))), sent)
         found, places = {}, [rank * max(counts) for rank in range(self.here.size)]
         for name in order:
             begin = places[owners[name]]

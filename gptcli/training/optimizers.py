@@ -13,6 +13,7 @@ from gptcli.training.exchange import Exchange
 from gptcli.training.parallel import like, local
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_SCALAR = torch.zeros(())
 _FUSED = ("cpu", "cuda")  # kinds of device where AdamW is one kernel, which has `step` there too
 
 
@@ -115,7 +116,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that `state_dict` gave out of `state`, without a copy where possible.
 
-        CheckpointError when a name or shape differs.
+        CheckpointError when a name, shape or dtype differs.
         """
         if self._muon is not None:
             self._muon.load_state_dict(state)
@@ -139,10 +140,20 @@ class Optimizer:
         for key, value in found.items():
             if value is not None and key == "step" and value.numel() == 1:
                 value = value.reshape(())
-            if value is None or value.shape != (torch.Size() if key == "step" else parameter.shape):
-                raise CheckpointError(f"optimizer state {name}.{key} is missing or misshapen")
+            if value is None:
+                raise CheckpointError(f"optimizer state {name}.{key} is missing")
+            _check_like(f"{name}.{key}", value, _SCALAR if key == "step" else parameter)
             entry[key] = value.to(parameter.device) if self._fused or key != "step" else value
         return entry
+
+
+def _check_like(name: str, value: Tensor, like: Tensor) -> None:
+    """CheckpointError unless the optimizer's `value` has the shape and dtype of `like`."""
+    if value.shape != like.shape:
+        raise CheckpointError(f"optimizer state {name} has another shape")
+    if value.dtype != like.dtype:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(f"optimizer state {name} holds {kind}, not float32")
 
 
 def part_heights(model: GPT, names: Iterable[str]) -> dict[str, list[int]]:
@@ -241,6 +252,7 @@ class Muon:
             value = state.pop(f"{name}.momentum", None)
             if value is None or value.shape != buffer.shape:
                 raise CheckpointError(f"optimizer state {name}.momentum is missing or misshapen")
+            _check_like(f"{name}.momentum", value, buffer)
             self._buffers[name] = value.to(buffer)
 
 

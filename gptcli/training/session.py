@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -366,7 +367,8 @@ class Session:
         if here.leads or self.parallel.sharded:
             try:
                 task = self.score_task() if self.score_task is not None else None
-                texts = self._sample()
+                with stop.postponed() if self.parallel.sharded else nullcontext():
+                    texts = self._sample()
             except stop.Stopped:
                 if here.size == 1:
                     raise
@@ -402,8 +404,7 @@ class Session:
             for made in generate_samples(
                 self.model, self.tokenizer, ids, wanted.n, sampling, prompt=prompt
             ):
-                if not self.parallel.sharded:  # else all would have to stop at the same token
-                    stop.raise_if_requested()
+                stop.raise_if_requested()
                 row = {"step": self.state.step, "tokens": self.state.tokens, "prompt": prompt}
                 rows.append({**row, "text": made.text, "sample": made.sample})
         return rows

@@ -277,6 +277,11 @@ def test_a_misnamed_key_counts_as_the_one_that_was_meant(tmp_path: Path) -> None
             "1:18: generate.stop: expected a list of texts, got the text 'END'; write ['END']",
         ),
         (
+            "finetune: {scores: false}",
+            "1:20: finetune.scores: expected a list of exact_match, token_f1, bleu, chrf, rouge,"
+            " code_runs, got false",
+        ),
+        (
             "optimizer: {betas: [0.9]}",
             "1:20: optimizer.betas: needs at least this many entries: 2, got 1",
         ),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
 
 from gptcli.config.data_schema import TokenizerConfig
@@ -587,6 +587,15 @@ def test_what_it_was_made_of_is_known(both: Any, tmp_path: Path):
         assert content is None
     else:
         assert load_tokenizer_json(tmp_path / "x.json", content=content).original_json == content
+
+
+def test_a_text_that_the_library_cannot_encode(tmp_path: Path):
+    """Bug: a character that a vocabulary without an unknown token lacks ends in a traceback."""
+    library = Library(Unigram([("a", -1.0), ("</s>", 0.0)], None, False))
+    ours = load_tokenizer_json(write(tmp_path, library))
+    assert ours.encode("aa") == [0, 0]
+    with pytest.raises(DataError, match=r"cannot encode a text that begins with 'ab': .*unk_id"):
+        ours.encode("ab")
 
 
 def test_a_damaged_saved_one_is_noticed(tmp_path: Path):

@@ -1,9 +1,15 @@
 """A folder to fuzz in, and the counts at the end."""
 
+import os
 from pathlib import Path
 
 import pytest
-from guard import COUNTS
+from guard import COUNTS, STDERR, Gpt
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tracebacks of what hangs go to the stderr that nothing captures yet."""
+    os.dup2(2, STDERR)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +25,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / "text.txt").write_text("".join(f"day {i} was as day {i * i}.\n" for i in range(99)))
         (path / "tiny.yaml").write_text(TINY)
         yield path
+
+
+@pytest.fixture
+def gpt(capsysbinary: pytest.CaptureFixture[bytes]) -> Gpt:
+    """Run `gpt` in this process: exit code, stdout, stderr, whatever bytes these get."""
+    from gptcli.cli.main import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsysbinary.readouterr()
+        code = main(list(arguments))
+        out, err = capsysbinary.readouterr()
+        return code, out.decode(errors="replace"), err.decode(errors="replace")
+
+    return run
 
 
 TINY = """\
@@ -39,4 +59,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"fuzz {target}: {count.cases:,} cases, the slowest {count.slowest:.2f} s,"
             f" memory grew by {count.growth / 2**20:.0f} MB"
+            + "".join(f", {n:,} {what}" for what, n in sorted(count.outcomes.items()))
         )

@@ -4,13 +4,15 @@ Counts are printed at the end of the session (see conftest.py); GPT_FUZZ_CASES s
 each target gets, chosen at random then; without it a few, the same ones every time.
 """
 
+import faulthandler
 import os
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,7 @@ Gpt = Callable[..., tuple[int, str, str]]
 CASES = int(os.environ.get("GPT_FUZZ_CASES", "0"))
 _FEW = 40
 _MOST_SECONDS = 20  # a case that takes longer hangs
+_IN_C_SECONDS = 60  # where no signal handler is run: the process ends, with its traceback
 _MOST_BYTES = 2 * 2**30  # of address space that a case may ask for, on top of what there was
 _MOST_GROWTH_BYTES = 400 * 2**20  # of the largest memory in use, by one case
 
@@ -37,8 +40,10 @@ class Count:
     cases: int = 0
     slowest: float = 0.0
     growth: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
 
 
+STDERR = os.dup(2)  # as it is outside of pytest's capture: see conftest.py
 COUNTS: dict[str, Count] = {}
 
 
@@ -64,10 +69,12 @@ def case(target: str) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + _MOST_BYTES, limits[1]))
     handler = signal.signal(signal.SIGALRM, _hangs)
     signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+    faulthandler.dump_traceback_later(_IN_C_SECONDS, exit=True, file=STDERR)
     began = time.perf_counter()
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -76,6 +83,11 @@ def case(target: str) -> Iterator[None]:
     grown = _largest_bytes() - before
     count.growth += grown
     assert grown < _MOST_GROWTH_BYTES, f"{target}: a case took {grown:,} bytes"
+
+
+def came_to(target: str, outcome: str) -> None:
+    """Count what became of a case, where that is not the same for all."""
+    COUNTS[target].outcomes[outcome] += 1
 
 
 def well(gpt: Gpt, arguments: list[str], codes: set[int]) -> tuple[int, str, str]:

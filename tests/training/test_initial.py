@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from gptcli.config import recipe
 from gptcli.config.load import dump_config, load_config
@@ -25,6 +26,7 @@ from gptcli.pretrain import describe, pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel, load_model
+from gptcli.runs.manifest import write_manifest
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training.build import RunResult, run_session
 from gptcli.training.initial import starting_model, starting_point, with_shape
@@ -398,3 +400,22 @@ def test_finetuning_in_short_rows(tmp_path: Path, publish: Publish) -> None:
     assert finetune(config, run_dir=tmp_path / "run").status == "finished"
     loaded = load_model(str(tmp_path / "run"), torch.device("cpu"))
     assert loaded.config.model.block_size == loaded.model.config.block_size == 16
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16, torch.float64])
+def test_a_resume_of_weights_of_another_kind(
+    tmp_path: Path, publish: Publish, book: Path, kind: torch.dtype
+) -> None:
+    """Bug: a run goes on in another precision than it was begun in, or ends in a traceback."""
+    config = run_config(book, publish(), schedule__kind="constant")
+    directory = pretrain(config, run_dir=tmp_path / "run").run_dir
+    saved = checkpoint.list_checkpoints(directory)[-1]
+    tensors = load_file(saved / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].to(kind)
+    save_file(tensors, saved / "model.safetensors")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").unlink()
+    write_manifest(saved, manifest["step"], manifest["tied"], manifest["tokenizer"])
+    longer = config.training.model_copy(update={"max_steps": 100})
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds \w+\d+, but a run trains float"):
+        pretrain(config.model_copy(update={"training": longer}), run_dir=directory, resume="resume")

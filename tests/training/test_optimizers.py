@@ -1,5 +1,6 @@
 """Muon and AdamW: which parameter is updated how, and state that comes back by name."""
 
+import re
 from typing import Any
 
 import pytest
@@ -202,6 +203,14 @@ def test_state_that_does_not_fit() -> None:
         (
             {**good, "blocks.0.mlp.up.weight.momentum": torch.zeros(2, 2)},
             r"blocks\.0\.mlp\.up\.weight\.momentum is missing or misshapen",
+        ),
+        *(
+            ({**good, name: good[name].to(torch.int64)}, f"{re.escape(name)} holds int64, not")
+            for name in ("blocks.0.mlp.up.weight.momentum", "wte.weight.exp_avg", "wte.weight.step")
+        ),
+        (
+            {k: v for k, v in good.items() if not k.startswith("wte.weight.")},
+            r"wte\.weight\.exp_avg is missing",
         ),
     ]
     for state, problem in bad:
