@@ -163,6 +163,10 @@ def test_lost_evaluations(run: Path) -> None:
         assert bad(run)["metrics.jsonl"] == f"evaluations are missing: steps {step}"
         (run / "metrics.jsonl").write_text(whole)
     assert bad(run) == {}
+    history = read_run_json(run)["history"]  # as of a run with max_time, which leaves some out
+    update_run_json(run, history=[{**history[0], "eval_every": None}, *history[1:]])
+    edited_lines(run / "metrics.jsonl", lambda r: (r["event"], r["step"]) != ("eval", 0))
+    assert bad(run)["metrics.jsonl"] == "evaluations are missing: steps 0"
 
 
 def test_lost_texts(run: Path) -> None:

@@ -204,9 +204,8 @@ def _read(
     if data.val is not None:
         val_scans, _ = _scan(data.val, val_files, fields, eot, problems)
         if not any(scan.documents is None or scan.documents for scan in val_scans):
-            names = ", ".join(source.path for source in data.val)
-            hint = "to hold out training data instead: --set data.val=null"
-            raise DataError(f"the validation data has 0 documents: {names}", hint)
+            told = f"the validation data has 0 documents: {', '.join(s.path for s in data.val)}"
+            raise DataError(told, "to hold out training data instead: --set data.val=null")
         split = WHOLE
     elif counted < FEW_DOCUMENTS and fields is None and not endless:
         split = Split("tail", fraction=data.val_fraction)
@@ -371,8 +370,8 @@ def _key(data: DataConfig, scans: list[FileScan], split: Split) -> str:
 
 def _emptiness(data: DataConfig, problems: Problems, reports: list[CleaningReport]) -> str:
     names = ", ".join(source.path for source in data.train)
-    left = (problems.null_rows, problems.blank_rows, problems.skipped_rows)
-    left_out = sum(sum(counts.values()) for counts in left)
+    rows = (counts for name, counts in vars(problems).items() if name.endswith("_rows"))
+    left_out = sum(sum(counts.values()) for counts in rows)
     unused = f" ({left_out} rows were left out)" if left_out else ""
     filtered = sum(c.documents for report in reports for c in report.filters.values())
     if filtered:

@@ -49,9 +49,11 @@ def load(
     path: Path | None, files: list[SourceFile], val_files: list[SourceFile]
 ) -> Contents | None:
     """What `save` kept; None when there is nothing, or it is damaged."""
-    if path is None or not path.is_file():
+    if path is None:
         return None
     try:
+        if not path.is_file():
+            return None
         os.utime(path)  # when it was last used
         saved = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
         problems = Problems(**saved["problems"])

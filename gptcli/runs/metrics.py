@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gptcli.errors import ResourceError
-from gptcli.runs.regular import open_regular, open_to_append
+from gptcli.runs.regular import open_regular, open_to_append, unusable
 from gptcli.runs.run_dir import json_bytes, write_atomic
 
 log = logging.getLogger("gptcli")
@@ -180,7 +179,7 @@ def _lines(path: Path) -> list[bytes]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ResourceError(f"cannot read {path}: {error.strerror}") from error
+        raise unusable("read", path, error) from error
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """Files of a run are regular files: whatever else has one of their names is not waited for."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,9 +10,10 @@ from gptcli.errors import ResourceError
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read. OSError also for a pipe, socket, device or directory: to open or read
-    one could take for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Open a file to read. OSError also for a pipe, socket, device or directory, which to open or
+    read could take for ever, and for a link, which in a run of somebody else's can lead anywhere.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         _check(descriptor)
     except OSError:
@@ -23,8 +25,7 @@ def open_regular(path: Path) -> BinaryIO:
 def open_to_append(path: Path) -> int:
     """A descriptor that appends to a file, which is made where there is none.
 
-    ResourceError where it cannot be written, is a link (in a run that somebody else made it can
-    lead anywhere) or no regular file.
+    ResourceError where it cannot be written, is a link or no regular file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = -1
@@ -34,12 +35,17 @@ def open_to_append(path: Path) -> int:
     except OSError as error:
         if descriptor >= 0:
             os.close(descriptor)
-        kind = "a symbolic link" if path.is_symlink() else error.strerror
-        raise ResourceError(
-            f"cannot write {path}: {kind}",
-            hint=f"move it away, or give it back to who runs this: ls -l {path.parent}",
-        ) from error
+        raise unusable("write", path, error) from error
     return descriptor
+
+
+def unusable(do: str, path: Path, error: OSError) -> ResourceError:
+    """What to say where one cannot `do` (read, write) a file of a run."""
+    reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+    return ResourceError(
+        f"cannot {do} {path}: {reason}",
+        hint=f"move it away, or give it to who runs this: ls -l {path.parent}",
+    )
 
 
 def _check(descriptor: int) -> None:

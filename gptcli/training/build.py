@@ -146,8 +146,8 @@ def _strategy(
     config: Config, start: Start, device: Device, vocab_size: int, initial: LoadedModel | None
 ) -> Strategy:
     """How several processes share the run; ResourceError where its model cannot fit at all."""
-    saved = start.contents.state["choices"] if start.contents is not None else {}
-    strategy = choose_strategy(config, device, vocab_size, start.job, saved.get("strategy"))
+    before = start.contents.state["choices"]["strategy"] if start.contents is not None else None
+    strategy = choose_strategy(config, device, vocab_size, start.job, before)
     check_strategy(config, start.job, strategy)
     if strategy != "fsdp":
         check_memory(config, device, vocab_size, _held_bytes(start, initial))

@@ -253,7 +253,11 @@ def test_k18_a_part_of_the_text_that_is_none(gpt: Gpt) -> None:
         ("last", ["text.txt", -1, 0]),
         ("head", {"tokens": [1, 2], "runs": [[1, 0, 1]]}),
         ("seen", []),
+        ("mixture", {"streams": 2 * run.state["train"]["position"]["mixture"]["streams"]}),
     ):
+        if key == "mixture":
+            value["tokens"] = [1, 1]
         run.edit(f"train.position.{key}", value)
-        assert key in run.refuses_place()
+        told = run.refuses_place()
+        assert key in told or "2 streams, not 1" in told
     run.goes_on()
