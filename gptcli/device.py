@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from gptcli.errors import ResourceError
+from gptcli.world import from_environment
 
 MUST_WIN_BY = 1.2  # an alternative must be this much faster, so that two fresh runs choose alike
 _OUT_OF_MEMORY = re.compile(
@@ -57,7 +58,7 @@ def resolve_device(name: str) -> Device:
     if kind == "auto":
         kind = "cuda" if cuda else "mps" if mps else "cpu"
     here = ["cpu"] + [f"cuda:{i}" for i in range(cuda)] + (["mps"] if mps else [])
-    number = int(index or 0)
+    number = int(index or (from_environment().local_rank if kind == "cuda" else 0))
     if f"{kind}:{number}" not in here and kind not in here:
         raise ResourceError(f"device {name} is not available here (there are: {', '.join(here)})")
     if kind == "cuda":

@@ -44,3 +44,15 @@ class ResourceError(GptError):
     """Memory, disk, device or lock not available."""
 
     exit_code = 6
+
+
+class LostRankError(ResourceError):
+    """The process that would tell of an error is gone, so that any other has to."""
+
+
+class PeerError(GptError):
+    """Another process of the same job ended with an error, and told of it itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gptcli import world
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config, EvalConfig
 from gptcli.data.corpus import open_corpus, read_documents
@@ -64,9 +65,23 @@ def evaluate(
     in fp32. The report goes to `run_dir`, else below the model's run. Raises GptError,
     `stop.Stopped`.
     """
-    check_report_directory(run_dir)
-    settings = config.eval
     device = resolve_device(config.training.device)
+    with world.joined(device.kind, config.distributed.timeout_seconds) as here:
+        if here.leads:
+            check_report_directory(run_dir)
+        return _evaluate(config, model, data, run_dir if here.leads else None, command, device)
+
+
+def _evaluate(
+    config: Config,
+    model: str | None,
+    data: list[str] | None,
+    run_dir: Path | None,
+    command: str,
+    device: Device,
+) -> EvaluateResult:
+    """As `evaluate`. Of several processes each scores its part, and rank 0 writes the report."""
+    settings = config.eval
     loaded = load_model(model if model is not None else settings.model, device.torch)
     block_size = loaded.model.config.block_size
     if settings.stride is not None and settings.stride > block_size:
@@ -79,7 +94,8 @@ def evaluate(
             hint="leave out --quantize, or name the model that they were made from",
         )
     sources = sources_of(data, config)
-    encoded, name = _documents(loaded, sources, settings.max_tokens)
+    with world.first():  # what it reads of a corpus, the others find in the cache
+        encoded, name = _documents(loaded, sources, settings.max_tokens)
     precision = eval_precision(config, loaded, device)
     log.info(f"scoring {loaded.path} on {name}: {len(encoded)} documents")
     scores, found = _scored(loaded.model, encoded, device, settings, precision)
@@ -94,7 +110,7 @@ def evaluate(
     report["data"] = {"eval": {"source": name, **sizes}}
     report["scores"] = asdict(scores)
     directory = eval_directory(loaded, run_dir, name, settings, source_keys(sources))
-    if directory is not None:
+    if directory is not None and world.current().leads:
         write_eval_report(directory, report)
     return EvaluateResult(report, directory, scores)
 

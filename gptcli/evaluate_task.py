@@ -63,13 +63,7 @@ def evaluate_task(
     config = _task_config(config, loaded, shots)
     settings = config.finetune
     check_scores(settings, allow_code)
-    if sources:
-        name = ", ".join(source.path for source in sources)
-        held_out = _named_rows(config, loaded, sources, name)
-        labels = settings.labels or []
-    else:
-        held_out, labels = _held_out(config, loaded, own)
-        name = "held out"
+    name, held_out, labels = _rows_to_score(config, loaded, sources, own)
     rows = scored_rows(held_out, settings.score_rows)
     examples = _examples(settings, rows)
     _check_head(settings, loaded, labels)
@@ -150,6 +144,17 @@ def _examples(settings: FinetuneConfig, rows: HeldOut) -> dict[str, Any]:
             f" because no more fit the block or are there; {mean:.1f} on average"
         )
     return {"shots": settings.shots, "mean_shots": mean, "rows_with_fewer_shots": fewer}
+
+
+def _rows_to_score(
+    config: Config, loaded: LoadedModel, sources: list[SourceConfig] | None, own: bool
+) -> tuple[str, Held, list[str]]:
+    """What the rows are called, the rows, and the task's labels: all of `sources`, else those that
+    the config's task holds out."""
+    if not sources:
+        return "held out", *_held_out(config, loaded, own)
+    name = ", ".join(source.path for source in sources)
+    return name, _named_rows(config, loaded, sources, name), config.finetune.labels or []
 
 
 def _named_rows(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gptcli import stop
+from gptcli import stop, world
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
@@ -42,6 +42,7 @@ from gptcli.training.build import (
     nothing_to_do,
     run_session,
 )
+from gptcli.training.facts import TaskScore
 from gptcli.training.features import frozen_features
 from gptcli.training.initial import (
     load_trained,
@@ -57,9 +58,10 @@ from gptcli.training.objective import (
     preference_loss,
 )
 from gptcli.training.reference import reference_log_probabilities
-from gptcli.training.saved import fitting
-from gptcli.training.session import Session, TaskScore
+from gptcli.training.saved import fitting, standing_at
+from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
+from gptcli.training.together import check_same
 
 log = logging.getLogger("gptcli")
 
@@ -92,15 +94,18 @@ def finetune(
     _check_data(config)
     check_scores(config.finetune, allow_code)
     device = resolve_device(config.training.device)
-    with starting(
-        "finetune",
-        config,
-        run_dir=run_dir,
-        resume=resume,
-        overwrite=overwrite,
-        command=command,
-        began=began,
-    ) as start:
+    with (
+        world.joined(device.kind, config.distributed.timeout_seconds) as here,
+        starting(
+            "finetune",
+            config,
+            run_dir=run_dir,
+            resume=resume,
+            overwrite=overwrite,
+            command=command,
+            began=began,
+        ) as start,
+    ):
         if start.done:
             return nothing_to_do(start)
         run = _begin(config, start, device, allow_data_change, allow_code)
@@ -110,11 +115,13 @@ def finetune(
             # "after" takes about as long, for which max_time keeps time back.
             run.session.state.finish_seconds = time.monotonic() - scoring
         task, position = run.task, run.session.state.position
-        with fitting(start.contents):
+        with fitting(start.contents, start.source):
             rows = task.rows(config.seed, config.data.shuffle_window, position)
+            standing_at(rows, start.contents, task.corpus.fingerprint)
         start.take_over()
         result = run_session(run.session, rows, run.finish)
-        write_report(start.directory)
+        if here.leads:
+            write_report(start.directory)
         return replace(result, tasks=read_run_json(start.directory).get("tasks", {}))
 
 
@@ -164,11 +171,13 @@ class _Run:
         """Take all scores as those of `when` (before, after) into run.json."""
         session, directory = self.session, self.session.directory
         log.info(f"scoring {len(self.rows)} held-out rows {when} finetuning")
-        found = self.task_scores()
+        leads = session.parallel.here.leads
+        found = self.task_scores() if leads else None
         stop.raise_if_requested()
+        world.meet()
         response = session.score_validation()
         session.scores = response  # run.json has those of the model that is left behind
-        entries = found.entries(when)
+        entries = found.entries(when) if found is not None else {}
         entries["response_perplexity"] = {when: response.perplexity, "rows": response.documents}
         if self.reference_text:
             text = perplexity(
@@ -178,6 +187,8 @@ class _Run:
                 precision=session.choices.precision,
             )
             entries["reference_perplexity"] = {when: text.perplexity, "rows": text.documents}
+        if found is None:  # rank 0 writes
+            return
         tasks = read_run_json(directory).get("tasks", {})
         merged = {name: {**tasks.get(name, {}), **entry} for name, entry in entries.items()}
         write_predictions(directory / f"predictions-{when}.jsonl", found.predictions)
@@ -189,7 +200,7 @@ class _Run:
         """Score what the run leaves behind: its best checkpoint, which is not there where its step
         was not saved. Nothing is left for run.json."""
         directory = self.session.directory
-        best = checkpoint.read_best(directory)
+        best = world.told(checkpoint.read_best(directory))
         if best is not None and best[0] != self.session.state.step:
             path = checkpoint.checkpoint_dir(directory, best[0])
             try:
@@ -215,7 +226,9 @@ def _begin(
     required_eot(tokenizer, config.init or "")
     saved = start.saved_fingerprint
     fields, most = row_fields(config.finetune), config.eval.max_tokens
-    corpus = open_corpus(config.data, fields, known=saved, val_tokens=most)
+    with world.first():  # what it reads of the rows, the others find in the cache
+        corpus = open_corpus(config.data, fields, known=saved, val_tokens=most)
+    check_same(start.directory, config, corpus, tokenizer)
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
     task = _task(config, tokenizer, corpus, start)
     if task.labels:
@@ -273,8 +286,21 @@ def _objective(
 ) -> LossOf:
     """What a step of the task minimises. Of preferences `reference` is filled, by `model` as it is
     before the training or from what the run kept."""
+    with world.first():  # it keeps what the frozen model makes of the rows, the others read it
+        return _objective_of_task(config, task, start, device, reference, model, precision)
+
+
+def _objective_of_task(
+    config: Config,
+    task: TaskData,
+    start: Start,
+    device: Device,
+    reference: dict[int, tuple[float, float]],
+    model: GPT,
+    precision: str,
+) -> LossOf:
     settings = config.finetune
-    resumed = start.contents is not None
+    resumed = start.contents is not None or not world.current().leads
     if settings.has_head:
         features_of = None
         if settings.method == "head":

@@ -288,6 +288,7 @@ def _report(
             "invalid_utf8": problems.invalid_utf8,
             "skipped_rows": problems.skipped_rows,
             "null_rows": problems.null_rows,
+            "blank_rows": problems.blank_rows,
         },
     }
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from gptcli.runs.load import load_model
 from gptcli.runs.manifest import CONFIG, MODEL
 from gptcli.runs.resolve import locate
 from gptcli.runs.run_dir import runs_root
+from gptcli.runs.space import free_bytes
 from gptcli.runs.tensors import stored_shapes
 from gptcli.training.choices import choose
 from gptcli.training.duration import Duration, Paces, computed_paces, duration, probed_paces
@@ -122,17 +122,13 @@ def plan(
     allow_tf32(device)
     config, vocabulary, tokenizer = _start(config, vocab_size)
     empty = _empty(config.model, vocabulary)
-    memory, free = _memory_bytes(device), _free_bytes(run_dir or runs_root())
+    memory, free = _memory_bytes(device), free_bytes((run_dir or runs_root()).absolute())
     text = _text(config, tokenizer)
     chosen = choose(config, device, vocabulary)
     case = Case(config, vocabulary, device, chosen, text.memory_bytes)
+    problems, advice = misfits(case, case.need(), memory)
+    case, paces = _paced(case, memory, text, began, probe_seconds)
     needed = case.need()
-    problems, advice = misfits(case, needed, memory)
-    if not problems and _can_be_probed(case, needed, memory):
-        case, paces = _probed(case, text, began, probe_seconds)
-        needed = case.need()
-    else:
-        paces = _computed(case, text, began)
     saved = _saved_bytes(config, needed)
     kept = _kept_checkpoints(config) * saved
     _check_disk(kept + saved, free, problems, advice)  # a new one comes before an old one goes
@@ -306,11 +302,22 @@ def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> li
     return notes
 
 
-def _can_be_probed(case: Case, needed: Footprint, memory: int | None) -> bool:
+def _paced(
+    case: Case, memory: int | None, text: _Text, began: float, seconds: float
+) -> tuple[Case, Paces]:
+    """The case as the run will choose it, and how long its parts take: probed where a step fits
+    beside a copy of the model, else computed."""
+    if _can_be_probed(case, memory):
+        return _probed(case, text, began, seconds)
+    return case, _computed(case, text, began)
+
+
+def _can_be_probed(case: Case, memory: int | None) -> bool:
     """Whether a micro batch is short enough to be run a few times, with a copy of the model. What
     trains a head alone reads each row once in all, which a few steps do not show."""
     if case.config.finetune.method == "head":
         return False
+    needed = case.need()
     if memory is not None and memory < needed.total_bytes + needed.weights_bytes:
         return False
     tokens = case.choices.micro_batch_size * case.config.model.block_size
@@ -388,10 +395,3 @@ def _resident_bytes() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_bytes(path: Path) -> int | None:
-    """Free disk where `path` is or will be; None for file systems that do not tell."""
-    path = path.absolute()
-    existing = next((p for p in (path, *path.parents) if p.exists()), None)
-    return None if existing is None else shutil.disk_usage(existing).free

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gptcli import world
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
@@ -40,9 +41,10 @@ from gptcli.training.initial import (
     starting_tokenizer,
     with_shape,
 )
-from gptcli.training.saved import fitting
+from gptcli.training.saved import fitting, standing_at
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting
+from gptcli.training.together import check_same, common_tokenizer, leave_tokenizer
 from gptcli.training.validation import Validation
 
 log = logging.getLogger("gptcli")
@@ -68,21 +70,25 @@ def pretrain(
     began = time.monotonic() if began is None else began
     check_limits(config)
     device = resolve_device(config.training.device)
-    with starting(
-        "pretrain",
-        config,
-        run_dir=run_dir,
-        resume=resume,
-        overwrite=overwrite,
-        command=command,
-        began=began,
-    ) as start:
+    with (
+        world.joined(device.kind, config.distributed.timeout_seconds) as here,
+        starting(
+            "pretrain",
+            config,
+            run_dir=run_dir,
+            resume=resume,
+            overwrite=overwrite,
+            command=command,
+            began=began,
+        ) as start,
+    ):
         if start.done:
             return nothing_to_do(start)
         session, rows = _begin(config, start, device, allow_data_change)
         start.take_over()
         result = run_session(session, rows, partial(_found, session))
-        write_report(start.directory)
+        if here.leads:
+            write_report(start.directory)
         return result
 
 
@@ -92,18 +98,28 @@ def _begin(
     """The run in memory and its rows. The model that `init` names does not outlive this call."""
     config, initial = starting_point(config, start)
     saved = start.saved_fingerprint
-    corpus, tokenizer = read_corpus(config, starting_tokenizer(start, initial), known=saved)
+    tokenizer = starting_tokenizer(start, initial)
+    with world.first():
+        if tokenizer is None:
+            tokenizer = common_tokenizer(start.directory)
+        corpus, tokenizer = read_corpus(config, tokenizer, known=saved)
+        if start.contents is None:
+            leave_tokenizer(start.directory, tokenizer)
+    check_same(start.directory, config, corpus, tokenizer)
     check_fingerprint(saved, corpus.fingerprint, allow_data_change)
     validation = encode_documents(corpus.val_documents, tokenizer, config.eval.max_tokens)
     session = build_session(config, start, device, tokenizer, corpus, validation, initial)
-    with fitting(start.contents):
-        return session, training_rows(config, corpus, tokenizer, session.state.position)
+    with fitting(start.contents, start.source):
+        rows = training_rows(config, corpus, tokenizer, session.state.position)
+        return session, standing_at(rows, start.contents, corpus.fingerprint)
 
 
 def _found(session: Session) -> dict[str, Any]:
     """What the report shows of the trained model beside its scores: what of the validation part
     surprised it, and where it looks in a text that it wrote at the end."""
     facts, validation = dict[str, Any](), session.score_validation
+    if session.parallel.sharded or not session.parallel.here.leads:
+        return facts
     # A resumed run whose last evaluation was another process's has no scores of single tokens.
     if isinstance(validation, Validation) and validation.found is not None:
         facts |= details(validation.documents, validation.found, session.tokenizer)
@@ -166,13 +182,18 @@ def check_long_enough(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> 
         if tokens <= block_size:
             raise DataError(
                 f"the training text has {tokens} tokens, less than one block of {block_size} + 1",
-                hint=f"add text, or set model.block_size below {tokens}",
+                hint=f"add text, or --set model.block_size={_fitting_block(tokens)}",
             )
     if not corpus.val_documents:
         raise DataError(
             "the validation part is empty",
             hint="add text, or set data.val_fraction or data.val",
         )
+
+
+def _fitting_block(tokens: int) -> int:
+    """The largest power of two below `tokens`: it divides most tokens_per_step."""
+    return int(2 ** ((max(tokens, 2) - 1).bit_length() - 1))
 
 
 def _token_count(record: dict[str, Any], tokenizer: Tokenizer) -> int:

@@ -3,6 +3,8 @@
 import os
 import select
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 _POLL_SECONDS = 0.2
@@ -10,6 +12,7 @@ _CHUNK_BYTES = 2**20
 
 _requested: signal.Signals | None = None
 _save_now = False
+_postponed = False
 
 
 class Stopped(Exception):  # noqa: N818  a request of the user, not an error
@@ -28,7 +31,18 @@ def request(signum: int) -> None:
 
 def requested() -> signal.Signals | None:
     """The signal that asked to stop, or None."""
-    return _requested
+    return None if _postponed else _requested
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Inside, no request is heard: where several processes work in step, one cannot stop alone."""
+    global _postponed
+    _postponed = True
+    try:
+        yield
+    finally:
+        _postponed = False
 
 
 def request_save() -> None:
@@ -46,7 +60,7 @@ def take_save_request() -> bool:
 
 def raise_if_requested() -> None:
     """Raise `Stopped` when a stop was asked for."""
-    if _requested is not None:
+    if requested() is not None:
         raise Stopped
 
 

@@ -27,6 +27,7 @@ FLOORS = [
         "import_model",
         "plan",
         "prove_resume",
+        "verify",
         "compare",
         "inspect_data",
         "train_tokenizer",
@@ -34,6 +35,7 @@ FLOORS = [
         "chat",
         "serve",
         "text_recipe",
+        "launch",
     },
     {"training"},
     {"reports"},
@@ -44,7 +46,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"config"},
-    {"stop", "errors", "device"},
+    {"stop", "errors", "device", "world"},
     {"__init__", "shipped"},
 ]
 MODULES = {

@@ -110,7 +110,9 @@ def test_init(tmp_path) -> None:
 def test_disk(monkeypatch, tmp_path) -> None:
     """Bug: a run whose checkpoints do not fit on the disk is said to fit, or another's is asked."""
     full = tmp_path / "full"
-    monkeypatch.setattr("gptcli.plan._free_bytes", lambda path: 1000 if path == full else 10**12)
+    monkeypatch.setattr(
+        "gptcli.plan.free_bytes", lambda path: 1000 if path == full.absolute() else 10**12
+    )
     assert plan(config()).problems == []
     found = plan(config(), run_dir=full)
     assert "of disk" in found.problems[0]

@@ -175,7 +175,7 @@ def test_text_shorter_than_a_block(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="has 11 tokens, less than one block of 16") as caught:
             call()
         assert caught.value.hint is not None
-        assert "set model.block_size below 11" in caught.value.hint
+        assert "--set model.block_size=8" in caught.value.hint
     assert read_run_json(tmp_path / "run")["status"] == "failed"
 
 

@@ -9,9 +9,16 @@ import typer
 
 from gptcli.cli.eval_tables import tables
 from gptcli.cli.invocation import invocation
-from gptcli.cli.run_flags import AllowCodeOption, ModelOption
+from gptcli.cli.run_flags import (
+    AllowCodeOption,
+    DevicesOption,
+    ModelOption,
+    NodesOption,
+    launched,
+)
 from gptcli.cli.terminal import write_out
 from gptcli.errors import ConfigError
+from gptcli.world import from_environment
 
 if TYPE_CHECKING:
     from gptcli.config.schema import Config, EvalConfig
@@ -126,6 +133,8 @@ def evaluate(
     pairs: PairsOption = None,
     run_dir: EvalDirOption = None,
     as_json: JsonOption = False,
+    devices: DevicesOption = None,
+    nodes: NodesOption = None,
 ) -> int:
     """Score a model: loss, perplexity, bits per byte, accuracy; with --task what it answers, with
     --lm-eval tasks of the lm-evaluation-harness, with --memorization what it knows by heart, with
@@ -155,6 +164,11 @@ def evaluate(
     of_section = {"model": model, "stride": stride, "max_tokens": max_tokens, "quantize": quantize}
     settings = settings.model_copy(update={"eval": with_flags(settings.eval, of_section)})
     call = invocation(context)
+    if way != "text":
+        _check_alone(way, devices, nodes)
+    code = launched(call.arguments, devices, nodes)
+    if code is not None:
+        return code
     given = {name: flags[name] for name in _FLAGS_OF[way]}
     given |= {"model": model, "run_dir": run_dir, "command": call.command}
     with call.display.live():
@@ -185,6 +199,15 @@ def _way(chosen: dict[str, Any], flags: dict[str, Any]) -> tuple[str, Any]:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is not for {way}, but for {' and '.join(takers)}")
     return way, chosen.get(way)
+
+
+def _check_alone(way: str, devices: int | None, nodes: str | None) -> None:
+    """ConfigError where several processes are to score in a way that only one can."""
+    if devices is not None or nodes is not None or from_environment().size > 1:
+        raise ConfigError(
+            f"{way} is scored by one process; --devices and torchrun are for perplexity",
+            hint="leave them out",
+        )
 
 
 def _check_section(way: str, section: "EvalConfig") -> None:

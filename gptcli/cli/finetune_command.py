@@ -10,14 +10,17 @@ from gptcli.cli.run_flags import (
     AutoResumeOption,
     ConfigArgument,
     DataChangeOption,
+    DevicesOption,
     DryRunOption,
     MaxTimeOption,
+    NodesOption,
     OverwriteOption,
     ResumeOption,
     RunDirOption,
     RunFlags,
     SetOption,
     end_run,
+    launched,
     load_run_config,
 )
 from gptcli.cli.terminal import write_out
@@ -43,6 +46,8 @@ def finetune(
     max_time: MaxTimeOption = None,
     dry_run: DryRunOption = False,
     allow_code: AllowCodeOption = False,
+    devices: DevicesOption = None,
+    nodes: NodesOption = None,
 ) -> int:
     """Train a model further on the rows of a task.
 
@@ -59,6 +64,9 @@ def finetune(
         write_out(describe(loaded.config))
         return 0
     call = invocation(context)
+    code = launched(call.arguments, devices, nodes)
+    if code is not None:
+        return code
     with call.display.live():
         result = run(
             loaded.config,

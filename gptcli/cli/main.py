@@ -6,9 +6,12 @@ imports its job, and with it torch, when it runs: help, usage errors and config 
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +27,8 @@ from gptcli.cli.terminal import (
     write_error,
     write_out,
 )
-from gptcli.errors import ConfigError, GptError, ResourceError
+from gptcli.errors import ConfigError, GptError, LostRankError, ResourceError
+from gptcli.world import from_environment
 
 EXIT_CODES_HELP = """Exit codes: 0 done; 1 a bug; 2 usage or config; 3 data or tokenizer;
 4 checkpoint or model; 5 non-finite training; 6 memory, disk or device;
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `gpt` with `argv` (default: the process's arguments) and return its exit code."""
     call = Invocation([], Display())
     stop.reset()
-    with call.display.attached(), signals.installed():
+    with call.display.attached(), signals.installed(), _only_rank_0_speaks(call.display):
         try:
             prepare_streams()
             call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
@@ -113,6 +117,17 @@ def main(argv: list[str] | None = None) -> int:
             return _report(error, call.debug or os.environ.get("GPT_DEBUG") == "1")
         finally:
             settle_stdout()
+
+
+@contextmanager
+def _only_rank_0_speaks(display: Display) -> Iterator[None]:
+    """Of several processes of one job, rank 0 shows what there is to show, errors of others too."""
+    if from_environment().leads:
+        yield
+        return
+    display.setLevel(logging.CRITICAL)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _command(arguments: list[str]) -> Any:
@@ -164,11 +179,14 @@ def _report(error: BaseException, debug: bool) -> int:
         return 0  # Typer turns a pipe closed while it writes help into SystemExit
     if isinstance(error, stop.Stopped):
         number = error.signal or stop.requested()
-        write_error(f"stopped by {number.name}" if number else "stopped")
+        if from_environment().leads:
+            write_error(f"stopped by {number.name}" if number else "stopped")
         return stop.EXIT_CODES[number] if number else 1
+    known = error if isinstance(error, GptError) else _translated(error)
+    if known is not None and not (from_environment().leads or isinstance(error, LostRankError)):
+        return known.exit_code  # rank 0 says it
     if debug:
         write_error("".join(traceback.format_exception(error)))
-    known = error if isinstance(error, GptError) else _translated(error)
     if known is None:
         text = " ".join(str(error).split())
         write_error(f"error: internal: {type(error).__name__}: {text}")

@@ -14,8 +14,10 @@ from gptcli.cli.run_flags import (
     AutoResumeOption,
     ConfigOrTextArgument,
     DataChangeOption,
+    DevicesOption,
     DryRunOption,
     MaxTimeOption,
+    NodesOption,
     OverwriteOption,
     ResumeOption,
     RunDirOption,
@@ -24,6 +26,7 @@ from gptcli.cli.run_flags import (
     all_overrides,
     end_run,
     is_text,
+    launched,
     load_run_config,
     text_overrides,
 )
@@ -47,6 +50,8 @@ def pretrain(
     allow_data_change: DataChangeOption = False,
     max_time: MaxTimeOption = None,
     dry_run: DryRunOption = False,
+    devices: DevicesOption = None,
+    nodes: NodesOption = None,
     prove: Annotated[
         bool,
         typer.Option(
@@ -78,9 +83,12 @@ def pretrain(
     if dry_run:
         write_out("\n".join(plan or [describe(settings).rstrip("\n")]) + "\n")
         return 0
+    call = invocation(context)
+    code = launched(call.arguments, devices, nodes)
+    if code is not None:
+        return code
     for line in plan:
         log.info(line)
-    call = invocation(context)
     with call.display.live():
         result = run(
             settings,

@@ -13,6 +13,7 @@ import typer
 from gptcli import stop
 from gptcli.cli.terminal import columns, write_error, write_out
 from gptcli.errors import ConfigError
+from gptcli.world import from_environment
 
 if TYPE_CHECKING:
     from gptcli.config.load import LoadedConfig
@@ -74,6 +75,22 @@ DryRunOption = Annotated[
 ]
 
 
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", metavar="N", min=1, help="One process for each of N GPUs, or on the CPU N."
+    ),
+]
+NodesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--nodes",
+        metavar="NODES",
+        help="N machines, each with --devices: slurm, or N@HOST:PORT of the first.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class RunFlags:
     """Where a run is written and what happens to one that is there."""
@@ -101,6 +118,29 @@ class RunFlags:
     def mode(self) -> Literal["no", "resume", "auto"]:
         """What the jobs call it."""
         return "resume" if self.resume else "auto" if self.auto_resume else "no"
+
+
+def launched(arguments: list[str], devices: int | None, nodes: str | None) -> int | None:
+    """The exit code of the processes that these flags ask for; None where this process is to do
+    the work, alone or as one of them."""
+    if (devices is None and nodes is None) or from_environment().size > 1:
+        return None
+    from gptcli.launch import launch, nodes_of
+
+    machines = nodes_of(nodes)
+    if machines.count * (devices or 1) == 1:
+        return None
+    return launch(_without(arguments, ("--devices", "--nodes")), devices or 1, machines)
+
+
+def _without(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
+    """`arguments` less these flags and their values."""
+    left, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument not in flags and argument.partition("=")[0] not in flags:
+            left.append(argument)
+        skip = argument in flags
+    return left
 
 
 def load_run_config(
@@ -172,7 +212,8 @@ def end_run(result: "RunResult") -> int:
     if result.status == "stopped":
         number = result.signal
         by = f" by {number.name}" if number else ""
-        write_error(f"stopped{by} at step {result.step}; to continue: {result.resume_command}")
+        if from_environment().leads:
+            write_error(f"stopped{by} at step {result.step}; to continue: {result.resume_command}")
         return stop.EXIT_CODES[number] if number else 0
     summary = f"finished at step {result.step}"
     if result.scores is not None:

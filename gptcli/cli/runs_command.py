@@ -184,10 +184,11 @@ def verify_runs(
     every model by loading it, the log by its steps. Changes nothing; exit code 4 if something is.
     """
     from gptcli.runs.run_dir import json_bytes
-    from gptcli.runs.verify import verify_run
+    from gptcli.verify import Finding, mending, verify_run
 
-    found = []
+    found, hints = list[Finding](), list[str]()
     for path in [find_run(run) for run in runs] if runs else [find_run(None)]:
+        whole = len(found)
         for one in verify_run(path):
             found.append(one)
             if as_json:
@@ -195,12 +196,10 @@ def verify_runs(
                 write_out(json_bytes({**line, "text": one.text}).decode() + "\n")
             else:
                 write_out(f"{one.verdict:<5} {path / one.what}: {one.text}\n")
+        hints += mending(path, found[whole:])
     bad = sum(one.verdict == "bad" for one in found)
     if bad:
-        raise CheckpointError(
-            f"{bad} of {len(found)} findings are bad",
-            hint="--resume goes on from the newest checkpoint that is whole",
-        )
+        raise CheckpointError(f"{bad} of {len(found)} findings are bad", "\n".join(hints) or None)
     log.info(f"all is well: {len(found)} findings")
     return 0
 

@@ -134,6 +134,19 @@ class TrainingConfig(Section):
         return text
 
 
+class DistributedConfig(Section):
+    """Training by several processes: torchrun, --devices, Slurm."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="ddp: each device has the whole model; fsdp: its share of it; auto: ddp where"
+        " the model fits",
+    )
+    timeout_seconds: PositiveFloat = Field(
+        default=120.0, description="so long silent within a step, a process counts as lost"
+    )
+
+
 class EvalConfig(Section):
     """`gpt eval` and the evaluations during training."""
 
@@ -221,6 +234,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    distributed: DistributedConfig = DistributedConfig()
     eval: EvalConfig = EvalConfig()
     samples: SamplesConfig = SamplesConfig()
     report: ReportConfig = ReportConfig()

@@ -205,7 +205,8 @@ def _read(
         val_scans, _ = _scan(data.val, val_files, fields, eot, problems)
         if not any(scan.documents is None or scan.documents for scan in val_scans):
             names = ", ".join(source.path for source in data.val)
-            raise DataError(f"the validation data has 0 documents: {names}")
+            hint = "to hold out training data instead: --set data.val=null"
+            raise DataError(f"the validation data has 0 documents: {names}", hint)
         split = WHOLE
     elif counted < FEW_DOCUMENTS and fields is None and not endless:
         split = Split("tail", fraction=data.val_fraction)
@@ -370,7 +371,8 @@ def _key(data: DataConfig, scans: list[FileScan], split: Split) -> str:
 
 def _emptiness(data: DataConfig, problems: Problems, reports: list[CleaningReport]) -> str:
     names = ", ".join(source.path for source in data.train)
-    left_out = sum(problems.null_rows.values()) + sum(problems.skipped_rows.values())
+    left = (problems.null_rows, problems.blank_rows, problems.skipped_rows)
+    left_out = sum(sum(counts.values()) for counts in left)
     unused = f" ({left_out} rows were left out)" if left_out else ""
     filtered = sum(c.documents for report in reports for c in report.filters.values())
     if filtered:
@@ -390,6 +392,7 @@ def _warn(problems: Problems) -> None:
         (problems.invalid_utf8, "invalid UTF-8 sequences were read as U+FFFD"),
         (problems.skipped_rows, "rows that cannot be used were left out"),
         (problems.null_rows, "rows whose text is null were left out"),
+        (problems.blank_rows, "rows whose text is blank were left out"),
     ):
         for path, count in list(counts.items())[:_MOST_WARNINGS]:
             log.warning(f"{path}: {count} {what}")

@@ -49,8 +49,9 @@ class ExampleStream:
         self._row_start: dict[str, Any] = {}
         self._parts: list[Encoded] = []  # of the last row
         self._given = 0  # of these
-        for _ in range((state or {}).get("part", 0)):
+        if part := (state or {}).get("part", 0):
             self.next()
+            self._given = min(part, len(self._parts))  # changed data may have given fewer
 
     @property
     def epochs(self) -> float:

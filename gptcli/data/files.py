@@ -3,6 +3,7 @@
 import codecs
 import glob
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ def resolve(sources: list[SourceConfig], known: dict[str, Any] | None = None) ->
         problems += _misfits(source, found)
         files += found
     if missing:
-        raise DataError("\n".join(missing))
+        raise DataError("\n".join(missing), hint=_look_hint(missing[0]))
     if problems:
         raise ConfigError(problems)
     return files
@@ -150,6 +151,16 @@ def _builtin(source: SourceConfig, number: int) -> list[SourceFile]:
         return [SourceFile(source, source.path, "builtin", number)]
     known = ", ".join((*BUILTIN_ROWS, "python"))
     raise DataError(f"no builtin corpus {name!r}; there are: {known}")
+
+
+def _look_hint(problem: str) -> str | None:
+    """A command that shows what is there instead; None for what is not of this machine."""
+    path = Path(os.path.expanduser(problem.partition(": ")[0]))
+    if "://" in problem or problem.startswith("hub:"):
+        return None
+    folder = next(p for p in path.absolute().parents if p.is_dir() and not glob.has_magic(str(p)))
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    return f"what is there: ls {shlex.quote(shown)}"
 
 
 def _local_names(source: SourceConfig, missing: list[str]) -> list[str]:

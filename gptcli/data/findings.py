@@ -269,6 +269,7 @@ def _left_out(report: Report, data: DataConfig) -> Iterator[Finding]:
     for key, what in (
         ("skipped_rows", "rows that cannot be used were left out"),
         ("null_rows", "rows whose text is null were left out"),
+        ("blank_rows", "rows whose text is blank were left out"),
     ):
         counts = report["problems"][key]
         if counts:

@@ -44,6 +44,8 @@ class Mixture:
         assert len(weights) == len(streams) > 0
         self._shares = [weight / sum(weights) for weight in weights]
         self.tokens: list[int] = list(state["tokens"]) if state else [0] * len(streams)
+        if len(self.tokens) != len(streams) or (state and len(state["streams"]) != len(streams)):
+            raise ValueError(f"the place is one in {len(self.tokens)} streams, not {len(streams)}")
         # Tokens since the last epoch's end; a stream that was restored may have given some before.
         self._since = [1] * len(streams)
 

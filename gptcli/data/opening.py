@@ -93,6 +93,9 @@ def open_stored(file: SourceFile) -> Iterator[BinaryIO]:
         yield stored
 
 
+COPY_AGAIN = "download or copy the file again, or leave it out of data.train"
+
+
 @contextmanager
 def data_errors(file: SourceFile) -> Iterator[None]:
     """Failures to read the file as DataErrors that name it."""
@@ -101,7 +104,8 @@ def data_errors(file: SourceFile) -> Iterator[None]:
     except GeneratorExit:  # a reader left open when Python ends: the names below may be gone
         raise
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{file.path}: damaged or truncated archive: {error}") from error
+        message = f"{file.path}: damaged or truncated archive: {error}"
+        raise DataError(message, hint=COPY_AGAIN) from error
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
 

@@ -208,10 +208,19 @@ class PackedRows:
         self._last = state["last"]
         self._epoch, self._epoch_begins = state["epoch"], state["epoch_begins"]
         self._number = state["group"]
-        if state["row"] < 0:
-            raise ValueError(f"row {state['row']}")
+        self._check(state)
         if state["row"]:
             self._group = self._next_group()
             # Changed data, where that is allowed, may have given fewer rows.
             self._position = min(state["row"], len(self._order))
         self._seen[:] = [[source["tokens"], source["documents"]] for source in state["seen"]]
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """ValueError for what is outside the vocabulary or of no source."""
+        if len(state["seen"]) != self._sources:
+            raise ValueError(f"seen of {len(state['seen'])} sources, not {self._sources}")
+        for name in ("rest", "head"):
+            if max(state[name]["tokens"], default=0) >= self._vocab_size:
+                raise ValueError(f"{name} has a token outside the vocabulary")
+            if any(source >= self._sources for _, source, _ in state[name]["runs"]):
+                raise ValueError(f"{name} has a run of no source")

@@ -210,6 +210,8 @@ def _row_records(
         text = _row_text(shard, number, row, problems)
         if text is not None:
             text = _without_surrogates(text, shard, number, problems)
+            if _is_blank(text):
+                count(problems.blank_rows, shard.file)
             yield from _text_records(shard, number, text)
 
 
@@ -237,7 +239,7 @@ def _whole_row(
 def _text_records(shard: Shard, number: int, text: str) -> Iterator[dict[str, Any]]:
     """Pieces of the document that starts at `number`, as far as it is in the shard's part."""
     split = shard.split
-    if not text or text.isspace():  # blanks only are no document
+    if _is_blank(text):
         return
     digest = content_hash(text)
     if split.kind == "hash" and not split.has(digest):
@@ -251,6 +253,11 @@ def _text_records(shard: Shard, number: int, text: str) -> Iterator[dict[str, An
         return
     for part, piece in enumerate(_cut_pieces(io.BytesIO(data).read, len(data))):
         yield _row_record(shard, number, part, piece.decode(), len(piece), digest)
+
+
+def _is_blank(text: str) -> bool:
+    """Whether a text is no document: it is empty, or there are only blanks in it."""
+    return not text or text.isspace()
 
 
 def _row_record(

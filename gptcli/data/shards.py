@@ -56,11 +56,12 @@ class Shard:
 @dataclass
 class Problems:
     """What was repaired or left out while reading, by file: invalid UTF-8 sequences (and lone
-    surrogates) read as U+FFFD, rows that could not be used, and rows whose text is null."""
+    surrogates) read as U+FFFD, rows that could not be used, rows whose text is null or blank."""
 
     invalid_utf8: dict[str, int] = field(default_factory=dict)
     skipped_rows: dict[str, int] = field(default_factory=dict)
     null_rows: dict[str, int] = field(default_factory=dict)
+    blank_rows: dict[str, int] = field(default_factory=dict)
 
 
 def count(counts: dict[str, int], file: SourceFile, more: int = 1) -> None:

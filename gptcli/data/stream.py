@@ -202,7 +202,10 @@ class RecordStream:
         self.epoch, self.epoch_bytes = state["epoch"], state["epoch_bytes"]
         self._number = state["window"]
         first, skip = state["cursor"]
-        self._open_epoch((first, skip))
+        if skip > max(self._size, WINDOW_BYTES):  # of a byte or more each, but in packed files
+            raise ValueError(f"{skip} records of a shard are read, more than any has")
+        # Changed data, where that is allowed, may have fewer shards.
+        self._open_epoch((min(first, self._reader.shards), skip))
         if state["position"]:
             self._read_window()
             if state["position"] > len(self._records):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from gptcli import stop
 from gptcli.data.files import SourceFile
 from gptcli.data.lines import skip_line, too_long
-from gptcli.data.opening import open_stored, open_utf8
+from gptcli.data.opening import COPY_AGAIN, open_stored, open_utf8
 from gptcli.data.shards import (
     MAX_ROW_BYTES,
     SHARD_BYTES,
@@ -269,7 +269,8 @@ def _table_errors(file: SourceFile) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
         what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{file.path}: damaged or truncated {file.format}: {what}") from error
+        message = f"{file.path}: damaged or truncated {file.format}: {what}"
+        raise DataError(message, hint=COPY_AGAIN) from error
 
 
 def _needed(schema: pa.Schema, shard: Shard) -> list[str] | None:

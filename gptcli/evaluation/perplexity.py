@@ -27,6 +27,7 @@ from gptcli.data.scan import Document
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import DataError
+from gptcli.evaluation.in_turn import in_turn
 from gptcli.evaluation.statistics import bootstrap_ratio_cis
 from gptcli.evaluation.token_scores import MOST_LOGITS, TargetScores, score_tokens
 from gptcli.model.gpt import GPT
@@ -281,10 +282,13 @@ def _score(
     scaling = model.config.rope_scaling
     # Dynamic positions depend on the length of the sequence, and so on padding.
     padded = scaling is None or scaling.kind != "dynamic"
-    for batch in _batches(windows, model.vocab_size, padded):
-        stop.raise_if_requested()
+    batches = list(_batches(windows, model.vocab_size, padded))
+
+    def score(batch: list[_Window]) -> tuple[TargetScores, Tensor]:
         inputs, targets = _inputs(batch, documents)
-        found = score_tokens(model, inputs, targets, device, precision)
+        return score_tokens(model, inputs, targets, device, precision), targets
+
+    for batch, (found, targets) in zip(batches, in_turn(batches, score), strict=True):
         first = found.likeliest.cpu() == targets  # never where there is no target: -1 and -100
         owners = np.array([w.document for w in batch])
         np.add.at(nats, owners, found.nats.double().sum(1).cpu().numpy())

@@ -138,6 +138,7 @@ def _facts(report: dict[str, Any]) -> list[Table]:
         "invalid UTF-8": sum(report["problems"]["invalid_utf8"].values()),
         "rows left out": sum(report["problems"]["skipped_rows"].values()),
         "rows whose text is null": sum(report["problems"]["null_rows"].values()),
+        "rows whose text is blank": sum(report["problems"]["blank_rows"].values()),
     }
     held = report["validation"]
     overlap = {key: held[key] for key in ("split", "documents", "exact", "near", "ngrams_found")}

@@ -12,18 +12,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
+from gptcli.errors import CheckpointError, ResourceError
 from gptcli.runs.manifest import (
     ADAPTER,
     CONFIG,
@@ -34,11 +34,13 @@ from gptcli.runs.manifest import (
     TOKENIZER,
     NewerFormatError,
     check_files,
+    damage,
     read_manifest,
     write_manifest,
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
-from gptcli.runs.tensors import read_tensors, save_tensors, untied, with_tied
+from gptcli.runs.space import free_bytes, megabytes, refuse_link
+from gptcli.runs.tensors import read_tensors, refuse_non_finite, save_tensors, untied, with_tied
 
 _BEST = "best.json"
 _BEST_BYTES = 4096
@@ -70,16 +72,35 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
-def publish(run_dir: Path, step: int, contents: Contents) -> Path:
+def write_whole(folder: Path, contents: Contents) -> dict[str, str]:
+    """Write the tensors' files into `folder` and return the sha256 of each."""
+    model, _ = untied(contents.model)
+    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
+        saved = {
+            name: pool.submit(save_tensors, tensors, folder / name)
+            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
+        }
+        return {name: done.result() for name, done in saved.items()}
+
+
+def publish(
+    run_dir: Path,
+    step: int,
+    contents: Contents,
+    write: Callable[[Path, Contents], dict[str, str]] = write_whole,
+) -> Path:
     """Save `contents` as the checkpoint of `step`; once this returns, it survives a crash.
 
-    Raises NonFiniteError for weights with nan or infinity, ResourceError when the disk does not
-    take it; then nothing is left behind and older checkpoints are untouched.
+    `write` writes the tensors' files. Raises NonFiniteError for weights with nan or infinity,
+    ResourceError when the disk does not take it; then nothing is left behind and older checkpoints
+    are untouched.
     """
-    _refuse_non_finite(step, contents.model)
+    refuse_link(run_dir)
+    if write is write_whole:
+        refuse_non_finite(step, contents.model)
     target = checkpoint_dir(run_dir, step)
     temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    needed, free = space_needed(contents), _free_bytes(run_dir)
+    needed, free = space_needed(contents), free_bytes(run_dir)
     try:
         if free is not None and free < needed:
             raise ResourceError("disk full")
@@ -87,12 +108,12 @@ def publish(run_dir: Path, step: int, contents: Contents) -> Path:
         sync_directory(run_dir)
         _remove(temp)
         temp.mkdir()
-        _write(temp, step, contents)
+        _write(temp, step, contents, write(temp, contents))
         _swap_in(temp, target)
     except (OSError, ResourceError) as error:
         raise ResourceError(
             f"checkpoint of step {step} is not saved: {getattr(error, 'strerror', None) or error};"
-            f" it needs {_megabytes(needed)}, free in {run_dir}: {_megabytes(free)}"
+            f" it needs {megabytes(needed)}, free in {run_dir}: {megabytes(free)}"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -163,15 +184,34 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def read(directory: Path, *, with_optimizer: bool) -> Contents:
-    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty.
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint is whole and its hashes agree, which a process looks at once for as long
+    as its files stay as they are."""
+    if not is_whole(path):
+        return False
+    try:
+        problem = damage(path)
+    except NewerFormatError:
+        return True
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    if problem:
+        log.warning("not counted as a checkpoint to keep: %s", problem)
+    return not problem
+
+
+def read(directory: Path, *, with_optimizer: bool, tensors: bool = True) -> Contents:
+    """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty, and
+    without `tensors` the model's too.
 
     CheckpointError when it is damaged. Raises `stop.Stopped`.
     """
     manifest = verify(directory, optimizer=with_optimizer)
     return Contents(
-        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory),
-        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer else {},
+        model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory)
+        if tensors
+        else {},
+        optimizer=read_tensors(directory / OPTIMIZER) if with_optimizer and tensors else {},
         state=read_state(directory),
         config_yaml=_read_text(directory / CONFIG),
         tokenizer=read_tokenizer(directory, manifest),
@@ -229,18 +269,20 @@ def read_best(run_dir: Path) -> tuple[int, float] | None:
 def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
     """Delete all checkpoints but the last `keep_last` (>= 1), the best and the steps `protect`.
 
-    Visibly damaged ones do not count as the last, and are left alone after the last whole one.
-    What cannot be deleted is a warning.
+    Damaged ones, by their hashes too, do not count as the last, and are left alone after the last
+    whole one. What cannot be deleted is a warning.
     """
-    paths = list_checkpoints(run_dir)
-    whole = [path for path in paths if is_whole(path)]
-    if not whole:
-        return
-    keep = {_step(path) for path in whole[-max(keep_last, 1) :]} | set(protect)
+    refuse_link(run_dir)
+    paths, count = list_checkpoints(run_dir), max(keep_last, 1)
+    keep = set(protect)
     if best := read_best(run_dir):
         keep.add(best[0])
+    if len(paths) <= count or keep.issuperset(_step(path) for path in paths[:-count]):
+        return  # so that nothing is hashed for nothing
+    last = list(islice(filter(is_sound, reversed(paths)), count))
+    keep |= {_step(path) for path in last}
     for path in paths:
-        if _step(path) in keep or path.is_symlink() or _step(path) > _step(whole[-1]):
+        if not last or _step(path) in keep or path.is_symlink() or _step(path) > _step(last[0]):
             continue
         aside = path.with_name(f".del-{path.name}-{os.getpid()}")
         try:
@@ -296,38 +338,9 @@ def space_needed(contents: Contents) -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
 
 
-def check_space(run_dir: Path, bytes_needed: int) -> None:
-    """ResourceError unless two checkpoints of `bytes_needed` fit: the old one goes last."""
-    free = _free_bytes(run_dir)
-    if free is not None and free < 2 * bytes_needed:
-        needed = _megabytes(2 * bytes_needed)
-        raise ResourceError(
-            f"two checkpoints need {needed}, but only {_megabytes(free)} are free in {run_dir}",
-            hint="free some space, or put the run elsewhere: --run-dir DIR or GPT_RUNS=DIR",
-        )
-
-
-def _refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
-    floats = [(name, t) for name, t in model.items() if t.is_floating_point() and t.numel()]
-    # The extremes of what holds a nan are nan; a mask of every number would take ten times as long.
-    bad = [name for name, t in floats if not torch.stack(torch.aminmax(t)).isfinite().all()]
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise NonFiniteError(
-            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}",
-            hint="lower optimizer.lr, then resume: earlier checkpoints are as they were",
-        )
-
-
-def _write(temp: Path, step: int, contents: Contents) -> None:
-    """Fill `temp`; manifest.json last, everything synced."""
-    model, tied = untied(contents.model)
-    with ThreadPoolExecutor(2) as pool:  # a hash takes as long as the disk does, or longer
-        saved = {
-            name: pool.submit(save_tensors, tensors, temp / name)
-            for name, tensors in ((MODEL, model), (OPTIMIZER, contents.optimizer))
-        }
-        hashes = {name: done.result() for name, done in saved.items()}
+def _write(temp: Path, step: int, contents: Contents, hashes: dict[str, str]) -> None:
+    """Fill `temp` beside the tensors' files; manifest.json last, everything synced."""
+    tied = untied(contents.model)[1]
     # Unlike our other JSON this may hold NaN and Infinity: an exact resume needs the same numbers.
     (temp / STATE).write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     (temp / CONFIG).write_text(contents.config_yaml, encoding="utf-8")
@@ -383,15 +396,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _free_bytes(path: Path) -> int | None:
-    """Free bytes where `path` is or will be; None for file systems that do not tell."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
-
-
-def _megabytes(count: int | None) -> str:
-    return "an unknown amount" if count is None else f"{count / 1e6:,.1f} MB"

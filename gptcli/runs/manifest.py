@@ -4,8 +4,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 
 from gptcli import __version__, stop
 from gptcli.errors import CheckpointError
-from gptcli.runs.run_dir import read_json, write_json_atomic
+from gptcli.runs.run_dir import CHECKPOINTS, read_json, write_json_atomic
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -73,8 +77,25 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**rest, _SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
+@contextmanager
+def _telling_which_are_whole(directory: Path) -> Iterator[None]:
+    """Where a checkpoint of a run is damaged, the run has others."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.hint is None and directory.parent.name == CHECKPOINTS:
+            run_dir = shlex.quote(str(directory.parent.parent))
+            error.hint = f"which checkpoints of the run are whole: gpt runs verify {run_dir}"
+        raise
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """manifest.json with its form checked, the files it lists not. CheckpointError if it is bad."""
+    with _telling_which_are_whole(directory):
+        return _read_manifest(directory)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     manifest = read_json(path, _MANIFEST_BYTES)
     # First: a flipped bit can look like a newer format. Those of early versions have no seal.
@@ -87,7 +108,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise NewerFormatError(
             f"{directory} is in format {version}: it needs gpt >= {manifest.get('gptcli')}"
             f" (this is {__version__})",
-            hint="pip install --upgrade gptcli",
+            hint="in a clone of its newer version: git pull && pip install .",
         )
     for problem in _problems(manifest):
         raise CheckpointError(f"{path}: {problem}")
@@ -99,6 +120,14 @@ def check_files(directory: Path, manifest: dict[str, Any], hashed: Collection[st
 
     Presence and sizes of all, the hashes of the files `hashed`.
     """
+    with _telling_which_are_whole(directory):
+        _check_presence(directory, manifest)
+    for name in manifest["files"]:
+        if name in hashed:
+            check_hash(directory, manifest, name)
+
+
+def _check_presence(directory: Path, manifest: dict[str, Any]) -> None:
     files = manifest["files"]
     on_disk = {f"{TOKENIZER}/{p.name}" for p in (directory / TOKENIZER).glob("[!.]*")}
     if stray := sorted(on_disk - set(files)):
@@ -119,8 +148,6 @@ def check_files(directory: Path, manifest: dict[str, Any], hashed: Collection[st
             raise CheckpointError(f"{directory}: {name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if name in hashed:
-            check_hash(directory, manifest, name)
 
 
 def check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
@@ -133,7 +160,27 @@ def check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
     except OSError as error:
         raise DamagedFileError(f"{directory / name} cannot be read: {error.strerror}") from error
     if found != manifest["files"][name]["sha256"]:
-        raise DamagedFileError(f"{directory}: {name} is damaged (its sha256 differs)")
+        with _telling_which_are_whole(directory):
+            raise DamagedFileError(f"{directory}: {name} is damaged (its sha256 differs)")
+
+
+def damage(directory: Path) -> str | None:
+    """Which file's hash differs from the manifest, if one does; looked at once by a process for as
+    long as the files stay as they are. CheckpointError for a bad manifest, OSError."""
+    manifest = read_manifest(directory)
+    times = tuple((directory / name).stat().st_mtime_ns for name in manifest["files"])
+    return _damage(directory, manifest.get(_SEAL), times)
+
+
+@lru_cache(maxsize=64)
+def _damage(directory: Path, _seal: str | None, _times: tuple[int, ...]) -> str | None:
+    files = read_manifest(directory)["files"]
+    with ThreadPoolExecutor(2) as pool:  # weights and moments are nearly all of the work
+        hashes = pool.map(lambda name: sha256_of(directory / name), files)
+        for name, found in zip(files, hashes, strict=True):
+            if found != files[name]["sha256"]:
+                return f"{directory}: {name} is damaged (its sha256 differs)"
+    return None
 
 
 def _problems(manifest: dict[str, Any]) -> Iterator[str]:

@@ -78,6 +78,15 @@ class MetricsLog:
             log.warning("%s: %s; %s", self.path, error.strerror, what)
 
 
+class NoLog(MetricsLog):
+    """The log of a process that leaves writing to another."""
+
+    def __init__(self, run_dir: Path, filename: str = METRICS) -> None:
+        self.path = run_dir / filename
+        self._waiting = deque(maxlen=0)
+        self._descriptor = -1
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of metrics.jsonl in file order; lines that a crash cut short are left out."""
     return _read(run_dir / METRICS)

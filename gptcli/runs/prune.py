@@ -21,6 +21,7 @@ from gptcli.runs.run_dir import (
     has_checkpoint,
     read_run_json,
 )
+from gptcli.runs.space import refuse_link
 
 log = logging.getLogger("gptcli")
 
@@ -38,7 +39,7 @@ class Removal:
 
 
 def removable(run_dirs: list[Path]) -> list[Removal]:
-    """What can go of these runs; nothing of those in use.
+    """What can go of these runs; nothing of those in use, or whose checkpoints lie elsewhere.
 
     Runs that --overwrite moved aside; runs that failed or were killed before their first logged
     step and have no checkpoint; checkpoints that are none of the best, the newest whole one, later
@@ -47,6 +48,11 @@ def removable(run_dirs: list[Path]) -> list[Removal]:
     found = []
     for run_dir in run_dirs:
         if run_dir.is_symlink() or lock_holder(run_dir) is not None:
+            continue
+        try:
+            refuse_link(run_dir)
+        except ResourceError as error:
+            log.warning(f"left alone: {error.message}")
             continue
         reason = _reason(run_dir)
         paths = [(run_dir, reason)] if reason is not None else _parts(run_dir)
@@ -115,13 +121,14 @@ def _parts(run_dir: Path) -> list[tuple[Path, str]]:
 
 def _superseded(run_dir: Path) -> Iterator[Path]:
     paths = checkpoint.list_checkpoints(run_dir)
-    whole = [path for path in paths if checkpoint.is_whole(path)]
-    if not whole:
-        return
-    best = checkpoint.read_best(run_dir)
-    kept = {whole[-1], last_before_decay(run_dir)}
+    best, kept = checkpoint.read_best(run_dir), {last_before_decay(run_dir)}
     if best is not None:
         kept.add(checkpoint.checkpoint_dir(run_dir, best[0]))
-    for path in paths[: paths.index(whole[-1])]:  # later ones are damaged, and left alone
+    if not set(paths[:-1]) - kept:
+        return  # so that nothing is hashed for nothing
+    newest = next(filter(checkpoint.is_sound, reversed(paths)), None)
+    if newest is None:
+        return
+    for path in paths[: paths.index(newest)]:  # later ones are damaged, and left alone
         if path not in kept and not path.is_symlink():
             yield path

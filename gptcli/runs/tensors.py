@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptcli import stop
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, NonFiniteError
 from gptcli.interop.safetensors_file import file_header, numbers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,6 +42,15 @@ def stored_shapes(path: Path) -> Shapes:
                     kind = "int8, but has scales" if scaled else "floats"
                     raise CheckpointError(f"{path}: {name} holds {dtype}, not {kind}")
             return {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def stored_dtypes(path: Path) -> dict[str, str]:
+    """Types by name from the file's header: F32, BF16, ... CheckpointError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -76,19 +85,39 @@ def with_tied(
     return stored | {name: stored[kept] for name, kept in tied.items()}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor, in the same memory; of a whole one all of it."""
+    share = getattr(tensor.detach(), "to_local", None)
+    return share() if share is not None else tensor
+
+
 def untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors without second names of the same memory, and second name -> first name."""
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in names:
+        held = local(tensor)
+        place = (tensor.device, held.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if held.numel() and place in names:
             tied[name] = names[place]
         else:
             names[place] = name
             unique[name] = tensor
     return unique, tied
+
+
+def refuse_non_finite(step: int, model: dict[str, Tensor]) -> None:
+    """NonFiniteError where one of the weights is nan or infinite."""
+    floats = [(name, t) for name, t in model.items() if t.is_floating_point() and t.numel()]
+    # The extremes of what holds a nan are nan; a mask of every number would take ten times as long.
+    bad = [name for name, t in floats if not torch.stack(torch.aminmax(t)).isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"step {step}: weights that are not finite are never saved: {bad[0]}{more}",
+            hint="lower optimizer.lr, then resume: earlier checkpoints are as they were",
+        )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> str:

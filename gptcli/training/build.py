@@ -3,13 +3,14 @@
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gptcli import stop
+from gptcli import stop, world
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
@@ -23,13 +24,25 @@ from gptcli.runs.checkpoint import Contents
 from gptcli.runs.load import LoadedModel
 from gptcli.runs.manifest import OPTIMIZER
 from gptcli.runs.run_dir import read_run_json
+from gptcli.runs.sharded import empty_like, read_together
 from gptcli.runs.tensorboard_log import check_tensorboard
-from gptcli.training.choices import apply, choose, choose_again
+from gptcli.runs.tensors import local, stored_shapes
+from gptcli.training.choices import (
+    Choices,
+    apply,
+    check_strategy,
+    choose,
+    choose_again,
+    choose_strategy,
+    device_name,
+    rows_of_a_process,
+)
 from gptcli.training.fitting import check_memory
 from gptcli.training.initial import starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.parallel import Parallel, Strategy, shard, sharded
 from gptcli.training.resuming import LIMITS
 from gptcli.training.session import Session
 from gptcli.training.start import Start, machine, note_end, resume_command
@@ -90,29 +103,20 @@ def build_session(
     `outputs` are those of a finetuning task's head, None without one; `objective` gives
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
-    check_memory(config, device, tokenizer.vocab_size, _held_bytes(start, initial))
+    strategy = _strategy(config, start, device, tokenizer.vocab_size, initial)
     model, facts = starting_model(config, start, tokenizer, initial, outputs)
     model.to(device.torch)
     if start.job == "finetune":
         set_trainable(model, config.finetune)
     allow_tf32(device)
-    saved = start.contents.state["choices"] if start.contents is not None else None
-    choices = choose_again(saved, config, device) if saved is not None else None
-    if choices is not None:
-        apply(choices, model)
-    else:
-        held = sum(parameter.nbytes for parameter in model.parameters())
-        choices = choose(config, device, model.vocab_size, held_bytes=held)
-        if any(p.requires_grad for p in model.blocks.parameters()):  # else nothing to race
-            choices = tune(choices, _probed(config, start), device, model, corpus.train_bytes)
-        else:
-            apply(choices, model)
+    choices = _choices(config, start, device, model, strategy, corpus.train_bytes)
+    parallel = Parallel(strategy)
+    if parallel.sharded:
+        shard(model, device.torch, choices.precision)
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
-        try:
-            optimizer.load_state_dict(start.contents.optimizer)
-        except CheckpointError as error:
-            raise CheckpointError(f"{start.source / OPTIMIZER}: {error.message}") from error
+        _restore(start, model, optimizer)
+    loss_of = objective(model, choices.precision) if objective else language_model_loss(model)
     session = Session(
         config=config,
         directory=start.directory,
@@ -122,7 +126,7 @@ def build_session(
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=start.state,
-        loss_of=objective(model, choices.precision) if objective else language_model_loss(model),
+        loss_of=parallel.loss_of(loss_of, model, device.torch, partly=config.finetune.has_head),
         score_validation=Validation(
             model, validation, device, config.eval.stride, choices.precision
         ),
@@ -130,24 +134,88 @@ def build_session(
         job=start.job,
         scores=saved_scores(start.contents),
         adapter=facts.get("adapter"),
+        parallel=parallel,
         saved_step=start.state.step if start.contents is not None else -1,
         clock=start.began,
     )
+    _note_facts(session, corpus, validation, facts)
+    return session
+
+
+def _strategy(
+    config: Config, start: Start, device: Device, vocab_size: int, initial: LoadedModel | None
+) -> Strategy:
+    """How several processes share the run; ResourceError where its model cannot fit at all."""
+    saved = start.contents.state["choices"] if start.contents is not None else {}
+    strategy = choose_strategy(config, device, vocab_size, start.job, saved.get("strategy"))
+    check_strategy(config, start.job, strategy)
+    if strategy != "fsdp":
+        check_memory(config, device, vocab_size, _held_bytes(start, initial))
+    return strategy
+
+
+def _note_facts(
+    session: Session, corpus: Corpus, validation: list[EncodedDocument], facts: dict[str, Any]
+) -> None:
+    """In run.json: what the run computes on, its model and its data, and `facts` of the start."""
+    model, planted = session.model, [asdict(canary) for canary in corpus.canaries]
     session.write_run_json(
-        machine=machine(device),
-        fingerprints={"data": corpus.fingerprint, "tokenizer": tokenizer.identity},
+        machine=machine(session.device),
+        fingerprints={"data": corpus.fingerprint, "tokenizer": session.tokenizer.identity},
         model={
             "parameters": model.parameter_count(),
             "non_embedding_parameters": model.parameter_count(embeddings=False),
             "vocab_size": model.vocab_size,
-            **config.model.model_dump(),
+            **session.config.model.model_dump(),
         },
         data=_data_facts(corpus, validation),
         skipped_text=_left_out(corpus),
-        **({"planted_canaries": [asdict(c) for c in corpus.canaries]} if corpus.canaries else {}),
+        **({"planted_canaries": planted} if planted else {}),
         **facts,
     )
-    return session
+
+
+def _choices(
+    config: Config,
+    start: Start,
+    device: Device,
+    model: GPT,
+    strategy: Strategy,
+    train_bytes: int,
+) -> Choices:
+    """How the run computes, applied to `model`. Several processes take what rank 0 finds."""
+    saved = start.contents.state["choices"] if start.contents is not None else None
+    choices = choose_again(saved, config, device) if saved is not None else None
+    if choices is not None:
+        choices = replace(choices, strategy=strategy)
+        apply(choices, model)
+        return choices
+    if world.current().leads:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        choices = choose(config, device, model.vocab_size, held_bytes=held, strategy=strategy)
+        # Nothing to race where no block learns; and a step of a whole model may not fit.
+        if strategy != "fsdp" and any(p.requires_grad for p in model.blocks.parameters()):
+            choices = tune(choices, _probed(config, start), device, model, train_bytes)
+    told = world.told(choices.to_json() if choices is not None else None)
+    choices = choices or replace(Choices(**told), device=device_name(device))
+    apply(choices, model)
+    return choices
+
+
+def _restore(start: Start, model: GPT, optimizer: Optimizer) -> None:
+    """The optimizer's state of the checkpoint; and the weights, where each process has a share."""
+    assert start.contents is not None
+    state, path = start.contents.optimizer, start.source / OPTIMIZER
+    if sharded(model):
+        weights = dict(model.named_parameters())
+        parts = empty_like(stored_shapes(path), weights)
+        with torch.no_grad():
+            read_together(start.source, {**weights, **parts})
+        state = {name: local(tensor) for name, tensor in parts.items()}
+    try:
+        optimizer.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}") from error
 
 
 def run_session(
@@ -169,7 +237,7 @@ def run_session(
         f"{' learn' if learning < whole else ''},"
         f" vocabulary {session.tokenizer.vocab_size:,},"
         f" {session.choices.precision} on {session.device.kind}"
-        f" ({session.choices.threads} threads), micro batches of"
+        f" ({session.choices.threads} threads{_together(session)}), micro batches of"
         f" {session.choices.micro_batch_size} rows, writing to {session.directory}"
     )
     status, facts = "failed", dict[str, Any]()
@@ -180,12 +248,14 @@ def run_session(
         if session.finished:
             facts = finish()
             status = "finished"
+        world.meet()
     except stop.Stopped:
         log.info("stopped before the end of the last scoring")
     finally:
         try:
             session.write_run_json(status=status, **facts)
-            note_end(session.directory, status, session.state)
+            if session.parallel.here.leads:
+                note_end(session.directory, status, session.state)
         finally:
             session.close()
     return RunResult(
@@ -194,15 +264,23 @@ def run_session(
         report=session.directory / "report.html",
         step=session.state.step,
         scores=session.scores,
-        signal=stop.requested() if status == "stopped" else None,
+        signal=(session.stopping or stop.requested()) if status == "stopped" else None,
         resume_command=resume_command(session.job, session.directory),
     )
+
+
+def _together(session: Session) -> str:
+    parallel = session.parallel
+    if parallel.here.size == 1:
+        return ""
+    return f" each of {parallel.here.size} processes, {parallel.strategy.upper()}"
 
 
 def nothing_to_do(start: Start) -> RunResult:
     """The result of resuming a run whose limit is already reached; its report is written again."""
     log.info(f"nothing to do: {start.directory} is at its limit, step {start.state.step}")
-    write_report(start.directory)
+    if world.current().leads:
+        write_report(start.directory)
     return RunResult(
         status="finished",
         run_dir=start.directory,
@@ -230,7 +308,11 @@ def _held_bytes(start: Start, initial: LoadedModel | None) -> int:
 
 
 def _probed(config: Config, start: Start) -> Config:
-    """The config for trials on random tokens: packed examples are as documents with a mask."""
+    """The config for trials on random tokens: a step is this process's part of one, and packed
+    examples are as documents with a mask."""
+    part = rows_of_a_process(config) * config.model.block_size
+    training = config.training.model_copy(update={"tokens_per_step": part})
+    config = config.model_copy(update={"training": training})
     if start.job != "finetune" or not config.finetune.packing:
         return config
     return config.model_copy(
@@ -265,5 +347,6 @@ def _left_out(corpus: Corpus) -> dict[str, dict[str, int]]:
         "invalid_utf8": problems.invalid_utf8,
         "skipped_rows": problems.skipped_rows,
         "null_rows": problems.null_rows,
+        "blank_rows": problems.blank_rows,
     }
     return {name: counts for name, counts in found.items() if counts}

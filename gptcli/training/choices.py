@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gptcli import world
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
 from gptcli.device import (
@@ -16,10 +17,11 @@ from gptcli.device import (
     race_precision,
     usable_memory_bytes,
 )
-from gptcli.errors import ResourceError
+from gptcli.errors import ConfigError, ResourceError
 from gptcli.model.gpt import GPT
 from gptcli.training.compiling import compile_blocks, compile_no_more, has_compiler
 from gptcli.training.footprint import footprint
+from gptcli.training.parallel import Strategy
 from gptcli.training.trainable import sequences_per_row
 
 log = logging.getLogger("gptcli")
@@ -57,13 +59,22 @@ class Choices:
     given_micro_batch_size: int | str | None = None
     hardware: str | None = None
     races: dict[str, Any] = field(default_factory=dict, compare=False)
+    strategy: Strategy = "one"
+    processes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
         return asdict(self)
 
 
-def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int = 0) -> Choices:
+def choose(
+    config: Config,
+    device: Device,
+    vocab_size: int,
+    *,
+    held_bytes: int = 0,
+    strategy: Strategy = "one",
+) -> Choices:
     """The choices for a fresh run on `device`, from the config and the free memory alone.
 
     `held_bytes` of what a step needs this process holds already. Nothing is computed but, on a CPU
@@ -87,7 +98,7 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
             held_bytes=held_bytes,
         )
 
-    rows = training.tokens_per_step // config.model.block_size
+    rows = rows_of_a_process(config)
     given = training.micro_batch_size
     tokens = _ADAPTER_TOKENS if config.finetune.method == "lora" else _TOKENS
     most = tokens[device.kind] // config.model.block_size
@@ -98,10 +109,10 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
     if training.activation_checkpointing == "auto":
         recompute = not suits(sizes[-1], False)
     fitting = next((n for n in sizes if suits(n, recompute)), None)
-    if fitting is None:
+    if fitting is None and strategy != "fsdp":  # of which a process has only a share
         _warn_of_memory(config, device, vocab_size, sizes[-1], precision, recompute, held_bytes)
     return Choices(
-        device=_name(device),
+        device=device_name(device),
         threads=device.threads,
         precision=precision,
         compile=_compiles(training.compile, device),
@@ -112,7 +123,44 @@ def choose(config: Config, device: Device, vocab_size: int, *, held_bytes: int =
         given_micro_batch_size=given,
         hardware=hardware(device),
         races=races,
+        strategy=strategy,
+        processes=world.current().size,
     )
+
+
+def choose_strategy(
+    config: Config, device: Device, vocab_size: int, job: str, saved: str | None
+) -> Strategy:
+    """How several processes share the model: as the config says, else as the run did so far, else
+    each has all of it where a step of one row fits, and for finetuning."""
+    here, wanted = world.current(), config.distributed.strategy
+    if here.size == 1:
+        return "one"
+    if wanted == "auto" and saved in ("ddp", "fsdp"):
+        return "ddp" if saved == "ddp" else "fsdp"
+    if wanted != "auto" or job == "finetune":
+        return "fsdp" if wanted == "fsdp" else "ddp"
+    roomy = fits(config, device, vocab_size, 1, "fp32", recompute=True)
+    return "ddp" if world.agree([float(not roomy)], patient=True) == [0.0] else "fsdp"
+
+
+def check_strategy(config: Config, job: str, strategy: Strategy) -> None:
+    """ConfigError for what needs the whole model in each process."""
+    if strategy != "fsdp":
+        return
+    problems = []
+    if config.training.spike == "rollback":
+        problems.append("training.spike: rollback goes back to a whole model; use skip or warn")
+    if job == "finetune":
+        problems.append("distributed.strategy: fsdp is for pretraining; finetuning takes ddp")
+    if problems:
+        raise ConfigError(problems, hint="--set distributed.strategy=ddp")
+
+
+def rows_of_a_process(config: Config) -> int:
+    """The most rows of a step that one of the processes computes."""
+    rows = config.training.tokens_per_step // config.model.block_size
+    return -(-rows // world.current().size)
 
 
 def choose_again(saved: dict[str, Any], config: Config, device: Device) -> Choices | None:
@@ -121,12 +169,16 @@ def choose_again(saved: dict[str, Any], config: Config, device: Device) -> Choic
     of its own."""
     old, training = Choices(**saved), config.training
     reasons, new = [], old
-    if _name(device) != old.device:
-        new = replace(new, device=_name(device))
+    if device_name(device) != old.device:
+        new = replace(new, device=device_name(device))
         reasons.append(f"device {old.device} -> {new.device}")
     if device.kind != old.device.partition(":")[0]:
         _not_exact(reasons)
         return None
+    processes = world.current().size
+    if processes != old.processes:
+        new = replace(new, processes=processes)
+        reasons.append(f"processes {old.processes} -> {processes}")
     here = hardware(device)
     new = replace(new, hardware=here)
     if old.hardware not in (None, here):
@@ -141,7 +193,7 @@ def choose_again(saved: dict[str, Any], config: Config, device: Device) -> Choic
     if training.precision not in ("auto", old.precision) or lacks_bf16:
         new = replace(new, precision=choose_precision(training.precision, device))
         reasons.append(f"precision {old.precision} -> {new.precision}")
-    rows, size = training.tokens_per_step // config.model.block_size, old.micro_batch_size
+    rows, size = rows_of_a_process(config), old.micro_batch_size
     given = training.micro_batch_size
     if given != "auto" and given != old.given_micro_batch_size:
         if given != size:
@@ -255,7 +307,8 @@ def _roughly_bytes(model: ModelConfig, vocab_size: int, rows: int) -> int:
     return 16 * weights + 4 * rows * model.block_size * model.n_layer * layer + 2**29
 
 
-def _name(device: Device) -> str:
+def device_name(device: Device) -> str:
+    """The device as a config names it."""
     return f"{device.kind}:{device.index}" if device.index is not None else device.kind
 
 

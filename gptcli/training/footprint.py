@@ -131,6 +131,7 @@ def _with_layers(config: Config, n_layer: int, frozen: int) -> Config:
     return config.model_copy(update={"model": model, "finetune": finetune})
 
 
+_CPU = Device("cpu", None, "", 1, True)
 _known: dict[tuple[str, int, int, str, bool], _Sizes] = {}
 
 
@@ -153,7 +154,7 @@ def _simulate(
     if config.finetune.has_head:
         attach_head(model, 2)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    device, counted = Device("cpu", None, "", 1, True), _Counted()
+    counted = _Counted()
     with FakeTensorMode(), counted:
         _fill(model, shapes)
         as_finetuned(model, config.finetune)
@@ -170,45 +171,56 @@ def _simulate(
         kept = counted.live
         length, sequences = config.model.block_size, rows * sequences_per_row(config.finetune)
         tokens = torch.empty(sequences, length, dtype=torch.int64)
-        activations = 0
-
-        def after_hidden(*_: object) -> None:
-            nonlocal activations
-            activations = counted.live - before
-            counted.peak = counted.live
-
-        hook = model.norm.register_forward_hook(after_hidden)
-        loss_peak = backward_peak = logits = 0
-        several = config.training.tokens_per_step > rows * length
-        for _ in range(2 if several else 1):
-            before = counted.live
-            with autocast(device, precision):
-                loss = _loss(model, config.finetune, tokens)
-            loss_peak, logits = counted.peak, counted.peak - before - activations
-            counted.peak = counted.live
-            torch.autograd.backward(loss)
-            backward_peak = counted.peak
-            del loss
-        hook.remove()
+        passes = _passes(model, config, tokens, counted, precision)
         counted.peak = counted.live
         clip_gradients(model.parameters(), config.training.clip_norm)
         optimizer.step(1.0)
         update = counted.peak
         optimizer.zero_grad()
         counted.peak = counted.live
-        _evaluate(model, config, device, precision)
+        _evaluate(model, config, _CPU, precision)
         return _Sizes(
             building=building,
             weights=weights,
             gradients=gradients,
             optimizer=kept - weights,
-            activations=activations,
-            logits=logits,
-            loss=loss_peak,
-            backward=backward_peak,
             update=update,
             evaluation=counted.peak,
+            **passes,
         )
+
+
+def _passes(
+    model: GPT, config: Config, tokens: Tensor, counted: "_Counted", precision: str
+) -> dict[str, int]:
+    """Activations and logits of a micro batch, and the peaks of its loss and its backward pass;
+    where a step has several micro batches, of one that adds to the gradients."""
+    activations = 0
+
+    def after_hidden(*_: object) -> None:
+        nonlocal activations
+        activations = counted.live - before
+        counted.peak = counted.live
+
+    hook = model.norm.register_forward_hook(after_hidden)
+    loss_peak = backward_peak = logits = 0
+    several = config.training.tokens_per_step > tokens.numel() // sequences_per_row(config.finetune)
+    for _ in range(2 if several else 1):
+        before = counted.live
+        with autocast(_CPU, precision):
+            loss = _loss(model, config.finetune, tokens)
+        loss_peak, logits = counted.peak, counted.peak - before - activations
+        counted.peak = counted.live
+        torch.autograd.backward(loss)
+        backward_peak = counted.peak
+        del loss
+    hook.remove()
+    return {
+        "activations": activations,
+        "logits": logits,
+        "loss": loss_peak,
+        "backward": backward_peak,
+    }
 
 
 def _loss(model: GPT, settings: FinetuneConfig, tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from gptcli.model.lora import add_lora, has_lora
 from gptcli.runs.adapter import adapter_on, fill_adapter
 from gptcli.runs.load import LoadedModel, load_model, load_weights, reshaped, with_adapter
 from gptcli.runs.manifest import MODEL
+from gptcli.runs.tensors import stored_shapes
 from gptcli.training.start import Start, write_config
 
 log = logging.getLogger("gptcli")
@@ -148,6 +149,9 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
     if adapter is not None:
         model = with_adapter(config.model, adapter, saved, str(start.source))
         facts = {"adapter": adapter}
+    elif not saved:  # each process reads its share into it
+        rows = stored_shapes(start.source / MODEL)["wte.weight"][0]
+        model, facts = GPT(config.model, rows), {}
     else:
         table = saved.get("wte.weight")  # a published one has rows to spare
         rows = table.size(0) if table is not None and table.ndim else tokenizer.vocab_size

@@ -5,10 +5,12 @@ import math
 import time
 from typing import Any
 
-from gptcli import stop
-from gptcli.data.rows import Prefetch
+from torch import Tensor
+
+from gptcli import stop, world
+from gptcli.data.rows import Prefetch, StepBatch
 from gptcli.device import peak_memory_bytes
-from gptcli.errors import DataError, ResourceError
+from gptcli.errors import DataError, GptError, PeerError, ResourceError
 from gptcli.training.events import StepEvent
 from gptcli.training.flops import flops_per_token, learning_share, peak_flops
 from gptcli.training.optimizers import peak_rate
@@ -23,12 +25,11 @@ from gptcli.training.recovery import settle
 from gptcli.training.schedule import learning_rate_ratio
 from gptcli.training.session import Session
 from gptcli.training.stability import Limits, applicable
-from gptcli.training.state import expected_steps
+from gptcli.training.state import INTERVAL_TIMES, expected_steps
 from gptcli.training.step import forward_backward
 
 log = logging.getLogger("gptcli")
 
-_TIMES = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds", "other_seconds")
 _REFUSED = ("skip", "rollback")  # training.spike where a spike's update is not applied
 
 
@@ -39,33 +40,23 @@ def train(session: Session, batches: Prefetch) -> None:
     """
     training = session.config.training
     precision = session.choices.precision
-    readings = Readings(reading_lag(session.device.kind, precision, training.spike))
+    late = not session.parallel.sharded
+    readings = Readings(late * reading_lag(session.device.kind, precision, training.spike))
     session.model.train()
     while _goes_on(session, readings):
         state, start = session.state, time.perf_counter()
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
         try:
-            batch = batches.next()
+            batch = _next(batches)
+            if batch is None:  # the reader saw a stop request first; _goes_on saves
+                continue
             got = time.perf_counter()
             loss, grad_norm = forward_backward(session, batch)
             computed = time.perf_counter()
-        except stop.Stopped:  # the reader saw the request first; _goes_on saves
-            continue
-        except (DataError, ResourceError):  # a file went away under the run, or memory ran out
+        except (DataError, PeerError, ResourceError):  # a file went away, or memory ran out
             _keep_what_is_trained(session, readings)
             raise
-        limits = _limits(session, readings)
-        applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
-        logs = (state.step + 1) % training.log_every == 0
-        old = watched_weights(session.model) if logs else None
-        if readings.lag:  # decided on the device, so that nothing waits for it
-            session.optimizer.step(ratio, applies)
-        elif bool(applies):
-            session.optimizer.step(ratio)
-        session.optimizer.zero_grad()
-        change = update_ratio(old, session.model) if old is not None else None
-        figures = (loss, grad_norm, applies, change)
-        readings.add(state.step + 1, ratio, limits, *figures, position=state.position)
+        _update(session, readings, ratio, loss, grad_norm)
         updated = time.perf_counter()
 
         if readings.lag:  # the step before is read and logged while the device computes this one
@@ -81,7 +72,8 @@ def train(session: Session, batches: Prefetch) -> None:
         arrived = time.perf_counter()
         # On a GPU the wait for the last step's figures is the time that its work takes.
         parts = (got - start, computed - got + arrived - updated, updated - computed)
-        _add(state.interval, {"tokens": batch.count, **dict(zip(_TIMES, parts, strict=False))})
+        times = dict(zip(INTERVAL_TIMES, parts, strict=False))
+        _add(state.interval, {"tokens": batch.count, **times})
         state.seconds += arrived - start
         session.tick()
         if not readings.lag:
@@ -90,6 +82,43 @@ def train(session: Session, batches: Prefetch) -> None:
         other = time.perf_counter() - arrived
         _add(state.interval, {"other_seconds": other})
         state.seconds += other
+
+
+def _update(
+    session: Session, readings: Readings, ratio: float, loss: Tensor, grad_norm: Tensor
+) -> None:
+    """Update the weights, unless the step went wrong, and send off its figures."""
+    state, training = session.state, session.config.training
+    limits = _limits(session, readings)
+    applies = applicable(loss, grad_norm, limits if training.spike in _REFUSED else Limits())
+    logs = (state.step + 1) % training.log_every == 0
+    old = watched_weights(session.model) if logs else None
+    if readings.lag:  # decided on the device, so that nothing waits for it
+        session.optimizer.step(ratio, applies)
+    elif bool(applies):
+        session.optimizer.step(ratio)
+    session.optimizer.zero_grad()
+    change = update_ratio(old, session.model) if old is not None else None
+    figures = (loss, grad_norm, applies, change)
+    readings.add(state.step + 1, ratio, limits, *figures, position=state.position)
+
+
+def _next(batches: Prefetch) -> StepBatch | None:
+    """The next batch, None where any of the processes has none because of a stop request. What one
+    of them raises instead, it raises, and the others PeerError."""
+    batch, problem = None, None
+    try:
+        batch = batches.next()
+    except stop.Stopped:
+        pass
+    except GptError as error:
+        problem = error
+    lacking, failed = world.agree([float(batch is None), float(problem is not None)])
+    if problem is not None:
+        raise problem
+    if failed:
+        raise PeerError("another rank has no data to go on with", DataError.exit_code)
+    return None if lacking else batch
 
 
 def _goes_on(session: Session, readings: Readings) -> bool:
@@ -151,7 +180,7 @@ def _log_interval(session: Session, reading: Reading | None) -> None:
     rate = peak_rate(config) * reading.lr_ratio if reading is not None else math.nan
     grad_norm = reading.grad_norm if reading is not None else math.nan
     update_ratio = reading.update_ratio if reading is not None else None
-    times = {name: sums.get(name, 0.0) for name in _TIMES}
+    times = {name: sums.get(name, 0.0) for name in INTERVAL_TIMES}
     per_second = sums["tokens"] / sum(times.values())
     mfu = _mfu(session, per_second)
     record: dict[str, Any] = {

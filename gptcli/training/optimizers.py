@@ -5,9 +5,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gptcli import world
 from gptcli.config.schema import Config, OptimizerConfig
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
+from gptcli.runs.tensors import local
+from gptcli.training.exchange import Exchange
+from gptcli.training.parallel import like
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 _SCALAR = torch.zeros(())
@@ -27,12 +31,13 @@ class Optimizer:
     outside at every step.
 
     Muon is for the hidden matrices alone: adapters are too narrow to be orthogonalised, and a task
-    head is an output layer.
+    head is an output layer. Of a sharded model, and of its state, each process has its share.
     """
 
     def __init__(self, model: GPT, config: OptimizerConfig) -> None:
         # A tied weight appears once.
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = {name: local(p) for name, p in self._whole.items()}
         matrices = {
             name: p
             for name, p in named.items()
@@ -40,7 +45,8 @@ class Optimizer:
         }
         self._muon = None
         if config.kind == "muon" and matrices:
-            self._muon = Muon(dict(matrices), part_heights(model, matrices), config)
+            heights = part_heights(model, matrices)
+            self._muon = Muon(dict(matrices), heights, config, self._exchange(matrices))
             rest = {name: p for name, p in named.items() if name not in matrices}
             embeddings = {n: p for n, p in rest.items() if n in ("wte.weight", "wpe.weight")}
             others = {n: p for n, p in rest.items() if n not in embeddings}
@@ -74,6 +80,9 @@ class Optimizer:
         """
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * ratio
+        for name, parameter in self._whole.items():
+            if parameter is not self._named[name] and parameter.grad is not None:
+                self._named[name].grad = local(parameter.grad)
         # The fused kernels leave out an update as they do for a gradient scaler.
         self._adamw.found_inf = None if apply is None else (~apply).float()  # type: ignore[attr-defined]
         self._adamw.step()
@@ -82,7 +91,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for parameter in self._named.values():
+        for parameter in (*self._named.values(), *self._whole.values()):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -91,7 +100,19 @@ class Optimizer:
         for name, parameter in self._named.items():
             for key, value in self._adamw.state.get(parameter, {}).items():
                 state[f"{name}.{key}"] = value
-        return state | (self._muon.state_dict() if self._muon is not None else {})
+        state |= self._muon.state_dict() if self._muon is not None else {}
+        return {
+            key: like(value, self._whole[key.rpartition(".")[0]]) for key, value in state.items()
+        }
+
+    def _exchange(self, matrices: dict[str, Tensor]) -> Exchange | None:
+        """How several processes share the work on whole matrices."""
+        here = world.current()
+        if here.size == 1:
+            return None
+        shapes = {name: (self._whole[name].size(0), self._whole[name].size(1)) for name in matrices}
+        sharded = any(self._whole[name] is not p for name, p in matrices.items())
+        return Exchange(shapes, sharded, here, next(iter(matrices.values())).device)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that `state_dict` gave out of `state`, without a copy where possible.
@@ -100,24 +121,31 @@ class Optimizer:
         """
         if self._muon is not None:
             self._muon.load_state_dict(state)
-        missing: list[str] = []
         for group in self._adamw.param_groups:
             for parameter in group["params"]:
                 name = next(n for n, p in self._named.items() if p is parameter)
-                entry = {}
-                for key in _ADAM_STATE:
-                    value = state.pop(f"{name}.{key}", None)
-                    if value is not None:
-                        _check_like(f"{name}.{key}", value, _SCALAR if key == "step" else parameter)
-                        here = self._fused or key != "step"
-                        entry[key] = value.to(parameter.device) if here else value
-                if entry:
+                if entry := self._taken_entry(state, name, parameter):
                     self._adamw.state[parameter] = entry
-                missing += [f"{name}.{key}" for key in _ADAM_STATE if key not in entry]
-        if missing and self._adamw.state:  # before the first step there is none at all
-            raise CheckpointError(f"optimizer state {missing[0]} is missing")
         if state:
             raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(state)}")
+
+    def _taken_entry(
+        self, state: dict[str, Tensor], name: str, parameter: Tensor
+    ) -> dict[str, Tensor]:
+        """AdamW's state of one parameter, taken out of `state`: all of it, or none where it has had
+        no gradient yet."""
+        found = {key: state.pop(f"{name}.{key}", None) for key in _ADAM_STATE}
+        if all(value is None for value in found.values()):
+            return {}
+        entry = {}
+        for key, value in found.items():
+            if value is not None and key == "step" and value.numel() == 1:
+                value = value.reshape(())
+            if value is None:
+                raise CheckpointError(f"optimizer state {name}.{key} is missing")
+            _check_like(f"{name}.{key}", value, _SCALAR if key == "step" else parameter)
+            entry[key] = value.to(parameter.device) if self._fused or key != "step" else value
+        return entry
 
 
 def _check_like(name: str, value: Tensor, like: Tensor) -> None:
@@ -150,7 +178,8 @@ class Muon:
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), in Nesterov form.
 
     Parts of one shape are orthogonalised as one batch. The update of an (r, c) part is scaled by
-    sqrt(max(1, r / c)).
+    sqrt(max(1, r / c)). With an `exchange`, each process orthogonalises some of the matrices for
+    all: momentum and update are elementwise, so a share of the rows is enough for them.
     """
 
     def __init__(
@@ -158,8 +187,9 @@ class Muon:
         named: dict[str, Tensor],
         heights: dict[str, list[int]],
         config: OptimizerConfig,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._named = named
+        self._named, self._exchange = named, exchange
         self._peak, self._momentum = config.lr, config.momentum
         self._decay = config.weight_decay
         self._buffers = {name: torch.zeros_like(p) for name, p in named.items()}
@@ -168,7 +198,7 @@ class Muon:
             start = 0
             for height in parts:
                 place = (name, start, start + height)
-                self._shapes.setdefault((height, named[name].size(1)), []).append(place)
+                self._shapes.setdefault((height, named[name].size(-1)), []).append(place)
                 start += height
 
     @torch.no_grad()
@@ -183,14 +213,25 @@ class Muon:
             if self._decay:
                 share = rate * self._decay
                 parameter.mul_(1 - share if apply is None else 1 - share * apply)
+        if self._exchange is None:
+            self._update(self._named, directions, -rate)
+            return
+        wholes = self._exchange.whole(directions)
+        updates = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
+        self._update(updates, wholes, -rate)
+        for name, update in self._exchange.shares(updates).items():
+            self._named[name].add_(update)
+
+    def _update(self, into: dict[str, Tensor], directions: dict[str, Tensor], rate: float) -> None:
+        """Add `rate` times the orthogonalised directions to `into`, both whole matrices."""
         for (rows, columns), places in self._shapes.items():
             places = [place for place in places if place[0] in directions]
             if not places:
                 continue
             updates = orthogonalise(torch.stack([directions[n][i:j] for n, i, j in places]))
-            scale = -rate * max(1.0, rows / columns) ** 0.5
+            scale = rate * max(1.0, rows / columns) ** 0.5
             for (name, i, j), update in zip(places, updates, strict=True):
-                self._named[name][i:j].add_(update, alpha=scale)
+                into[name][i:j].add_(update, alpha=scale)
 
     def _direction(self, buffer: Tensor, grad: Tensor, apply: Tensor | None) -> Tensor:
         """Nesterov's momentum, which `buffer` takes in; in the place of `grad`."""

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gptcli.model.gpt import GPT
+from gptcli.runs.tensors import local
+from gptcli.training.parallel import sharded
 from gptcli.training.stability import Limits
 
 _WATCHED = ("attn.qkv.weight", "mlp.up.weight", "lora_a")
@@ -103,14 +106,20 @@ def watched_weights(model: GPT) -> list[Tensor]:
     first and the last A; where no block learns, the first and the last matrix that does."""
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     hidden = [p for n, p in learning.items() if n.endswith(_WATCHED)] or list(learning.values())
-    return [w.detach().clone() for w in (hidden[0], hidden[-1])]
+    return [local(w).detach().clone() for w in (hidden[0], hidden[-1])]
 
 
 def update_ratio(old: list[Tensor], model: GPT) -> Tensor:
     """Norm of the change of the watched weights since `old` over the norm of `old`, a scalar on
     their device. About 1e-3 is usual for Adam; Muon moves matrices farther."""
-    changes = [new - was for new, was in zip(watched_weights(model), old, strict=True)]
-    return _norm(changes) / _norm(old)
+    new = watched_weights(model)
+    changes = [now - was for now, was in zip(new, old, strict=True)]
+    figures = torch.stack([_norm(changes), _norm(old)])
+    if sharded(model):
+        figures = figures**2
+        dist.all_reduce(figures)
+        figures = figures.sqrt()
+    return figures[0] / figures[1]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

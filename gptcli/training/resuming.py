@@ -1,12 +1,14 @@
 """Where a resumed run goes on, and whether it may: looked at, with nothing changed."""
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gptcli import world
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.errors import CheckpointError
@@ -54,8 +56,11 @@ def place_to_resume(directory: Path, config: Config) -> Place:
     """
     newest = checkpoint.newest_valid(directory, log)
     if newest is None:
-        raise CheckpointError(f"{directory} has no valid checkpoint to resume from")
-    contents = read_resumable(newest)
+        raise CheckpointError(
+            f"{directory} has no valid checkpoint to resume from",
+            hint=f"what is left of it: gpt runs verify {shlex.quote(str(directory))}",
+        )
+    contents = read_resumable(newest, tensors=not _in_shares(newest, config))
     saved = Config.model_validate(yaml.safe_load(contents.config_yaml))
     if config.init is not None:  # automatic rates are those for the run's shape
         config = config.settled_for(saved.model)
@@ -71,11 +76,20 @@ def place_to_resume(directory: Path, config: Config) -> Place:
         return Place(contents, state, done=True)
     older, is_stable = None, not is_decaying(now, config.schedule)
     if contents.state["decaying"] and now < before and (before >= 1.0 or is_stable):
-        older = _before_decay(directory, state)
+        older = _before_decay(directory, state, bool(contents.model))
         state = older.state if older is not None else state
         state.reached = 0.0
     _show_rate(contents, config, state)
     return older or Place(contents, state)
+
+
+def _in_shares(directory: Path, config: Config) -> bool:
+    """Whether each process is to read its share of the tensors only."""
+    if world.current().size == 1:
+        return False
+    choices = checkpoint.read_state(directory).get("choices")
+    saved = choices.get("strategy") if isinstance(choices, dict) else None
+    return (config.distributed.strategy, saved) in (("fsdp", saved), ("auto", "fsdp"))
 
 
 def _check_config(contents: Contents, config: Config, directory: Path) -> None:
@@ -112,10 +126,10 @@ def _given_when_begun(directory: Path) -> set[str]:
         return set()
 
 
-def _before_decay(directory: Path, state: TrainState) -> Place | None:
+def _before_decay(directory: Path, state: TrainState, tensors: bool) -> Place | None:
     """The last checkpoint before the decay that had begun at `state`, if there is one."""
     for path in reversed(checkpoint.list_checkpoints(directory)):
-        older = _read_or_none(path)
+        older = _read_or_none(path, tensors)
         if older is not None and not older.state["decaying"]:
             before = TrainState.from_json(older.state["train"])
             log.warning(
@@ -148,9 +162,9 @@ def _flat(config_yaml: str) -> dict[str, Any]:
     return flat
 
 
-def _read_or_none(path: Path) -> Contents | None:
+def _read_or_none(path: Path, tensors: bool) -> Contents | None:
     try:
-        return read_resumable(path)
+        return read_resumable(path, tensors=tensors)
     except CheckpointError as error:
         log.warning(f"{path.name} is damaged and skipped: {error}")
         return None

@@ -2,34 +2,37 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptcli import stop
+from gptcli import stop, world
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device
 from gptcli.errors import ResourceError
 from gptcli.evaluation.perplexity import Scores
-from gptcli.generation.engine import generate_samples
-from gptcli.generation.prompt import encode_prompt, fit_prompt
-from gptcli.generation.sampling import Sampling
 from gptcli.model.gpt import GPT
 from gptcli.model.lora import adapter_tensors
 from gptcli.runs import checkpoint
-from gptcli.runs.metrics import SAMPLES, MetricsLog
+from gptcli.runs.metrics import SAMPLES, MetricsLog, NoLog
 from gptcli.runs.prune import last_before_decay
 from gptcli.runs.run_dir import update_run_json
+from gptcli.runs.sharded import publish_together
 from gptcli.runs.tensorboard_log import TensorBoardLog
 from gptcli.training.choices import Choices
 from gptcli.training.events import EvalEvent, SampleEvent, SaveEvent
+from gptcli.training.facts import TaskScore, evaluation_record, run_facts
 from gptcli.training.objective import LossOf
 from gptcli.training.optimizers import Optimizer
+from gptcli.training.parallel import Parallel
+from gptcli.training.samples import sample_texts
 from gptcli.training.schedule import is_decaying
 from gptcli.training.state import (
     TrainState,
@@ -42,6 +45,11 @@ from gptcli.training.state import (
 log = logging.getLogger("gptcli")
 
 _SLOW_SAVE_SECONDS = 1.0  # what takes less is no burden, however often
+# Of the state: what each process measures for itself, and rank 0 for all.
+_CLOCKS = (
+    *("elapsed_seconds", "reached", "seconds", "evaluation_seconds"),
+    *("evaluated_seconds", "save_seconds", "finish_seconds"),
+)
 _LOST_SECONDS = 1.0  # of elapsed time: so much may be forgotten where a save would keep only them
 
 
@@ -52,14 +60,6 @@ class Due:
     evaluate: bool
     save: bool
     end: bool
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One score of a finetuning task, by its name; higher is better."""
-
-    name: str
-    value: float
 
 
 @dataclass
@@ -88,12 +88,15 @@ class Session:
     scores: Scores | None = None
     score_task: Callable[[], TaskScore] | None = None
     adapter: dict[str, Any] | None = None  # adapter.json, of a run that saves adapters alone
+    parallel: Parallel = field(default_factory=Parallel)
+    stopping: signal.Signals | None = None  # what all processes know of
     saved_step: int = -1
     clock: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_elapsed: float = field(init=False)
     _progress_before: float | None = None  # when the last step began
     _first: tuple[float, float] | None = None  # elapsed seconds and progress behind the first step
+    _save_asked: bool = False
     _told_thinning: bool = False
     _told_slow_saves: bool = False
 
@@ -102,14 +105,16 @@ class Session:
 
     @cached_property
     def metrics(self) -> MetricsLog:
-        """metrics.jsonl, and what TensorBoard reads where the config asks for it."""
+        """metrics.jsonl, and what TensorBoard reads where the config asks for it; of rank 0."""
+        if not self.parallel.here.leads:
+            return NoLog(self.directory)
         tensorboard = self.config.report.tensorboard
         return TensorBoardLog(self.directory) if tensorboard else MetricsLog(self.directory)
 
     @cached_property
     def samples(self) -> MetricsLog:
-        """samples.jsonl."""
-        return MetricsLog(self.directory, SAMPLES)
+        """samples.jsonl, of rank 0."""
+        return (MetricsLog if self.parallel.here.leads else NoLog)(self.directory, SAMPLES)
 
     @property
     def progress(self) -> float:
@@ -119,7 +124,7 @@ class Session:
     @property
     def _ends(self) -> bool:
         """Whether this process trains no further."""
-        return self.progress >= 1.0 or stop.requested() is not None
+        return self.progress >= 1.0 or self.stopping is not None
 
     @property
     def finished(self) -> bool:
@@ -142,12 +147,31 @@ class Session:
         self.clock = now
         self.state.reached = self.progress
 
+    def agree(self) -> None:
+        """Learn what any of the processes was asked to do, and take over rank 0's times: whatever
+        follows from them is then the same for all."""
+        asked, number = stop.take_save_request(), stop.requested()
+        timed = self._minutes_due()
+        if self.parallel.here.size == 1:
+            self.stopping, self._save_asked = number, asked or timed
+            return
+        times = [getattr(self.state, name) for name in _CLOCKS]
+        if not self.parallel.here.leads:
+            timed, times = False, [-math.inf] * len(times)
+        agreed, saves, *times = world.agree([float(number or 0), float(asked or timed), *times])
+        self.stopping = signal.Signals(int(agreed)) if agreed else None
+        if self.stopping is not None and number is None:
+            stop.request(self.stopping)
+        self._save_asked = bool(saves)
+        for name, value in zip(_CLOCKS, times, strict=True):
+            setattr(self.state, name, value)
+
     def due(self) -> Due | None:
         """What comes before the next step, None for nothing; to be asked once a step."""
+        self.agree()
         step, training = self.state.step, self.config.training
         end = self._ends
-        save = stop.take_save_request()  # first: what is saved anyway answers it
-        save = save or step % training.save_every == 0 or self._minutes_due()
+        save = self._save_asked or step % training.save_every == 0
         save = self._decay_begins() or save
         if self._first is None and self._progress_before is not None:
             self._first = (self.state.elapsed_seconds, self.progress)
@@ -169,7 +193,8 @@ class Session:
                 self.saved_step = -1  # a checkpoint of this step, if there, lacks these scores
             except stop.Stopped:
                 log.info("evaluation interrupted")
-        ends = due.end or stop.requested() is not None
+        self.agree()
+        ends = due.end or self.stopping is not None
         # After steps that were not applied, the checkpoint before them is the one to keep.
         save = (due.save or improved) and not self.state.bad_steps
         unsaved = self.saved_step != step
@@ -177,9 +202,11 @@ class Session:
         late = self.state.elapsed_seconds - self._saved_elapsed > _LOST_SECONDS
         if ((save or ends) and unsaved) or (ends and late):
             self.save(must=unsaved and (ends or step == 0))
-        if improved:
+        if improved and self.parallel.here.leads:
             self._point_at_best()
         self.tick()
+        world.meet()
+        self.agree()
         return not ends
 
     def save(self, *, must: bool) -> None:
@@ -207,9 +234,9 @@ class Session:
         )
         self.metrics.flush()  # what a full disk held up belongs to the step that is saved
         try:
-            if self.state.step == 0:
-                checkpoint.check_space(self.directory, checkpoint.space_needed(contents))
-            path = checkpoint.publish(self.directory, self.state.step, contents)
+            path = publish_together(
+                self.directory, self.state.step, contents, in_shares=self.parallel.sharded
+            )
         except ResourceError as error:
             if must:
                 raise
@@ -225,7 +252,8 @@ class Session:
         )
         if not must:
             self._tell_slow_saves(seconds, between)
-        checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
+        if self.parallel.here.leads:
+            checkpoint.prune(self.directory, self.config.training.keep_last, self._protected())
 
     def _tell_slow_saves(self, seconds: float, between: float) -> None:
         """Once: that saves take longer than what lies between them."""
@@ -241,26 +269,13 @@ class Session:
         """Score the validation part and write samples; returns whether it is the best so far."""
         state, began = self.state, time.monotonic()
         scores = self.score_validation()
-        task = self.score_task() if self.score_task is not None else None
-        texts = self._sample()
+        task, texts = self._judged()
         state.evaluated_step = state.step
         state.evaluation_seconds = time.monotonic() - began
         if state.step and self.progress < 1.0:
             state.evaluated_seconds += state.evaluation_seconds
-        record = {
-            "event": "eval",
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss": scores.loss,
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
-            "accuracy": scores.accuracy,
-            "seconds": scores.seconds,
-            "training_seconds": state.seconds,
-            **({"task": asdict(task)} if task is not None else {}),
-        }
         self.scores = scores
-        self.metrics.write(record)
+        self.metrics.write(evaluation_record(state, scores, task))
         for text in texts:
             self.samples.write(text)
         event = EvalEvent(
@@ -288,6 +303,28 @@ class Session:
         self._lose_patience(improved)
         return improved
 
+    def _judged(self) -> tuple[TaskScore | None, list[dict[str, Any]]]:
+        """The task's score and some texts: rank 0 finds them, with the help of all where none has
+        the whole model. Raises `stop.Stopped`, for all."""
+        here, task, texts, stopped = self.parallel.here, None, list[dict[str, Any]](), False
+        if here.leads or self.parallel.sharded:
+            try:
+                task = self.score_task() if self.score_task is not None else None
+                with stop.postponed() if self.parallel.sharded else nullcontext():
+                    texts = sample_texts(
+                        self.model, self.tokenizer, self.config, self.state.step, self.state.tokens
+                    )
+            except stop.Stopped:
+                if here.size == 1:
+                    raise
+                stopped = True
+        if here.size == 1:
+            return task, texts
+        stopped, found = world.told([stopped, asdict(task) if task is not None else None])
+        if stopped:
+            raise stop.Stopped
+        return TaskScore(**found) if found is not None else None, texts
+
     def _lose_patience(self, improved: bool) -> None:
         """End the run where as many evaluations as `finetune.patience` says did not improve."""
         state, patience = self.state, self.config.finetune.patience
@@ -296,25 +333,6 @@ class Session:
             if self.progress < 1.0:
                 log.info(f"ends here: no better for {patience} evaluations (finetune.patience)")
             state.reached = 1.0
-
-    def _sample(self) -> list[dict[str, Any]]:
-        wanted, rows = self.config.samples, []
-        sampling = Sampling(
-            temperature=0.8,
-            top_p=0.95,
-            seed=self.config.seed,
-            max_new_tokens=wanted.max_new_tokens,
-        )
-        for prompt in wanted.prompts:
-            ids = encode_prompt(self.tokenizer, prompt)
-            ids = fit_prompt(ids, self.model.config.block_size, "left")
-            for made in generate_samples(
-                self.model, self.tokenizer, ids, wanted.n, sampling, prompt=prompt
-            ):
-                stop.raise_if_requested()
-                row = {"step": self.state.step, "tokens": self.state.tokens, "prompt": prompt}
-                rows.append({**row, "text": made.text, "sample": made.sample})
-        return rows
 
     def _point_at_best(self) -> None:
         """best.json names a checkpoint that exists: the one of this step, if it was saved. A full
@@ -368,31 +386,10 @@ class Session:
             if name in self.__dict__:
                 self.__dict__.pop(name).close()
 
-    def about(self) -> dict[str, Any]:
-        """Facts for run.json that change as the run goes."""
-        self.tick()
-        state = self.state
-        per_second = state.tokens / state.seconds if state.seconds else None
-        facts: dict[str, Any] = {
-            "training": {
-                "steps": state.step,
-                "tokens": state.tokens,
-                "epochs": state.epochs,
-                "seconds": state.seconds,
-                "elapsed_seconds": state.elapsed_seconds,
-                "tokens_per_second": per_second,
-                "parameters": self.model.parameter_count(),
-                "best_step": state.best_step,
-                "skipped_steps": state.skipped_steps,
-            },
-            "choices": self.choices.to_json(),
-        }
-        if state.position is not None and "seen" in state.position:
-            facts["mixture"] = state.position["seen"]
-        if self.scores is not None:
-            facts["scores"] = self.scores.to_json()
-        return facts
-
     def write_run_json(self, **changes: Any) -> None:
-        """Update run.json with `about()` and `changes`."""
-        update_run_json(self.directory, **{**self.about(), **changes})
+        """Update run.json with the facts of now and `changes`; rank 0 does."""
+        if not self.parallel.here.leads:
+            return
+        self.tick()
+        facts = run_facts(self.state, self.model, self.choices, self.scores)
+        update_run_json(self.directory, **{**facts, **changes})

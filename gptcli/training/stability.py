@@ -7,22 +7,29 @@ they follow a falling loss and need no window of old values.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from gptcli.data.position import Count
 
 _RECENT_STEPS = 50  # about how far back "recent" reaches, and how many values come before a verdict
 # Of the mean: the least standard deviation, for losses that hardly differ from step to step.
 _LEAST_DEVIATION = 0.01
 _LEAST_NATS = 0.01  # the same for a loss near 0, of which a share is next to nothing
+# What a field may hold, which `saved.read_resumable` checks: losses and norms are never below 0.
+_Limit: TypeAlias = Annotated[float, Field(strict=True, ge=0)]
+_Figure: TypeAlias = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Limits:
     """Above either, a step is a spike. Loss in nats per token, norm before clipping."""
 
-    loss: float = math.inf
-    grad_norm: float = math.inf
+    loss: _Limit = math.inf
+    grad_norm: _Limit = math.inf
 
     def spike(self, loss: float, grad_norm: float) -> bool:
         """Whether finite figures are a spike."""
@@ -33,9 +40,9 @@ class Limits:
 class Recent:
     """Exponentially weighted mean and variance of `count` values; plain ones of the first 50."""
 
-    mean: float = 0.0
-    variance: float = 0.0
-    count: int = 0
+    mean: _Figure = 0.0
+    variance: _Figure = 0.0
+    count: Count = 0
 
     def having(self, value: float) -> "Recent":
         """These figures with one more value, which must be finite."""

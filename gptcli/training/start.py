@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from gptcli import __version__, stop
+from gptcli import __version__, stop, world
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.device import Device, memory_bytes
 from gptcli.errors import CheckpointError, GptError, ResourceError
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
+from gptcli.runs.continuity import rhythm_facts
 from gptcli.runs.log_file import log_file
 from gptcli.runs.metrics import truncate_after
 from gptcli.runs.run_dir import (
@@ -38,6 +39,7 @@ from gptcli.runs.run_dir import (
     write_atomic,
     write_json_atomic,
 )
+from gptcli.runs.space import refuse_link
 from gptcli.training.resuming import Place, place_to_resume
 from gptcli.training.state import TrainState
 
@@ -97,12 +99,18 @@ def starting(
     it: those that a race chose are this run's alone.
     """
     began = time.monotonic() if began is None else began
+    if not world.current().leads:
+        yield _following(job, config, began)
+        return
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
+    refuse_link(directory)
     with RunLock(directory), log_file(directory):
         checkpoint.clean_leftovers(directory)
+        world.told([str(directory), resuming])
         before: dict[str, bytes] = {}
         if resuming:
             place = place_to_resume(directory, config)
+            world.meet()  # all have read what is changed next
             before = {name: (directory / name).read_bytes() for name in _existing(directory)}
             if not place.done:
                 note_resume(directory, config, place.state, command)
@@ -124,6 +132,17 @@ def starting(
             raise
         finally:
             torch.set_num_threads(threads)
+
+
+def _following(job: str, config: Config, began: float) -> Start:
+    """Where a process begins that goes along with rank 0, which looks after the directory."""
+    place, resuming = world.told()
+    directory = Path(place)
+    if not resuming:
+        return Start(job, directory, None, TrainState(), False, began)
+    found = place_to_resume(directory, config)
+    world.meet()
+    return Start(job, directory, found.contents, found.state, found.done, began)
 
 
 def choose_run_dir(
@@ -172,20 +191,22 @@ def write_new_run(directory: Path, config: Config, command: str, job: str) -> No
             "created": _now(),
             "versions": versions(),
             "seeds": {"seed": config.seed},
-            "history": [_event("start", 0)],
+            "history": [{**_event("start", 0), **rhythm_facts(config)}],
         },
     )
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """config.yaml of the run: `gpt pretrain` of it repeats the run."""
-    write_atomic(directory / "config.yaml", dump_config(config, loadable=True).encode())
+    """config.yaml of the run, which rank 0 writes: `gpt pretrain` of it repeats the run."""
+    if world.current().leads:
+        write_atomic(directory / "config.yaml", dump_config(config, loadable=True).encode())
 
 
 def note_resume(directory: Path, config: Config, state: TrainState, command: str) -> None:
     """The config of a resume in config.yaml, and the resume in run.json."""
     write_config(directory, config)
-    history = [*_history(directory), {**_event("resume", state.step), "command": command}]
+    entry = {**_event("resume", state.step), **rhythm_facts(config), "command": command}
+    history = [*_history(directory), entry]
     update_run_json(directory, status="running", history=history, versions=versions())
 
 
@@ -228,7 +249,8 @@ def resume_command(job: str, directory: Path) -> str:
     """The command line that continues the run."""
     quoted = shlex.quote(str(directory))
     config = shlex.quote(str(directory / "config.yaml"))
-    return f"gpt {job} {config} --run-dir {quoted} --resume"
+    devices = f" --devices {here.size}" if (here := world.current()).size > 1 else ""
+    return f"gpt {job} {config} --run-dir {quoted}{devices} --resume"
 
 
 def versions() -> dict[str, str]:

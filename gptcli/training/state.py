@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
 
 from gptcli.config.schema import TrainingConfig
 from gptcli.config.units import parse_seconds
+from gptcli.data.position import MOST, Count
 from gptcli.training.stability import Watch
 
 # The report and its plots take about as long whatever the run: 0.75 s of one AVX2 core, and the
@@ -13,6 +16,20 @@ from gptcli.training.stability import Watch
 REPORT_SECONDS = 1.0
 _REPORT_SHARE = 0.05
 EVALUATION_SHARE = 0.1  # of max_time, for evaluations between the first and the last
+# What of the steps since the last log line is summed up in `TrainState.interval`.
+INTERVAL_TIMES = (
+    "data_wait_seconds",
+    "forward_backward_seconds",
+    "optimizer_seconds",
+    "other_seconds",
+)
+INTERVAL = frozenset(("loss", "steps", "tokens", *INTERVAL_TIMES))
+# What a field may hold, which `saved.read_resumable` checks.
+_StepOrNone: TypeAlias = Annotated[int, Field(strict=True, ge=-1, lt=MOST)]  # -1: none yet
+_Amount: TypeAlias = Annotated[float, Field(strict=True, ge=0, lt=MOST, allow_inf_nan=False)]
+_Share: TypeAlias = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+_Finite: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_LossScale: TypeAlias = Annotated[float, Field(strict=True, gt=0, lt=2**128, allow_inf_nan=False)]
 
 
 @dataclass
@@ -25,29 +42,29 @@ class TrainState:
     is done again and not counted.
     """
 
-    step: int = 0
-    tokens: int = 0
-    epochs: float = 0.0
+    step: Count = 0
+    tokens: Count = 0
+    epochs: _Amount = 0.0
     position: dict[str, Any] | None = None  # of the data, behind the last step
-    seconds: float = 0.0
-    elapsed_seconds: float = 0.0
-    evaluation_seconds: float = 0.0  # of the last evaluation with its samples
-    evaluated_seconds: float = 0.0  # of all evaluations but those of step 0 and of the end
-    save_seconds: float = 0.0  # of the last save
-    finish_seconds: float = 0.0  # of what the job does after the last save, but the report
-    reached: float = 0.0  # the furthest `progress`, which never falls under the same limits
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_score: float | None = None  # of a finetuning task, at best_step
-    stale_evaluations: int = 0  # in a row, without a better one
-    bad_steps: int = 0  # not applied, in a row
-    skipped_steps: int = 0  # not applied, in all
-    rollbacks: int = 0  # in a row, without getting past `spike_step`
-    spike_step: int = -1  # where the last rollback came from
-    evaluated_step: int = -1
-    loss_scale: float = 65536.0  # fp16 only
-    good_steps: int = 0  # fp16: since the scale changed
-    interval: dict[str, float] = field(default_factory=dict)  # sums since the last log line
+    seconds: _Amount = 0.0
+    elapsed_seconds: _Amount = 0.0
+    evaluation_seconds: _Amount = 0.0  # of the last evaluation with its samples
+    evaluated_seconds: _Amount = 0.0  # of all evaluations but those of step 0 and of the end
+    save_seconds: _Amount = 0.0  # of the last save
+    finish_seconds: _Amount = 0.0  # of what the job does after the last save, but the report
+    reached: _Share = 0.0  # the furthest `progress`, which never falls under the same limits
+    best_loss: _Finite | None = None
+    best_step: Count | None = None
+    best_score: _Finite | None = None  # of a finetuning task, at best_step
+    stale_evaluations: Count = 0  # in a row, without a better one
+    bad_steps: Count = 0  # not applied, in a row
+    skipped_steps: Count = 0  # not applied, in all
+    rollbacks: Count = 0  # in a row, without getting past `spike_step`
+    spike_step: _StepOrNone = -1  # where the last rollback came from
+    evaluated_step: _StepOrNone = -1
+    loss_scale: _LossScale = 65536.0  # fp16 only
+    good_steps: Count = 0  # fp16: since the scale changed
+    interval: dict[str, _Finite] = field(default_factory=dict)  # sums since the last log line
     watch: Watch = field(default_factory=Watch)
 
     def to_json(self) -> dict[str, Any]:

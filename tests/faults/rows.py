@@ -67,6 +67,8 @@ ROWS = {
     "K15": "a run directory that was moved",
     "K16": "a run directory that cannot be written",
     "K17": "a Hugging Face folder that is incomplete or of another architecture",
+    "K18": "a checkpoint that agrees with its hashes and is such as no run writes",
+    "K19": "checkpoints that lie in another run, by a symbolic link",
     "N1": "a loss that is not finite",
     "N2": "a gradient that is not finite behind a finite loss",
     "N3": "weights that are not finite at a save",

@@ -31,7 +31,7 @@ from small import working_in
 
 from gptcli.cli.main import main
 from gptcli.data.rows import Prefetch
-from gptcli.errors import GptError
+from gptcli.errors import GptError, ResourceError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.model.gpt import GPT
 from gptcli.runs import checkpoint
@@ -215,6 +215,8 @@ def assert_stepped_over(gpt: Gpt, run: Path, newest: Path, problem: str) -> None
     (line,) = errors(err)
     assert problem.split()[0] in line
     assert newest.name in line
+    if "manifest.json is missing" not in problem:  # then it is no checkpoint at all
+        assert hints(err) == f"which checkpoints of the run are whole: gpt runs verify {run}"
     code, _, err = gpt(*RESUME)
     assert code == 0, err
     (line,) = warnings(err).splitlines()
@@ -246,6 +248,7 @@ def test_k02_all_damaged(damage: str, gpt: Gpt, run: Path) -> None:
         code, _, err = gpt("pretrain", "tiny.yaml", "--run-dir=r", *SAVES, flag)
         assert code == 4
         assert errors(err) == ["r has no valid checkpoint to resume from"]
+        assert hints(err) == "what is left of it: gpt runs verify r"
         assert warnings(err).count(told) == len(before)
     assert gpt("pretrain", "tiny.yaml", "--run-dir=r", *SAVES)[0] == 2
     assert steps(run) == before
@@ -367,7 +370,7 @@ def test_k07_a_newer_format(gpt: Gpt, run: Path, newest: Path) -> None:
         code, _, err = gpt(*command)
         assert code == 4
         assert f"{newest.name} is in format 2: it needs gpt >= 9.0" in errors(err)[0]
-        assert hints(err) == "pip install --upgrade gptcli"
+        assert hints(err) == "in a clone of its newer version: git pull && pip install ."
     checkpoint.prune(run, 1, ())
     assert NEWEST in steps(run)
 
@@ -443,6 +446,33 @@ def test_k09_the_newest_whole_one_stays(gpt: Gpt, run: Path) -> None:
     best = checkpoint.read_best(run)
     assert best is not None
     assert {best[0], 6} <= set(whole)
+
+
+def test_k09_bits_that_flipped(gpt: Gpt, run: Path) -> None:
+    """K9: nor do checkpoints of the right size whose hashes differ: the run that goes on, and `gpt
+    runs prune`, say so and keep the newest ones that are whole, before they delete a good one."""
+    for step in (4, 5):
+        flip(checkpoint.checkpoint_dir(run, step) / "optimizer.safetensors")
+    code, _, err = gpt("runs", "prune", "r", "--yes")
+    assert code == 0, err
+    assert {3, 4, 5} <= set(steps(run))
+    assert 2 not in steps(run)
+    assert "step-00000005: optimizer.safetensors is damaged" in warnings(err)
+    code, _, err = gpt(*RESUME, "--set=training.keep_last=2", "--set=training.save_every=1")
+    assert code == 0, err
+    assert f"using step 3 instead: {NEWEST - 3} steps lost" in warnings(err)
+    for path in checkpoint.list_checkpoints(run)[-2:]:
+        checkpoint.verify(path)
+
+
+def test_k09_bits_that_flip_while_it_runs(run: Path, newest: Path) -> None:
+    """K9: the same of a checkpoint that was whole when the run last looked."""
+    checkpoint.prune(run, 3, ())
+    assert steps(run) == [0, 3, 4, 5]
+    flip(newest / "model.safetensors")
+    flip(checkpoint.checkpoint_dir(run, OLDER) / "model.safetensors")
+    checkpoint.prune(run, 1, ())
+    assert steps(run) == [0, 3, 4, 5]
 
 
 @pytest.mark.parametrize("call", ["rename", "rmtree"])
@@ -656,3 +686,32 @@ def test_k17_what_is_wrong_is_named(what: str, gpt: Gpt, hf: Path) -> None:
     code, out, err = gpt("generate", "--model=./hf", *PROMPT)
     assert (code, out) == (4, "")
     assert named in errors(err)[0], err
+
+
+@pytest.mark.usefixtures("no_training")
+def test_k19_checkpoints_of_another_run(gpt: Gpt, run: Path, folder: Path) -> None:
+    """K19: a run whose `checkpoints` is a link would delete another run's as its own: exit 6 to
+    resume and to verify, left alone by `gpt runs prune`; nothing of the other is touched.
+    Without the link, as the hint says, there is nothing to resume."""
+    shutil.copytree(run, folder / "other")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to("../other/checkpoints")
+    kept = steps(folder / "other")
+    code, _, err = gpt("runs", "prune", "r", "--yes")
+    assert (code, "left alone: r/checkpoints is a symbolic link" in warnings(err)) == (0, True)
+    for command in (
+        RESUME,
+        ("pretrain", "tiny.yaml", "--run-dir=r", "--auto-resume"),
+        ("runs", "verify", "r"),
+    ):
+        code, _, err = gpt(*command)
+        assert code == 6, err
+        (line,) = errors(err)
+        assert "checkpoints is a symbolic link to " in line
+        assert steps(folder / "other") == kept
+    with pytest.raises(ResourceError):
+        checkpoint.prune(run, 1, ())
+    assert steps(folder / "other") == kept
+    assert "rm r/checkpoints" in hints(err)
+    (run / "checkpoints").unlink()
+    assert gpt(*RESUME)[0] == 4

@@ -65,7 +65,7 @@ def report(**changes: object) -> dict:
         "replacement_characters": tally,
         "repetitive": tally,
         "personal": {"email": {"count": 2, "documents": 1, "places": ["a.txt"]}},
-        "problems": {"invalid_utf8": {}, "skipped_rows": {}, "null_rows": {}},
+        "problems": {"invalid_utf8": {}, "skipped_rows": {}, "null_rows": {}, "blank_rows": {}},
         "findings": [{"level": "warning", "check": "personal data", "text": "email 2"}],
     }
     return values | changes

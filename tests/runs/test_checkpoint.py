@@ -16,7 +16,6 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError, ResourceError
 from gptcli.runs.checkpoint import (
     Contents,
-    check_space,
     checkpoint_dir,
     clean_leftovers,
     list_checkpoints,
@@ -32,6 +31,7 @@ from gptcli.runs.checkpoint import (
 )
 from gptcli.runs.load import load_model
 from gptcli.runs.manifest import sealed
+from gptcli.runs.space import check_space
 
 Make = Callable[..., Contents]
 CPU = torch.device("cpu")

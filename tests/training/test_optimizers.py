@@ -191,7 +191,10 @@ def test_state_that_does_not_fit() -> None:
     stepper.step(1.0)
     good = stepper.state_dict()
     bad: list[tuple[dict[str, torch.Tensor], str]] = [
-        ({**good, "wte.weight.exp_avg": torch.zeros(3)}, r"wte\.weight\.exp_avg has another shape"),
+        (
+            {**good, "wte.weight.exp_avg": torch.zeros(3)},
+            r"wte\.weight\.exp_avg is missing or misshapen",
+        ),
         ({**good, "blocks.9.mlp.up.weight.momentum": torch.zeros(1)}, "unknown parameters: blocks"),
         (
             {k: v for k, v in good.items() if k != "blocks.0.mlp.up.weight.momentum"},

@@ -1,0 +1,161 @@
+"""Runs of two processes against one: the same losses, weights, scores and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults.small import working_in
+from interrupting import Where, interrupted, outcome
+from ranks import Ranks, checkpoints, train_together
+from safetensors.torch import load_file
+
+from gptcli.cli.main import main
+from gptcli.runs import checkpoint
+from gptcli.runs.run_dir import read_run_json
+
+STEPS = 20
+SETTINGS = ["training.max_steps=20", "training.tokens_per_step=160", "training.micro_batch_size=1"]
+SETTINGS += ["model.n_layer=2", "training.save_every=10", "training.eval_every=10"]
+WHERE: dict[str, Where] = {"ddp": "behind evaluation", "fsdp": "evaluation"}
+ADAMW = ["optimizer.kind=adamw", "optimizer.lr=0.003"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with working_in(tmp_path_factory.mktemp("parallel")) as place:
+        yield place
+
+
+def arguments(run: str, *settings: str) -> list[str]:
+    given = [f"--set={setting}" for setting in (*SETTINGS, *settings)]
+    return ["pretrain", "tiny.yaml", f"--run-dir={run}", *given]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Path]:
+    """A run of one process with each optimizer."""
+    kinds = {"muon": [], "adamw": ADAMW}
+    for kind, settings in kinds.items():
+        assert main([*arguments(kind, *settings), "--quiet"]) == 0
+    return {kind: folder / kind for kind in kinds}
+
+
+def records(run: Path, event: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def furthest(one: Path, two: Path, key: str, event: str = "train") -> float:
+    """The most that the figures of two runs' logs differ by."""
+    first, second = ([r[key] for r in records(run, event)] for run in (one, two))
+    assert len(first) == len(second) > 0
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def stored(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.list_checkpoints(run)[-1] / name)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(
+    strategy: str, kind: str, alone: dict[str, Path], folder: Path
+) -> None:
+    """Guards 20 steps of 5 rows, of which one process has 3 and the other 2: losses, gradient norms
+    and evaluations within 1e-5, weights and optimizer state close to those of one process."""
+    name = f"{strategy}-{kind}"
+    settings = ADAMW if kind == "adamw" else []
+    said = train_together(arguments(name, f"distributed.strategy={strategy}", *settings))
+    assert f"1 threads each of 2 processes, {strategy.upper()}" in said
+    run = folder / name
+    assert len(records(run, "train")) == STEPS
+    assert furthest(alone[kind], run, "loss") < 1e-5
+    assert furthest(alone[kind], run, "loss", "eval") < 1e-5
+    assert furthest(alone[kind], run, "grad_norm") < 1e-4
+    assert checkpoints(run) == checkpoints(alone[kind])
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, two = stored(alone[kind], file), stored(run, file)
+        assert one.keys() == two.keys()
+        assert max(float((one[k] - two[k].reshape(one[k].shape)).abs().max()) for k in one) < 1e-3
+    assert main(["runs", "verify", name]) == 0
+    assert read_run_json(run)["choices"]["processes"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_stop_of_one_process_stops_all_and_a_resume_is_bit_exact(
+    strategy: str, folder: Path
+) -> None:
+    """Guards that a signal to any of the processes, wherever it is in its work, stops all of them
+    at the same step, saved; and that the resumed run ends with the bits, logs and samples of one
+    that was not stopped. With dropout, and AdamW, whose step count is restored too."""
+    given = [f"distributed.strategy={strategy}", "model.dropout=0.2", *ADAMW]
+    train_together(arguments(f"{strategy}-whole", *given))
+    line = arguments(f"{strategy}-cut", *given)
+    cuts: list[tuple[int, Where]] = [(3, "accumulation"), (5, "update"), (2, WHERE[strategy])]
+    for number, (updates, where) in enumerate(cuts):
+        asked = {1: interrupted(updates, where).__enter__}
+        ranks = Ranks(line + ["--resume"] * (number > 0), before=asked)
+        (code, said), (other_code, silent) = ranks.wait()
+        assert (code, other_code, silent) == (143, 143, ""), said
+        assert "stopped by SIGTERM at step" in said
+        assert "--devices 2 --resume" in said
+    train_together([*line, "--resume"])
+    assert outcome(folder / f"{strategy}-cut") == outcome(folder / f"{strategy}-whole")
+    step = stored(folder / f"{strategy}-whole", "optimizer.safetensors")["norm.weight.step"]
+    assert step.flatten().tolist() == [STEPS]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_resume_on_another_number_of_processes(strategy: str, folder: Path) -> None:
+    """Guards that the order of the data is the same whatever the number of processes: from two to
+    one and from one to two, with the losses of a run that was not stopped."""
+    constant = ["schedule.kind=constant", f"distributed.strategy={strategy}"]
+    straight = arguments(f"{strategy}-s", *constant)
+    assert main([*straight, "--quiet"]) == 0
+    for name, first, second in (("21", 2, 1), ("12", 1, 2)):
+        run = f"{strategy}-{name}"
+        half = [*arguments(run, *constant, "training.max_steps=10")]
+        rest = [*arguments(run, *constant), "--resume"]
+        for size, line in ((first, half), (second, rest)):
+            if size == 1:
+                assert main([*line, "--quiet"]) == 0
+            else:
+                train_together(line)
+        assert furthest(folder / f"{strategy}-s", folder / run, "loss") < 1e-5
+        history = read_run_json(folder / run)["history"]
+        assert [entry["event"] for entry in history] == ["start", "finished", "resume", "finished"]
+
+
+def test_evaluation_is_that_of_one_process(alone: dict[str, Path], folder: Path) -> None:
+    """Guards `gpt eval` of two processes: the very figures of one."""
+    line = ["eval", f"--model={alone['muon']}", "--data=text.txt", "--stride=8"]
+    line += ["--max-tokens=2000", "--run-dir"]
+    assert main([*line, "e1"]) == 0
+    train_together([*line, "e2"])
+    one, two = (
+        json.loads((folder / name / "report.json").read_text())["scores"] for name in ("e1", "e2")
+    )
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_other_data_on_one_process(folder: Path) -> None:
+    """Guards that gradients of different texts are never added up: exit 2, said once."""
+    (folder / "other.txt").write_text((folder / "text.txt").read_text().replace("cat", "dog"))
+    line = arguments("other")
+    ranks = Ranks(line, only={1: [*line, "--set=data.train=other.txt"]})
+    (code, said), (other_code, silent) = ranks.wait()
+    assert (code, other_code, silent) == (2, 2, "")
+    assert "error: rank 1 has another config than rank 0" in said
+    assert "error: rank 1 has another data than rank 0" in said
+
+
+def test_a_process_that_fails_alone(folder: Path) -> None:
+    """Guards that what one process meets ends the others with its exit code, told by rank 0."""
+    line = arguments("alone-fails")
+    ranks = Ranks(line, only={1: [*line, "--set=data.train=missing.txt"]})
+    (code, said), (other_code, silent) = ranks.wait()
+    assert (code, other_code, silent) == (3, 3, "")
+    assert "error: rank 1: " in said
+    assert "missing.txt" in said
