@@ -215,7 +215,7 @@ def test_advice_works(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("price", ["inf", "nan"])
-def test_a_price_that_is_none(price: str, gpt: Gpt, tmp_path: Path) -> None:
+def test_a_price_that_is_none(price: str, gpt, tmp_path) -> None:
     """Bug: a cost that is not a number, as which --json writes what no parser reads."""
     (tmp_path / "empty.yaml").write_text("{}")
     code, out, err = gpt("plan", str(tmp_path / "empty.yaml"), f"--price-per-hour={price}")
