@@ -214,6 +214,15 @@ def test_advice_works(monkeypatch) -> None:
         assert plan(changed).problems == []
 
 
+@pytest.mark.parametrize("price", ["inf", "nan"])
+def test_a_price_that_is_none(price: str, gpt, tmp_path) -> None:
+    """Bug: a cost that is not a number, as which --json writes what no parser reads."""
+    (tmp_path / "empty.yaml").write_text("{}")
+    code, out, err = gpt("plan", str(tmp_path / "empty.yaml"), f"--price-per-hour={price}")
+    assert (code, out) == (2, "")
+    assert "price-per-hour" in err
+
+
 def test_command(gpt, tmp_path) -> None:
     """Bug: `--json` prints more than one object, or the table lacks what the plan is for."""
     text = "--set=training.max_steps=10"

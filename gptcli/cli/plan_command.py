@@ -1,6 +1,7 @@
 """`gpt plan`: what a run will take, and whether it fits on this machine."""
 
 import json
+import math
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,6 +54,8 @@ def plan(
         raise ConfigError(
             "finetuning starts from a model", "add --model MODEL, or init: MODEL in the config"
         )
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise ConfigError(f"--price-per-hour: {price_per_hour} is no price")
     if vocab is not None and loaded.init is not None:
         raise ConfigError("--vocab: the vocabulary comes with the model that init names")
     from gptcli.plan import plan as run

@@ -37,7 +37,7 @@ from gptcli.model.gpt import GPT
 # The key-value caches of a batch get this much memory, or a quarter of what is free; texts that do
 # not fit wait. More rows than 64 gain little: then products are at their peak speed already.
 _CACHE_BYTES = 2**30
-_MOST_ROWS = 64
+MOST_ROWS = 64
 _MOST_DRAFTED = 8  # tokens read ahead in one step; each costs little while weights are the load
 
 
@@ -76,7 +76,7 @@ class BatchSize:
         room = _CACHE_BYTES if free is None else min(max(_CACHE_BYTES, free // 4), free // 2)
         fitting = room // row_bytes
         texts = sum(request.n for request in requests)
-        return cls(max(1, min(_MOST_ROWS, texts, fitting)), capacity, most_new)
+        return cls(max(1, min(MOST_ROWS, texts, fitting)), capacity, most_new)
 
 
 def decode(

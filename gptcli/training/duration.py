@@ -10,6 +10,7 @@ from gptcli.config.schema import Config
 from gptcli.config.units import parse_seconds
 from gptcli.device import DTYPES, Device
 from gptcli.evaluation.perplexity import EncodedDocument, perplexity
+from gptcli.generation.engine import MOST_ROWS
 from gptcli.model.gpt import GPT
 from gptcli.training.flops import flops_per_token, learning_share
 from gptcli.training.probe import median_seconds, probe_speed, step_seconds, synchronise
@@ -193,8 +194,9 @@ def _generated_token_seconds(model: GPT, config: Config, device: Device) -> floa
     """Of one token for each of the samples of a prompt, with half of them behind it."""
     count = min(config.samples.max_new_tokens, model.config.block_size) // 2
     model.eval()
-    cache = model.new_cache(config.samples.n)
-    tokens = torch.zeros(config.samples.n, count + 1, dtype=torch.int64, device=device.torch)
+    rows = min(config.samples.n, MOST_ROWS)  # more come one batch after the other
+    cache = model.new_cache(rows)
+    tokens = torch.zeros(rows, count + 1, dtype=torch.int64, device=device.torch)
     if count:
         model(tokens[:, :-1], cache, last_only=True)
 
@@ -203,4 +205,4 @@ def _generated_token_seconds(model: GPT, config: Config, device: Device) -> floa
         cache.length = count
         synchronise(device)
 
-    return median_seconds(step, device, 0.5, least=2)
+    return median_seconds(step, device, 0.5, least=2) * math.ceil(config.samples.n / rows)

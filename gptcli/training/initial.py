@@ -154,7 +154,7 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
         model, facts = GPT(config.model, rows), {}
     else:
         table = saved.get("wte.weight")  # a published one has rows to spare
-        rows = tokenizer.vocab_size if table is None else table.size(0)
+        rows = table.size(0) if table is not None and table.ndim else tokenizer.vocab_size
         model = empty_model(config.model, rows)  # takes the tensors over
         load_weights(model, saved, str(start.source))
         facts = {}

@@ -47,10 +47,10 @@ STDERR = os.dup(2)  # as it is outside of pytest's capture: see conftest.py
 COUNTS: dict[str, Count] = {}
 
 
-def fuzzed(test: Callable[..., None]) -> Callable[..., None]:
-    """Hypothesis's settings for a target."""
+def fuzzed(test: Callable[..., None], few: int = _FEW) -> Callable[..., None]:
+    """Hypothesis's settings for a target; in an ordinary run of the tests it gets `few` cases."""
     return hypothesis.settings(
-        max_examples=CASES or _FEW,
+        max_examples=CASES or few,
         derandomize=not CASES,
         database=None,
         deadline=None,  # `case` has one of its own, that ends what hangs

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def run(folder: Path) -> Path:
     return folder / "r"
 
 
-@fuzzed
+@partial(fuzzed, few=8)
 @given(mutate=mutations(FILES))
 def test_checkpoints(mutate: Callable[[Path], None], run: Path, gpt: Gpt, folder: Path) -> None:
     """A checkpoint is loaded, verified and trained on from, or what is wrong with it is named."""

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def changed_lines(draw: st.DrawFn, data: bytes) -> bytes:
     return b"".join(lines)
 
 
-@fuzzed
+@partial(fuzzed, few=8)
 @given(
     mutate=mutations(),
     commands=st.lists(st.sampled_from([*COMMANDS, *MORE]), min_size=1, max_size=3),

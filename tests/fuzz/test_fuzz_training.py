@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from any_source import deep, files
@@ -22,7 +23,7 @@ KEYS = (
 STEPS = 3
 
 
-@fuzzed
+@partial(fuzzed, few=8)
 @given(
     file=st.one_of(files(), deep()),
     keys=st.sets(st.sampled_from(KEYS), max_size=3),

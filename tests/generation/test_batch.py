@@ -72,7 +72,7 @@ def test_a_batch_equals_one_by_one(shape: str, monkeypatch: pytest.MonkeyPatch) 
     requests = requests_for(model)
     expected = one_by_one(model, requests)
     assert together(model, requests) == expected
-    monkeypatch.setattr(engine, "_MOST_ROWS", 3)
+    monkeypatch.setattr(engine, "MOST_ROWS", 3)
     assert together(model, requests) == expected
 
 
@@ -170,7 +170,7 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
     beginning = list(range(18))
     settings = replace(GREEDY, max_new_tokens=1)
     prompts = [[*beginning, 40 + i, 60 + i] for i in range(4)]
-    monkeypatch.setattr(engine, "_MOST_ROWS", 2)  # they enter one after another
+    monkeypatch.setattr(engine, "MOST_ROWS", 2)  # they enter one after another
     together(model, [Request("", prompt, settings, n=3) for prompt in prompts])
     # The beginning, each prompt's own next to last token, and the last of every sample.
     assert read <= 18 + 4 + 4 * 3
@@ -183,7 +183,7 @@ def test_a_sample_is_handed_over_when_it_is_done(monkeypatch: pytest.MonkeyPatch
     """Guards: the first of a thousand samples that waits for the last, one that is told twice or
     before those in front of it, one that a stop cut off told as a whole one."""
     model = random_model("modern")
-    monkeypatch.setattr(engine, "_MOST_ROWS", 3)
+    monkeypatch.setattr(engine, "MOST_ROWS", 3)
     requests = [Request(name, [1, 2], replace(SAMPLED, stop=("e",)), n=8) for name in "ab"]
     told: list[Generated] = []
     first = 0
@@ -267,7 +267,7 @@ def test_a_shared_beginning(shape: str, record: bool, monkeypatch: pytest.Monkey
         monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
         monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
     decoder = model if record else None
-    monkeypatch.setattr(engine, "_MOST_ROWS", 3)  # they enter one after another
+    monkeypatch.setattr(engine, "MOST_ROWS", 3)  # they enter one after another
     assert together(model, requests, decoder=decoder) == expected
     for request, right in zip(requests, expected, strict=True):
         used.clear()
@@ -341,7 +341,7 @@ def test_results_come_as_soon_as_they_are_done() -> None:
 
 def test_a_stop_request_keeps_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: finished texts lost, texts that never began told as empty ones."""
-    monkeypatch.setattr(engine, "_MOST_ROWS", 2)
+    monkeypatch.setattr(engine, "MOST_ROWS", 2)
     model = random_model("gpt2")
     settings = [replace(GREEDY, max_new_tokens=n) for n in (3, 100, 100)]
 
@@ -357,7 +357,7 @@ def test_a_stop_request_keeps_what_has_begun(monkeypatch: pytest.MonkeyPatch) ->
     assert found[1][0].finish_reason == "interrupted"
     assert found[1][0].tokens
     stop.reset()
-    monkeypatch.setattr(engine, "_MOST_ROWS", 1)
+    monkeypatch.setattr(engine, "MOST_ROWS", 1)
     seen.clear()
     requests = [requests[0], requests[2], requests[1]]
     found = dict(decode(model, TOKENIZER, requests, on_text=on_text))

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
-from gptcli.config.schema import Config, ScheduleConfig
+from gptcli.config.model_schema import ModelConfig
+from gptcli.config.schema import Config, SamplesConfig, ScheduleConfig
 from gptcli.config.units import parse_seconds
-from gptcli.training.duration import Paces, duration
+from gptcli.device import resolve_device
+from gptcli.model.gpt import GPT
+from gptcli.training.duration import Paces, _generated_token_seconds, duration
 
 PACES = Paces(
     source="probe",
@@ -83,3 +86,16 @@ def test_the_checkpoint_before_the_decay_counts() -> None:
     short = duration(config(max_time="10h", max_steps=5), PACES, None)
     assert short is not None
     assert short.steps == 5
+
+
+def test_more_samples_than_go_at_once() -> None:
+    """Bug: a plan with a million samples at each evaluation takes them all into memory at once,
+    which no run does."""
+    shape = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32)
+    device = resolve_device("cpu")
+
+    def seconds(samples: int) -> float:
+        asked = config(max_steps=1).model_copy(update={"samples": SamplesConfig(n=samples)})
+        return _generated_token_seconds(GPT(shape, 257), asked, device)
+
+    assert seconds(64 * 10**7) > 10**5 * seconds(64)
