@@ -145,7 +145,6 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
     """The model of the checkpoint that the run goes on from."""
     assert start.contents is not None
     saved, adapter = start.contents.model, start.contents.adapter
-    _check_trained(saved, str(start.source / MODEL))
     if adapter is not None:
         model = with_adapter(config.model, adapter, saved, str(start.source))
         facts = {"adapter": adapter}
@@ -160,14 +159,6 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
         facts = {}
     saved.clear()  # `start` lives as long as the run
     return model, facts
-
-
-def _check_trained(tensors: dict[str, Tensor], where: str) -> None:
-    """CheckpointError unless all are float32, as every run keeps what it trains."""
-    other = next((name for name, t in tensors.items() if t.dtype != torch.float32), None)
-    if other is not None:
-        kind = str(tensors[other].dtype).removeprefix("torch.")
-        raise CheckpointError(f"{where}: {other} holds {kind}, but a run trains float32")
 
 
 def _check_changes(given: dict[str, Any], shape: ModelConfig) -> None:

@@ -202,7 +202,7 @@ def test_s02_sigterm_while_a_tokenizer_is_trained(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gptcli.evaluation.perplexity.score_tokens", "gptcli.training.session.encode_prompt"]
+    "name", ["gptcli.evaluation.perplexity.score_tokens", "gptcli.training.samples.encode_prompt"]
 )
 def test_s02_sigterm_in_an_evaluation(name: str, gpt: Gpt) -> None:
     """S2: a stop while the validation part is scored, or samples are written, saves the run; the

@@ -406,9 +406,9 @@ def test_finetuning_in_short_rows(tmp_path: Path, publish: Publish) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("norm.weight", torch.Tensor.long, "norm.weight holds int64, but a run trains float32"),
-        ("norm.weight", torch.Tensor.bfloat16, "norm.weight holds bfloat16, but a run trains"),
-        ("norm.weight", torch.Tensor.double, "norm.weight holds float64, but a run trains"),
+        ("norm.weight", torch.Tensor.long, "norm.weight holds I64, but runs save F32"),
+        ("norm.weight", torch.Tensor.bfloat16, "norm.weight holds BF16, but runs save F32"),
+        ("norm.weight", torch.Tensor.double, "norm.weight holds F64, but runs save F32"),
         ("wte.weight", torch.Tensor.sum, "wrong shape: wte.weight [] instead of"),
     ],
 )
