@@ -60,7 +60,10 @@ def resolve_device(name: str) -> Device:
     here = ["cpu"] + [f"cuda:{i}" for i in range(cuda)] + (["mps"] if mps else [])
     number = int(index or (from_environment().local_rank if kind == "cuda" else 0))
     if f"{kind}:{number}" not in here and kind not in here:
-        raise ResourceError(f"device {name} is not available here (there are: {', '.join(here)})")
+        raise ResourceError(
+            f"device {name} is not available here (there are: {', '.join(here)})",
+            hint="leave the choice to gpt (device auto); gpt doctor says what it finds",
+        )
     if kind == "cuda":
         props = torch.cuda.get_device_properties(number)
         return Device("cuda", number, props.name, _threads(), props.major >= 8)

@@ -350,7 +350,10 @@ def read_stdin(as_bytes: bool = False) -> str:
     if not data:
         raise ConfigError("-: nothing on stdin", "pipe a prompt in, as: echo Once | gpt ... -")
     if len(data) > _MAX_STDIN_BYTES:
-        raise ConfigError(f"-: more than {_MAX_STDIN_BYTES:,} bytes on stdin")
+        raise ConfigError(
+            f"-: more than {_MAX_STDIN_BYTES:,} bytes on stdin",
+            "many prompts go into a file: --prompt-file FILE",
+        )
     if as_bytes:
         return data.decode("utf-8", "surrogateescape")
     text = data.decode("utf-8", "replace")

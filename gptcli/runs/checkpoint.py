@@ -6,6 +6,7 @@ publishes it, so a crash at any moment leaves either the whole of it or a leftov
 reads. Hashes detect damage, not malice; names, sizes and file types are checked for the latter.
 """
 
+import errno
 import json
 import logging
 import math
@@ -111,9 +112,15 @@ def publish(
         _write(temp, step, contents, write(temp, contents))
         _swap_in(temp, target)
     except (OSError, ResourceError) as error:
+        unsaved = f"checkpoint of step {step} is not saved"
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"{unsaved}: a file of it is larger than this process may write",
+                hint="ulimit -f unlimited",
+            ) from error
         raise ResourceError(
-            f"checkpoint of step {step} is not saved: {getattr(error, 'strerror', None) or error};"
-            f" it needs {megabytes(needed)}, free in {run_dir}: {megabytes(free)}"
+            f"{unsaved}: {getattr(error, 'strerror', None) or error};"
+            f" it needs up to {megabytes(needed)}, free in {run_dir}: {megabytes(free)}"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)

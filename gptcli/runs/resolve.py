@@ -134,4 +134,7 @@ def _not_a_directory(path: Path) -> CheckpointError:
 def _pickle_hint(folder: Path) -> str:
     if (folder / HF_CONFIG).is_file():
         return f"where you trust it: gpt import {folder} OUT --allow-pickle"
-    return "where you trust it, convert it to safetensors in a folder with its config.json"
+    return (
+        "where you trust it: put it into a folder as pytorch_model.bin, with its config.json;"
+        " then gpt import FOLDER OUT --allow-pickle"
+    )
