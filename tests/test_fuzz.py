@@ -43,7 +43,7 @@ def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
 def test_as_many_cases_as_asked(fuzzed: Fuzz) -> None:
     well, said = fuzzed("pass")
     assert well, said
-    assert said.startswith("fuzz it: 12 cases, the slowest 0.00 s, memory grew by ")
+    assert said.startswith("fuzz it: 12 cases, the slowest 0.")
 
 
 def test_fewer_cases(fuzzed: Fuzz) -> None:
