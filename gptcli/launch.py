@@ -4,17 +4,32 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from gptcli import stop
 from gptcli.device import allowed_cpus
 from gptcli.errors import ConfigError, ResourceError
+from gptcli.world import AFTERWORD_SECONDS, LAUNCHER
 
-_SHUTDOWN_SECONDS = 600  # for the checkpoint that a stop saves, before the agent kills
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+log = logging.getLogger("gptcli")
+
 _PORT = 29400
+_JOBS = 3000  # ports from _PORT on, and below those that systems give to any program
+_GATHER_SECONDS = 600  # between the first machine of a job and the last
+_SHUTDOWN_SECONDS = 600  # for what processes save that have to end because this one failed
+_NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
+_ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,9 @@ def _slurm_nodes() -> Nodes:
             hint="srun --ntasks-per-node=1 gpt pretrain CONFIG --devices N --nodes slurm",
         )
     job = os.environ.get("SLURM_JOB_ID", "gpt")
-    return Nodes(int(count), f"{first_host(names)}:{_PORT}", job)
+    # Jobs that share a machine must not meet at the same port.
+    port = _PORT + (int(job) % _JOBS if job.isdigit() else 0)
+    return Nodes(int(count), f"{first_host(names)}:{port}", job)
 
 
 def first_host(names: str) -> str:
@@ -59,50 +76,201 @@ def first_host(names: str) -> str:
     return f"{found[1]}{found[2] or ''}{found[3]}" if found else names
 
 
-def launch(arguments: list[str], devices: int, nodes: Nodes) -> int:
+def check_devices(devices: int, device: str, gpus: int) -> None:
+    """ConfigError or ResourceError where a machine with `gpus` GPUs has no `devices` devices of
+    training.device `device`. On a CPU there may be any number."""
+    kind, _, index = device.partition(":")
+    if devices > 1 and (index or kind == "mps"):
+        raise ConfigError(
+            f"training.device {device} is a single device, and --devices {devices} are several",
+            hint="--set training.device=cuda",
+        )
+    if kind == "cuda" and not gpus:
+        raise ResourceError(
+            f"--devices {devices}: torch finds no GPU here", hint="gpt doctor says why"
+        )
+    if kind in ("auto", "cuda") and gpus and devices > gpus:
+        raise ResourceError(
+            f"--devices {devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}",
+            hint=f"--devices {gpus}; on the processors: --set training.device=cpu",
+        )
+
+
+def launch(
+    arguments: list[str], devices: int, nodes: Nodes, device: str, timeout_seconds: float
+) -> int:
     """Run `gpt` with `arguments` in `devices` processes here, and as many on each other machine.
 
-    They share the processors, if OMP_NUM_THREADS does not say otherwise. Returns their exit code;
-    ResourceError where one was killed. A signal to this process is one to all of them.
+    They share the processors, if OMP_NUM_THREADS does not say otherwise. Returns their exit code.
+    A signal to this process is one to all of them. ConfigError or ResourceError where `devices` are
+    not here; ResourceError where the other machines are not, or all processes were killed.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    import torch
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+    check_devices(devices, device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, allowed_cpus() // devices)))
+    os.environ[LAUNCHER] = str(os.getpid())
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # what it would tell, we say
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=nodes.count,
-        max_nodes=nodes.count,
-        nproc_per_node=devices,
-        run_id=nodes.job,
-        rdzv_backend="c10d",
-        rdzv_endpoint=nodes.meeting_point or "localhost:0",
-        max_restarts=0,
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+    signals = _Signals()
+    with signals.answered():
+        if nodes.count > 1:
+            log.info(f"meeting {nodes.count - 1} more of {nodes.count} at {nodes.meeting_point}")
+            _await_meeting_point(nodes.meeting_point, timeout_seconds)
+        try:
+            signals.agent = _agent(arguments, devices, nodes)
+            result = signals.agent.run()
+        except RendezvousError as error:
+            raise ResourceError(
+                f"not all of {nodes.count} machines came to {nodes.meeting_point}: {error}",
+                hint="the same command line on each of them, within ten minutes",
+            ) from error
+        if result.is_failed() and nodes.count > 1:
+            # Processes elsewhere ask what this machine keeps why others have ended.
+            time.sleep(AFTERWORD_SECONDS)
+    return _exit_code(result, signals.asked)
+
+
+def _agent(arguments: list[str], devices: int, nodes: Nodes) -> "LocalElasticAgent":
+    """What starts the processes of this machine and waits for them."""
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous.api import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    # Signals are answered here: torch's own handlers would take a second one for the end.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    meeting = RendezvousParameters(
+        "c10d",
+        nodes.meeting_point or "localhost:0",
+        nodes.job,
+        nodes.count,
+        nodes.count,
+        join_timeout=_GATHER_SECONDS,
     )
-    signal.signal(signal.SIGUSR1, _pass_on)
+    handler = get_rendezvous_handler(meeting)
+    # Who comes later is no reason to begin again, and a first machine that went away no error:
+    # the processes notice, and know why.
+    setattr(handler, "num_nodes_waiting", lambda: 0)  # noqa: B010
+    spec = WorkerSpec(
+        role="gpt",
+        local_world_size=devices,
+        rdzv_handler=handler,
+        entrypoint=sys.executable,
+        args=("-m", "gptcli", *arguments),
+        max_restarts=0,
+    )
+    return LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=_SHUTDOWN_SECONDS)
+
+
+class _Signals:
+    """Answers the signals to this process by passing them on to those that it started."""
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None  # to stop
+        self.agent: LocalElasticAgent | None = None
+
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """Inside the block; what is ignored, as under nohup, stays ignored."""
+        before = {
+            number: signal.signal(number, self._pass_on)
+            for number in _ANSWERED
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        started = self._started()
+        if number == signal.SIGUSR1:
+            for process in filter(_listens, started):
+                os.kill(process, number)
+            return
+        if number == signal.SIGINT and self.asked is signal.SIGINT:
+            for process in started:
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
+            os._exit(stop.EXIT_CODES[signal.SIGINT])
+        self.asked = signal.Signals(number)
+        stop.request(number)
+        if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), _NOTICE)
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+        if not started:
+            raise stop.Stopped
+
+    def _started(self) -> list[int]:
+        group = self.agent.get_worker_group() if self.agent is not None else None
+        return [w.id for w in group.workers if isinstance(w.id, int)] if group is not None else []
+
+
+def _listens(process: int) -> bool:
+    """Whether a process has begun to listen to SIGUSR1, which would kill it until then."""
     try:
-        elastic_launch(config, sys.executable)("-m", "gptcli", *arguments)
-    except SignalException as error:
-        return stop.EXIT_CODES.get(error.sigval, 128 + error.sigval)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        codes = [found.exitcode for found in error.failures.values() if found.exitcode > 0]
-        if codes:  # who ended with it said why
-            return int(failure.exitcode if failure.exitcode > 0 else codes[0])
-        killer = signal.Signals(-failure.exitcode).name
-        raise ResourceError(
-            f"rank {rank} (process {failure.pid}) was killed by {killer}; the others have ended",
-            hint="the same command line with --resume goes on from the last checkpoint",
-        ) from None
-    return 0
+        with open(f"/proc/{process}/status") as file:
+            caught = next(line for line in file if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the processes of this machine."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    for child in children.read_text().split() if children.exists() else []:
-        os.kill(int(child), number)
+def _await_meeting_point(place: str, seconds: float) -> None:
+    """Wait until the first machine answers; ResourceError where it does not."""
+    host, _, port = place.rpartition(":")
+    if _is_here(host):
+        return
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ResourceError(
+                    f"--nodes: nobody at {place} for {seconds:.0f} s: {error.strerror or error}",
+                    hint=f"start the same command line on {host}, and open its port {port}",
+                ) from error
+        time.sleep(0.5)
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address of `host` is one of this machine's."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as own:
+            own.bind(address)
+            return True
+    return False
+
+
+def _exit_code(result: "RunResult", asked: signal.Signals | None) -> int:
+    """What all processes of this machine together ended with; ResourceError or Stopped where they
+    were killed before they could say anything."""
+    if not result.is_failed():
+        return 0
+    codes = [failure.exitcode for failure in result.failures.values()]
+    if asked is not None and stop.EXIT_CODES[asked] in codes:
+        return stop.EXIT_CODES[asked]
+    if asked is not None and -asked in codes:  # they did not listen yet
+        raise stop.Stopped
+    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    said = [code for code in (failure.exitcode, *codes) if code > 0]
+    if said:  # and why
+        return said[0]
+    killer = signal.Signals(-failure.exitcode).name
+    raise ResourceError(
+        f"rank {rank} (process {failure.pid}) was killed by {killer}; the others have ended",
+        hint="the same command line with --resume goes on from the last checkpoint",
+    )

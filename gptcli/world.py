@@ -6,9 +6,11 @@ one process raises ends all: whoever waits for it finds the connection closed, l
 ends with the same exit code, or with a `ResourceError` that names the rank that is gone.
 """
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,8 @@ log = logging.getLogger("gptcli")
 
 _PATIENCE = timedelta(hours=2)  # for what one rank does while the others wait: saving, sampling
 _STOPPED = 143  # the last word of who ended without an error, before the others did
-_AFTERWORD_SECONDS = 5.0  # how long a rank has to say why it ended
+LAUNCHER = "GPT_LAUNCHER"  # the variable with the process that started this one for --devices
+AFTERWORD_SECONDS = 5.0  # how long a rank has to say why it ended
 # torchrun's names, and those that Slurm gives to the tasks of `srun`.
 _RANK, _SIZE = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")
 _LOCAL_RANK, _LOCAL_SIZE = ("LOCAL_RANK", "SLURM_LOCALID"), ("LOCAL_WORLD_SIZE",)
@@ -80,6 +83,18 @@ def from_environment() -> World:
     return World(_number(_RANK, 0), size, _number(_LOCAL_RANK, 0), _number(_LOCAL_SIZE, 1))
 
 
+def end_with_launcher() -> None:
+    """Let this process be asked to stop, by SIGTERM, when the one that started it for `--devices`
+    is gone, however it ended."""
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is None:
+        return
+    with suppress(AttributeError, OSError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != int(launcher):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def joined(device_kind: str, timeout_seconds: float) -> Iterator[World]:
     """Be one of the processes inside the block.
@@ -105,6 +120,8 @@ def joined(device_kind: str, timeout_seconds: float) -> Iterator[World]:
             raise
         raise _why(here, error) from error
     else:
+        with suppress(Exception):
+            meet()  # torchrun gives a rank 30 s after another one has ended, and then kills it
         _say(here.rank, {"code": _STOPPED, "text": "ended"})
     finally:
         _disconnect()
@@ -232,7 +249,7 @@ def _why(here: World, error: Exception) -> GptError:
     """Why a connection broke: another rank's last word, or its silence."""
     assert _group is not None
     _say(here.rank, {"code": None, "text": ""})
-    silent, until = set(range(here.size)) - {here.rank}, time.monotonic() + _AFTERWORD_SECONDS
+    silent, until = set(range(here.size)) - {here.rank}, time.monotonic() + AFTERWORD_SECONDS
     while silent and time.monotonic() < until:
         for rank in sorted(silent):
             try:

@@ -166,7 +166,7 @@ def evaluate(
     call = invocation(context)
     if way != "text":
         _check_alone(way, devices, nodes)
-    code = launched(call.arguments, devices, nodes)
+    code = launched(call.arguments, devices, nodes, settings)
     if code is not None:
         return code
     given = {name: flags[name] for name in _FLAGS_OF[way]}

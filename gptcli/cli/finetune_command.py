@@ -64,7 +64,7 @@ def finetune(
         write_out(describe(loaded.config))
         return 0
     call = invocation(context)
-    code = launched(call.arguments, devices, nodes)
+    code = launched(call.arguments, devices, nodes, loaded.config)
     if code is not None:
         return code
     with call.display.live():

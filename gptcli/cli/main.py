@@ -28,7 +28,7 @@ from gptcli.cli.terminal import (
     write_out,
 )
 from gptcli.errors import ConfigError, GptError, LostRankError, ResourceError
-from gptcli.world import from_environment
+from gptcli.world import end_with_launcher, from_environment
 
 EXIT_CODES_HELP = """Exit codes: 0 done; 1 a bug; 2 usage or config; 3 data or tokenizer;
 4 checkpoint or model; 5 non-finite training; 6 memory, disk or device;
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     with call.display.attached(), signals.installed(), _only_rank_0_speaks(call.display):
         try:
             prepare_streams()
+            end_with_launcher()
             call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
             code = _command(call.arguments).main(
                 call.arguments, prog_name="gpt", standalone_mode=False, obj=call

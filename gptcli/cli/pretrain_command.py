@@ -84,7 +84,7 @@ def pretrain(
         write_out("\n".join(plan or [describe(settings).rstrip("\n")]) + "\n")
         return 0
     call = invocation(context)
-    code = launched(call.arguments, devices, nodes)
+    code = launched(call.arguments, devices, nodes, settings)
     if code is not None:
         return code
     for line in plan:

@@ -17,6 +17,7 @@ from gptcli.world import from_environment
 
 if TYPE_CHECKING:
     from gptcli.config.load import LoadedConfig
+    from gptcli.config.schema import Config
     from gptcli.training.build import RunResult
 
 log = logging.getLogger("gptcli")
@@ -120,17 +121,25 @@ class RunFlags:
         return "resume" if self.resume else "auto" if self.auto_resume else "no"
 
 
-def launched(arguments: list[str], devices: int | None, nodes: str | None) -> int | None:
+def launched(
+    arguments: list[str], devices: int | None, nodes: str | None, settings: "Config"
+) -> int | None:
     """The exit code of the processes that these flags ask for; None where this process is to do
     the work, alone or as one of them."""
     if (devices is None and nodes is None) or from_environment().size > 1:
         return None
     from gptcli.launch import launch, nodes_of
 
-    machines = nodes_of(nodes)
-    if machines.count * (devices or 1) == 1:
+    machines, each = nodes_of(nodes), devices or 1
+    if machines.count * each == 1:
         return None
-    return launch(_without(arguments, ("--devices", "--nodes")), devices or 1, machines)
+    return launch(
+        _without(arguments, ("--devices", "--nodes")),
+        each,
+        machines,
+        settings.training.device,
+        settings.distributed.timeout_seconds,
+    )
 
 
 def _without(arguments: list[str], flags: tuple[str, ...]) -> list[str]:

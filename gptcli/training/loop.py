@@ -46,6 +46,7 @@ def train(session: Session, batches: Prefetch) -> None:
     while _goes_on(session, readings):
         state, start = session.state, time.perf_counter()
         ratio = learning_rate_ratio(state.step, session.progress, session.config.schedule)
+        batch = None
         try:
             batch = _next(batches)
             if batch is None:  # the reader saw a stop request first; _goes_on saves
@@ -54,7 +55,9 @@ def train(session: Session, batches: Prefetch) -> None:
             loss, grad_norm = forward_backward(session, batch)
             computed = time.perf_counter()
         except (DataError, PeerError, ResourceError):  # a file went away, or memory ran out
-            _keep_what_is_trained(session, readings)
+            # Of several processes all fail at the batch, but in the step one alone: no save then.
+            if batch is None or session.parallel.here.size == 1:
+                _keep_what_is_trained(session, readings)
             raise
         _update(session, readings, ratio, loss, grad_norm)
         updated = time.perf_counter()
