@@ -26,6 +26,7 @@ FLOORS = [
         "export",
         "import_model",
         "plan",
+        "plan_devices",
         "prove_resume",
         "verify",
         "compare",

@@ -19,7 +19,9 @@ from gptcli.cli.terminal import columns, write_out
 from gptcli.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
+    from gptcli.config.schema import Config
     from gptcli.plan import Plan
+    from gptcli.plan_devices import DevicesPlan
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -42,10 +44,19 @@ def plan(
     max_time: MaxTimeOption = None,
     run_dir: RunDirOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", metavar="N", min=1, help="On N GPUs that are not here."),
+    ] = None,
+    device_kind: Annotated[
+        str | None,
+        typer.Option("--device-kind", metavar="KIND", help="Of this kind, as h100."),
+    ] = None,
 ) -> int:
     """Say what a run will take, before it: parameters, memory, disk, time, cost.
 
-    Exit code 6 when it does not fit on this machine, with what to change.
+    With --devices and --device-kind on many GPUs: sharding, memory of each, exchange, time. Exit
+    code 6 when it does not fit, with what to change.
     """
     began = time.monotonic()
     checked = load_run_config("plan", config, _with_model(overrides, model), max_time)
@@ -58,6 +69,8 @@ def plan(
         raise ConfigError(f"--price-per-hour: {price_per_hour} is no price")
     if vocab is not None and loaded.init is not None:
         raise ConfigError("--vocab: the vocabulary comes with the model that init names")
+    if devices is not None or device_kind is not None:
+        return _on_devices(loaded, vocab, devices or 1, device_kind, as_json)
     from gptcli.plan import plan as run
 
     found = run(
@@ -74,6 +87,59 @@ def plan(
     if found.problems:
         raise ResourceError("; ".join(found.problems), "\n".join(found.advice))
     return 0
+
+
+def _on_devices(
+    config: "Config", vocab: int | None, devices: int, kind: str | None, as_json: bool
+) -> int:
+    """Print the plan for GPUs that are not here."""
+    from gptcli.plan_devices import plan_devices
+
+    if kind is None:
+        raise ConfigError("--devices needs the kind of GPU", "add --device-kind h100")
+    found = plan_devices(config, devices, kind, vocab_size=vocab)
+    if as_json:
+        write_out(json.dumps({**asdict(found), "fits": not found.problems}) + "\n")
+    else:
+        write_out(columns(_device_rows(found), right=frozenset({1})))
+    if found.problems:
+        raise ResourceError("; ".join(found.problems), "\n".join(found.advice))
+    return 0
+
+
+def _device_rows(plan: "DevicesPlan") -> list[list[str]]:
+    memory, time = plan.memory, plan.time
+    again = ", activations computed again" if plan.activation_checkpointing else ""
+    each = f"{plan.micro_batches} micro batches of {plan.micro_batch_size}"
+    least, most = (f"{share:.0%}" for share in time.mfu)
+    rows = [
+        ["parameters", f"{plan.parameters:,}", f"vocabulary {plan.vocab_size:,}"],
+        ["devices", f"{plan.devices:,}", f"{plan.kind} in {plan.boxes:,} boxes, {plan.precision}"],
+        ["sharding", plan.sharding, f"a step on each: {each}{again}"],
+        ["memory of each", _size(plan.memory_total_bytes), _usable(plan)],
+        ["  weights", _size(memory.weights_bytes), ""],
+        ["  gradients", _size(memory.gradients_bytes), ""],
+        ["  optimizer", _size(memory.optimizer_bytes), ""],
+        ["  gathered", _size(memory.gathered_bytes), "embeddings, head and two blocks as a whole"],
+        ["  activations", _size(memory.activations_bytes), "with logits"],
+        ["  runtime", _size(memory.other_bytes), ""],
+        ["sent by each", _size(plan.sent_bytes), f"a step of {plan.tokens_per_step:,} tokens"],
+        ["computation", _duration(time.compute_seconds), "a step, at best"],
+        ["exchange", _duration(time.exchange_seconds), "a step"],
+        ["step", _duration(time.seconds[0]), f"to {_duration(time.seconds[1])}"],
+        ["MFU", most, f"at best, {least} at worst"],
+    ]
+    if plan.device_hours is not None and plan.steps is not None:
+        low, high = (hours * 3600 / plan.devices for hours in plan.device_hours)
+        rows += [
+            ["time", _duration(low), f"to {_duration(high)}, {plan.steps:,} steps"],
+            ["device hours", f"{plan.device_hours[0]:,.0f}", f"to {plan.device_hours[1]:,.0f}"],
+        ]
+    return rows
+
+
+def _usable(plan: "DevicesPlan") -> str:
+    return f"usable: {_size(plan.usable_memory_bytes)}"
 
 
 def _with_model(overrides: list[str] | None, model: str | None) -> list[str]:

@@ -25,11 +25,11 @@ from gptcli.training.trainable import as_finetuned, sequences_per_row
 
 # Of a process that has imported all that a run does, before its first tensor (VmRSS, torch 2.13 for
 # the CPU); on a GPU the CUDA context and cuBLAS's workspace, by PyTorch's documentation.
-_RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
+RUNTIME_BYTES = {"cpu": 480 * 2**20, "cuda": 600 * 2**20, "mps": 480 * 2**20}
 # Of what comes and goes in a step, how much more the allocator holds: freed blocks of other sizes.
 # So that the plans of scripts/check_plan.py (glibc, torch 2.13) are 0.90 to 1.03 of what runs take;
 # PyTorch's own allocator on a GPU rounds blocks too, by how much was not measured.
-_SLACK = 0.35
+SLACK = 0.35
 # What the memory of a step depends on; simulating one takes a second or more.
 _SECTIONS = {"model", "optimizer", "training", "eval", "finetune"}
 
@@ -82,8 +82,8 @@ def footprint(
     more = _chunk_bytes(config, vocab_size, micro_batch_size, precision, device_kind)
     more -= _chunk_bytes(config, vocab_size, micro_batch_size, precision, "cpu")
     peak = max(at.building, at.loss + more, at.backward + more, at.update, at.evaluation)
-    slack = int(_SLACK * (peak - at.weights - at.optimizer))
-    other = _RUNTIME_BYTES[device_kind] + slack
+    slack = int(SLACK * (peak - at.weights - at.optimizer))
+    other = RUNTIME_BYTES[device_kind] + slack
     return Footprint(
         weights_bytes=at.weights,
         gradients_bytes=at.gradients,
