@@ -219,7 +219,7 @@ def test_references_that_are_no_model(
     folder.mkdir()
     assert "nor a Hugging Face folder (no config.json)" in refused(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
-    assert "convert it to safetensors" in refused(folder)
+    assert "then gpt import FOLDER OUT --allow-pickle" in refused(folder)
     (folder / "config.json").write_text("{}")
     assert f"gpt import {folder} OUT --allow-pickle" in refused(folder / "pytorch_model.bin")
     assert "no run, checkpoint or folder at nothing" in refused("nothing")
