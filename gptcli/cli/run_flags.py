@@ -126,7 +126,10 @@ def launched(
 ) -> int | None:
     """The exit code of the processes that these flags ask for; None where this process is to do
     the work, alone or as one of them."""
-    if (devices is None and nodes is None) or from_environment().size > 1:
+    if devices is None and nodes is None:
+        return None
+    # Of those that srun starts with --nodes, each is a launcher; torchrun's are processes.
+    if from_environment().size > 1 and (nodes is None or "RANK" in os.environ):
         return None
     from gptcli.launch import launch, nodes_of
 

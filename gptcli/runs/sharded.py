@@ -125,12 +125,18 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> str:
     except CheckpointException as error:
         reasons = [str(found[0]) for found in error.failures.values()]
         raise ResourceError(f"{place}: {'; '.join(reasons[:2])}") from error
-    if not world.current().leads:
-        return ""
-    (written,) = place.glob("*.safetensors")
-    os.replace(written, folder / name)
-    shutil.rmtree(place)
-    return _synced_hash(folder / name)
+    digest, problem = "", None
+    if world.current().leads:
+        try:
+            (written,) = place.glob("*.safetensors")
+            os.replace(written, folder / name)
+            shutil.rmtree(place)
+            digest = _synced_hash(folder / name)
+        except OSError as error:
+            problem = f"{folder / name}: {error.strerror or error}"
+    if (told := world.told(problem)) is not None:  # nobody begins the next file, which needs all
+        raise ResourceError(told)
+    return digest
 
 
 def _synced_hash(path: Path) -> str:

@@ -102,15 +102,13 @@ ROWS = {
     "R7": "a model too large for the machine",
     "R8": "a temporary directory that is full or missing",
     "R9": "a file system that takes its time",
+    "P1": "ranks that come to the end of the data",
+    "P2": "a fault or a signal on one rank alone",
+    "P3": "a rank that is killed, or hangs",
+    "P4": "a save by several ranks, of which one cannot write",
+    "P5": "a resume on another number of ranks",
+    "P6": "ranks with different configs, tokenizers or data",
+    "P7": "torchrun's SIGTERM, and its SIGKILL 30 s later",
 }
 
-_ONE_PROCESS = "training runs in one process on one device so far; there are no ranks"
-NOT_HERE = {
-    "P1": ("ranks that run out of data at different steps", _ONE_PROCESS),
-    "P2": ("a fault or a signal on one rank alone", _ONE_PROCESS),
-    "P3": ("a rank that is killed", _ONE_PROCESS),
-    "P4": ("a save by several ranks", _ONE_PROCESS),
-    "P5": ("a resume on another number of ranks", _ONE_PROCESS),
-    "P6": ("ranks with different configs, tokenizers or data", _ONE_PROCESS),
-    "P7": ("torchrun's SIGTERM, and its SIGKILL 30 s later", _ONE_PROCESS),
-}
+NOT_HERE: dict[str, tuple[str, str]] = {}
