@@ -5,9 +5,9 @@ import math
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from gptcli import stop
+from gptcli import stop, world
 from gptcli.config.schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import CheckpointError, ConfigError, GptError
@@ -52,6 +52,23 @@ def generate(
     """
     prompts = resolve_prompts(model, config)
     return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt, on_sample)
+
+
+def generate_dealt(model: LoadedModel, config: GenerateConfig) -> Iterator[list[Generated]]:
+    """As `generate`, by several processes that `world.joined` brought together: each continues
+    every n-th prompt, and all get the samples of all prompts, in order. Texts are those of one
+    process with the same seed, but where rounding decides between two tokens."""
+    here = world.current()
+    seed = config.seed if config.seed is not None else world.told(secrets.randbelow(2**32))
+    config = config.model_copy(update={"seed": seed})
+    prompts = resolve_prompts(model, config)
+    mine = [prompts[number] for number in here.dealt(len(prompts))]
+    texts = _generate(model, mine, _requests(mine), config, None, None) if mine else iter(())
+    everything = world.gathered([[asdict(sample) for sample in samples] for samples in texts])
+    for number in range(len(prompts)):
+        turn, rank = divmod(number, here.size)
+        if turn < len(everything[rank]):  # else a stop came before
+            yield [Generated(**sample) for sample in everything[rank][turn]]
 
 
 def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:

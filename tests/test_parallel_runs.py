@@ -140,6 +140,33 @@ def test_evaluation_is_that_of_one_process(alone: dict[str, Path], folder: Path)
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
+def test_prompts_are_dealt(
+    alone: dict[str, Path], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards `gpt generate` of two processes: the texts of one, in the order of the prompts."""
+    lines = [json.dumps({"prompt": f"On day {i} a"}) for i in range(5)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    line = ["generate", f"--model={alone['muon']}", "--prompt-file=prompts.jsonl", "--seed=3"]
+    line += ["-n", "2", "--max-new-tokens=6", "--json", "--device=cpu"]
+    assert main(line) == 0
+    wanted = [json.loads(row) for row in capfd.readouterr().out.splitlines()]
+    ranks = Ranks(line)
+    out = [process.stdout.read().decode() for process in ranks.processes]
+    ends = ranks.wait()
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert out[1] == ""
+    assert [json.loads(row) for row in out[0].splitlines()] == wanted
+    assert len(wanted) == 10
+
+
+def test_what_several_processes_cannot_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards flags that would do the same work twice: exit 2, with what to do."""
+    assert main(["generate", "--prompt=a", "--devices=2"]) == 2
+    assert "--devices goes with --prompt-file FILE" in capsys.readouterr().err
+    assert main(["eval", "--task", "--devices=2"]) == 2
+    assert "--task is scored by one process" in capsys.readouterr().err
+
+
 def test_other_data_on_one_process(folder: Path) -> None:
     """Guards that gradients of different texts are never added up: exit 2, said once."""
     (folder / "other.txt").write_text((folder / "text.txt").read_text().replace("cat", "dog"))

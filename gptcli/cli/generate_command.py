@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.run_flags import ModelOption
+from gptcli.cli.invocation import invocation
+from gptcli.cli.run_flags import DevicesOption, ModelOption, launched
 from gptcli.cli.terminal import write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
 from gptcli.stop import raise_if_requested, read_to_end
+from gptcli.world import from_environment
 
 if TYPE_CHECKING:
     from gptcli.config.schema import GenerateConfig
@@ -129,6 +131,7 @@ OutputBytesOption = Annotated[
 
 
 def generate(
+    context: typer.Context,
     stdin: StdinArgument = None,
     config: ConfigOption = None,
     model: ModelOption = None,
@@ -158,6 +161,7 @@ def generate(
     allow_special: AllowSpecialOption = None,
     raw: RawOption = None,
     output_bytes: OutputBytesOption = None,
+    devices: DevicesOption = None,
 ) -> int:
     """Continue a prompt.
 
@@ -167,10 +171,18 @@ def generate(
     each time the block is full; models with windowed attention in every layer go on exactly.
     """
     flags: dict[str, Any] = dict(locals())  # called as the keys of the section
-    del flags["stdin"], flags["config"]
+    del flags["context"], flags["stdin"], flags["config"], flags["devices"]
     flags["prompt_tokens"] = _token_ids(prompt_tokens)
     with _starting():
         settings = _settings(config, flags, stdin)
+        if devices is not None or from_environment().size > 1:
+            _check_dealt(settings)
+            from gptcli.config.schema import Config
+
+            there = Config.model_validate({"training": {"device": settings.device}})
+            code = launched(invocation(context).arguments, devices, None, there)
+            if code is not None:
+                return code
         loaded = _load(settings)
     _run(loaded, settings)
     raise_if_requested()
@@ -251,7 +263,31 @@ def _load(settings: "GenerateConfig") -> "LoadedModel":
     return load_model(settings.model, device, quantize=settings.quantize)
 
 
+def _check_dealt(settings: "GenerateConfig") -> None:
+    """ConfigError unless there are prompts that several processes can share."""
+    if settings.prompt_file in (None, "/dev/stdin") or settings.output_bytes:
+        raise ConfigError(
+            "several processes share the prompts of a file: --devices goes with --prompt-file FILE",
+            "leave out --devices; -n many texts of one prompt are already decoded together",
+        )
+
+
+def _run_dealt(model: "LoadedModel", settings: "GenerateConfig") -> None:
+    """Of several processes: continue this one's prompts; rank 0 writes all."""
+    from gptcli import world
+    from gptcli.config.schema import DistributedConfig
+    from gptcli.generate import generate_dealt
+
+    quiet = settings.model_copy(update={"stream": False})
+    seconds = DistributedConfig().timeout_seconds
+    with world.joined(model.model.device.type, seconds):
+        _Output(quiet).finished(generate_dealt(model, quiet))
+
+
 def _run(model: "LoadedModel", settings: "GenerateConfig") -> None:
+    if from_environment().size > 1:
+        _run_dealt(model, settings)
+        return
     from gptcli.generate import generate as continue_prompts
     from gptcli.generate import generate_bytes
 
