@@ -110,7 +110,6 @@ def launch(
 
     check_devices(devices, device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, allowed_cpus() // devices)))
-    os.environ[LAUNCHER] = str(os.getpid())
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # what it would tell, we say
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -119,6 +118,7 @@ def launch(
         if nodes.count > 1:
             log.info(f"meeting {nodes.count - 1} more of {nodes.count} at {nodes.meeting_point}")
             _await_meeting_point(nodes.meeting_point, timeout_seconds)
+        os.environ[LAUNCHER] = str(os.getpid())
         try:
             signals.agent = _agent(arguments, devices, nodes)
             result = signals.agent.run()
@@ -127,6 +127,8 @@ def launch(
                 f"not all of {nodes.count} machines came to {nodes.meeting_point}: {error}",
                 hint="the same command line on each of them, within ten minutes",
             ) from error
+        finally:
+            del os.environ[LAUNCHER]
         if result.is_failed() and nodes.count > 1:
             # Processes elsewhere ask what this machine keeps why others have ended.
             time.sleep(AFTERWORD_SECONDS)
@@ -197,7 +199,7 @@ class _Signals:
             for process in started:
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
-            os._exit(stop.EXIT_CODES[signal.SIGINT])
+            raise stop.Stopped
         self.asked = signal.Signals(number)
         stop.request(number)
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():

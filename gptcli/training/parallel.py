@@ -8,6 +8,7 @@ DDP (Li et al. 2020) keeps the whole model in each process, FSDP2 (Zhao et al. 2
 rows of each of its tensors, and gathers a block when it computes.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -61,13 +62,16 @@ class Parallel:
         `partly`: not every parameter that learns takes part in it."""
         if self.strategy != "ddp":
             return loss_of
-        self._wrapped = nn.parallel.DistributedDataParallel(
-            _Loss(model, loss_of),
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=partly,
-        )
+        with warnings.catch_warnings():
+            # What broadcast_buffers is to be called in newer torch, older ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._wrapped = nn.parallel.DistributedDataParallel(
+                _Loss(model, loss_of),
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=partly,
+            )
         return self._wrapped
 
     @contextmanager

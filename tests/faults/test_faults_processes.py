@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from outcome import errors, hints, warnings
 from processes import logged, until
 from ranks import Ranks, checkpoints, train_together
@@ -107,6 +108,32 @@ def test_p02_gradients_of_one_rank_are_not_finite(strategy: str) -> None:
     assert len(errors(said)) == 1
     assert checkpoints(Path("r"))[-1] == "step-00000004"
     assert read_run_json(Path("r"))["status"] == "failed"
+
+
+def no_memory() -> None:
+    """This process is out of memory in some step."""
+    real, calls = Parallel.backward, 0
+
+    def backward(self: Parallel, loss: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+        real(self, loss)
+
+    Parallel.backward = backward  # type: ignore[method-assign]
+
+
+@STRATEGIES
+def test_p02_one_rank_is_out_of_memory(strategy: str) -> None:
+    """P2: a rank that is out of memory ends all within seconds, exit 6, said once, with its number
+    and what needs less; what was saved before is kept."""
+    began = time.monotonic()
+    (code, said), (other, silent) = Ranks([*TINY, shared(strategy)], before={1: no_memory}).wait()
+    assert time.monotonic() - began < 15
+    assert (code, other, silent) == (6, 6, ""), said
+    assert errors(said)[0].startswith("rank 1: out of memory: tried to allocate 20 MiB")
+    assert checkpoints(Path("r")) == ["step-00000000"]
 
 
 @STRATEGIES
