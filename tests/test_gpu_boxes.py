@@ -385,3 +385,54 @@ def test_a_spot_machine_trains_and_goes_on_elsewhere(
     code, said = trains.run("spot.sh", "tiny.yaml", *SETTINGS, **given)
     assert code == 0, said
     assert outcome(Path("runs/tiny")) == outcome(Path("runs/straight"))
+
+
+def readme_lines() -> list[str]:
+    """The commands of the README's section."""
+    section = (ROOT / "README.md").read_text().split("## GPU boxes\n")[1].split("```")[1]
+    return [line.partition("   #")[0].strip() for line in section.strip().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(trains: Box) -> None:
+    """Guards every line that the README gives, with a small config and two processes on the CPU."""
+    trains.slurm(2)
+    trains.program("aws", 'cp -r "$3" copied')
+    steps = "--set training.max_steps=20 --set training.device=cpu"
+    lines = readme_lines()
+    assert len(lines) == 7
+    for number, line in enumerate(lines):
+        for given, here in (
+            ("gpt2-124m", "tiny.yaml"),
+            (" 8 ", " 2 "),
+            ("node01", "127.0.0.1"),
+            ("MODEL", "runs/trained"),
+            ("book.txt", "text.txt"),
+            ("sbatch --nodes=4", "bash"),
+        ):
+            line = f"{line} ".replace(given, here).strip()
+        if " eval " not in line:
+            line += f" {steps}"
+        boxes = 2 if "NODES=" in line else 1
+        each = "1" if boxes == 2 or "slurm" in line else "2"
+        environment = {**trains.environment, "DEVICES": each, "GPT_RUNS": f"runs-{number}"}
+        environment["PATH"] = f"{trains.binaries}{os.pathsep}{environment['PATH']}"
+        started = [
+            subprocess.Popen(
+                ["bash", "-c", line],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(boxes)
+        ]
+        found = [ended(process) for process in started]
+        assert [code for code, _ in found] == [0] * boxes, found
+        said = "".join(text for _, text in found)
+        if " eval " not in line:
+            assert "each of 2 processes" in said, line
+            (run,) = Path(f"runs-{number}").glob("*/config.yaml")
+        if number == 0:
+            shutil.copytree(run.parent, "runs/trained")
+    assert Path("copied/report.json").exists() or Path("copied/run.json").exists()
