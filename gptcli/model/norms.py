@@ -13,7 +13,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
+        nn.init.ones_(self.weight)
         self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
