@@ -36,7 +36,6 @@ FLOORS = [
         "chat",
         "serve",
         "text_recipe",
-        "launch",
     },
     {"training"},
     {"reports"},

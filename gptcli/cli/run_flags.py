@@ -131,7 +131,7 @@ def launched(
     # Of those that srun starts with --nodes, each is a launcher; torchrun's are processes.
     if from_environment().size > 1 and (nodes is None or "RANK" in os.environ):
         return None
-    from gptcli.launch import launch, nodes_of
+    from gptcli.cli.launch import launch, nodes_of
 
     machines, each = nodes_of(nodes), devices or 1
     if machines.count * each == 1:

@@ -17,9 +17,10 @@ from faults.small import working_in
 from forked import Forked
 from ranks import checkpoints
 
-from gptcli import launch, stop
+from gptcli import stop
+from gptcli.cli import launch
+from gptcli.cli.launch import check_devices, nodes_of
 from gptcli.errors import ConfigError, ResourceError
-from gptcli.launch import check_devices, nodes_of
 
 Gpt = Callable[..., tuple[int, str, str]]
 PATIENCE = 120
