@@ -225,7 +225,7 @@ def _better(run: _Run, records: list[dict[str, Any]]) -> int | None:
     best = None
     for record in records:
         step, loss, task = record.get("step"), record.get("loss"), record.get("task")
-        if record.get("event") != "eval" or step not in run.states:
+        if record.get("event") != "eval" or not _is_step(record) or step not in run.states:
             continue
         value = task.get("value") if isinstance(task, dict) else 0.0
         if not isinstance(loss, float) or not isinstance(value, float | int):

@@ -273,3 +273,11 @@ def test_a_run_of_an_early_version(run: Path) -> None:
 def test_a_run_without_checkpoints(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     assert bad(run) == {"checkpoints": "there is no checkpoint"}
+
+
+def test_steps_that_are_no_numbers(run: Path) -> None:
+    """Bug: a line of a log whose step is an object ended the command with a traceback."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(run / name, "a", encoding="utf-8") as file:
+            file.write('{"event": "eval", "step": {}, "loss": 0.1}\n')
+    assert all(finding.text for finding in verify_run(run))

@@ -113,7 +113,8 @@ def missing_texts(
     samples: list[dict[str, Any]], evaluated: Iterable[int], rhythms: list[Rhythm]
 ) -> Iterator[str]:
     """Evaluations whose texts are not all there."""
-    found = Counter(record.get("step") for record in samples)
+    steps = (record.get("step") for record in samples)
+    found = Counter(step for step in steps if isinstance(step, int))
     for step in sorted(evaluated):
         least = min(rhythm.texts or 0 for rhythm in _evaluating(step, rhythms))
         if found[step] < least:
