@@ -69,6 +69,7 @@ def memory(config: str, kind: str, place: Path) -> None:
     """Print the memory of a process with its share, against what the whole model takes."""
     settings = [*LEAN, f"optimizer.kind={kind}", "training.max_steps=3", "training.log_every=1"]
     settings += ["samples.n=1", "samples.max_new_tokens=2", "eval.max_tokens=64"]
+    settings += ["schedule.warmup_steps=1"]
     settings += ["training.precision=fp32", "training.compile=off", "distributed.strategy=fsdp"]
     peaks = {}
     for name, shape in (("tiny", TINY), ("wide", WIDE)):
