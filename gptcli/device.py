@@ -188,7 +188,8 @@ def usable_memory_bytes(device: Device, held_bytes: int = 0) -> int | None:
     """Memory that training on `device` may come to: `held_bytes`, which this process has already,
     and most of what is free. None where that cannot be told."""
     free = free_memory_bytes(device)
-    return None if free is None else int(_USABLE * free) + held_bytes
+    sharing = 1 if device.kind == "cuda" else from_environment().local_size
+    return None if free is None else int(_USABLE * free / sharing) + held_bytes
 
 
 def allowed_cpus(root: Path = Path("/")) -> int:

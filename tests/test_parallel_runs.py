@@ -1,7 +1,11 @@
 """Runs of two processes against one: the same losses, weights, scores and files."""
 
+import itertools
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +14,12 @@ from faults.small import working_in
 from interrupting import Where, interrupted, outcome
 from ranks import Ranks, checkpoints, train_together
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
 from gptcli.cli.main import main
 from gptcli.runs import checkpoint
 from gptcli.runs.run_dir import read_run_json
+from gptcli.training import session, stability
 
 STEPS = 20
 SETTINGS = ["training.max_steps=20", "training.tokens_per_step=160", "training.micro_batch_size=1"]
@@ -186,3 +192,53 @@ def test_a_process_that_fails_alone(folder: Path) -> None:
     assert (code, other_code, silent) == (3, 3, "")
     assert "error: rank 1: " in said
     assert "missing.txt" in said
+
+
+def steep(updates: int) -> Callable[[], None]:
+    """For a child: from its update number `updates` on, once, gradients far too large."""
+
+    def install() -> None:
+        passes = 0
+
+        def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+            nonlocal passes
+            if isinstance(module, torch.nn.Embedding) and module.training:
+                passes += 1
+                if passes == updates:
+                    output.register_hook(lambda grad: grad * 1e4)
+
+        register_module_forward_hook(hook)
+        stability._RECENT_STEPS = 4
+
+    return install
+
+
+def test_all_go_back_from_a_spike(folder: Path) -> None:
+    """Guards a rollback of two processes: both go on from the same checkpoint, rank 0 writes, and
+    the log has every step once."""
+    settings = ["training.spike=rollback", "training.spike_zscore=50", "training.save_every=5"]
+    line = arguments("spiky", *settings, "training.tokens_per_step=64")
+    ranks = Ranks(line, before={0: steep(0), 1: steep(13)})
+    (code, said), other = ranks.wait()
+    assert (code, other) == (0, (0, "")), said
+    assert "a spike, back to step 10, past these data" in said
+    assert [r["step"] for r in records(folder / "spiky", "train")] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records(folder / "spiky", "rollback")] == [10]
+    assert main(["runs", "verify", "spiky"]) == 0
+
+
+def test_clocks_that_differ(folder: Path) -> None:
+    """Guards a stop right after a resume: whether the elapsed time alone is worth a save is rank
+    0's decision, however long another process was there before."""
+    line = arguments("clocks", "schedule.kind=constant")
+    train_together(line)
+
+    def early() -> None:
+        began = time.monotonic
+        session.time = SimpleNamespace(monotonic=lambda: began() + 60 * next(ticks))
+        asked.__enter__()
+
+    ticks, asked = itertools.count(), interrupted(0)
+    longer = [*line, "--resume", "--set=training.max_steps=30"]
+    ranks = Ranks(longer, before={1: early})
+    assert [code for code, _ in ranks.wait()] == [143, 143]

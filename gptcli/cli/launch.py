@@ -1,6 +1,7 @@
 """`--devices`: this command line once for each device, by torchrun's agent."""
 
 import logging
+import math
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ log = logging.getLogger("gptcli")
 _PORT = 29400
 _JOBS = 3000  # ports from _PORT on, and below those that systems give to any program
 _GATHER_SECONDS = 600  # between the first machine of a job and the last
-_SHUTDOWN_SECONDS = 600  # for what processes save that have to end because this one failed
+_LEAST_SHUTDOWN_SECONDS = 10  # for processes to end by themselves when another one failed
 _NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
 _ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -120,7 +121,7 @@ def launch(
             _await_meeting_point(nodes.meeting_point, timeout_seconds)
         os.environ[LAUNCHER] = str(os.getpid())
         try:
-            signals.agent = _agent(arguments, devices, nodes)
+            signals.agent = _agent(arguments, devices, nodes, timeout_seconds)
             result = signals.agent.run()
         except RendezvousError as error:
             raise ResourceError(
@@ -135,8 +136,11 @@ def launch(
     return _exit_code(result, signals.asked)
 
 
-def _agent(arguments: list[str], devices: int, nodes: Nodes) -> "LocalElasticAgent":
-    """What starts the processes of this machine and waits for them."""
+def _agent(
+    arguments: list[str], devices: int, nodes: Nodes, timeout_seconds: float
+) -> "LocalElasticAgent":
+    """What starts the processes of this machine and waits for them. When one has failed, the others
+    have `timeout_seconds` to end: one that hangs is killed then."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
@@ -165,7 +169,8 @@ def _agent(arguments: list[str], devices: int, nodes: Nodes) -> "LocalElasticAge
         args=("-m", "gptcli", *arguments),
         max_restarts=0,
     )
-    return LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=_SHUTDOWN_SECONDS)
+    grace = max(_LEAST_SHUTDOWN_SECONDS, math.ceil(timeout_seconds))
+    return LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=grace)
 
 
 class _Signals:

@@ -4,7 +4,9 @@ import logging
 import math
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
+from gptcli import world
 from gptcli.errors import CheckpointError, NonFiniteError
 from gptcli.evaluation.perplexity import Scores
 from gptcli.runs import checkpoint
@@ -60,14 +62,16 @@ def _roll_back(session: Session, reading: Reading) -> None:
     the data position of now: what made the spike is passed over, by a later resume too."""
     state, directory = session.state, session.directory
     _give_up_at(state.rollbacks + 1, "returns from spikes", session, reading)
-    newest = checkpoint.newest_valid(directory, log)
-    if newest is None:
+    here = session.parallel.here
+    newest = checkpoint.newest_valid(directory, log) if here.leads else None
+    if newest is None and here.leads:
         raise CheckpointError(f"{directory} has no valid checkpoint to go back to")
-    contents = read_resumable(newest)
+    contents = read_resumable(Path(world.told(str(newest))))
     saved, scores = TrainState.from_json(contents.state["train"]), contents.state["scores"]
     load_trained(session.model, contents.model)
     session.optimizer = Optimizer(session.model, session.config.optimizer)
     session.optimizer.load_state_dict(contents.optimizer)
+    world.meet()  # all have read what is published anew next
     session.scores = Scores.from_json(scores) if scores is not None else None
     times = {name: getattr(state, name) for name in vars(state) if name.endswith("seconds")}
     session.state = replace(
@@ -82,7 +86,8 @@ def _roll_back(session: Session, reading: Reading) -> None:
     )
     session.save(must=True)
     session.close()  # the logs are other files afterwards
-    truncate_after(directory, saved.step, saved.evaluated_step)
+    if here.leads:
+        truncate_after(directory, saved.step, saved.evaluated_step)
     _note(session, reading, "rollback", f"a spike, back to step {saved.step}, past these data")
 
 

@@ -193,12 +193,12 @@ class Session:
                 self.saved_step = -1  # a checkpoint of this step, if there, lacks these scores
             except stop.Stopped:
                 log.info("evaluation interrupted")
-        self.agree()
+        self.tick()
+        self.agree()  # behind it nothing reads this process's own clock until all have saved
         ends = due.end or self.stopping is not None
         # After steps that were not applied, the checkpoint before them is the one to keep.
         save = (due.save or improved) and not self.state.bad_steps
         unsaved = self.saved_step != step
-        self.tick()
         late = self.state.elapsed_seconds - self._saved_elapsed > _LOST_SECONDS
         if ((save or ends) and unsaved) or (ends and late):
             self.save(must=unsaved and (ends or step == 0))
