@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -171,10 +172,10 @@ class _Run:
         """Take all scores as those of `when` (before, after) into run.json."""
         session, directory = self.session, self.session.directory
         log.info(f"scoring {len(self.rows)} held-out rows {when} finetuning")
-        leads = session.parallel.here.leads
-        found = self.task_scores() if leads else None
-        stop.raise_if_requested()
-        world.meet()
+        found = None
+        with suppress(stop.Stopped):  # of which all learn next
+            found = self.task_scores() if session.parallel.here.leads else None
+        world.raise_if_stopped(patient=True)
         response = session.score_validation()
         session.scores = response  # run.json has those of the model that is left behind
         entries = found.entries(when) if found is not None else {}

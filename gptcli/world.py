@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptcli")
 
 _PATIENCE = timedelta(hours=2)  # for what one rank does while the others wait: saving, sampling
-_STOPPED = 143  # the last word of who ended without an error, before the others did
 LAUNCHER = "GPT_LAUNCHER"  # the variable with the process that started this one for --devices
 AFTERWORD_SECONDS = 5.0  # how long a rank has to say why it ended
 # torchrun's names, and those that Slurm gives to the tasks of `srun`.
 _RANK, _SIZE = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")
-_LOCAL_RANK, _LOCAL_SIZE = ("LOCAL_RANK", "SLURM_LOCALID"), ("LOCAL_WORLD_SIZE",)
+_LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID")
+_LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class _Group:
     patient: Any
     places: list[str]
     store: Any
+    explained: Exception | None = None  # what a broken connection turned out to be
 
 
 _world = World()
@@ -111,21 +112,43 @@ def joined(device_kind: str, timeout_seconds: float) -> Iterator[World]:
     try:
         yield here
     except Exception as error:
-        known = error if isinstance(error, GptError | stop.Stopped) else None
-        if known is None and not _is_broken_connection(error):
-            _say(here.rank, {"code": 1, "text": f"{type(error).__name__}: {error}"})
-            raise
-        if known is not None:
-            _say(here.rank, {"code": getattr(known, "exit_code", _STOPPED), "text": str(known)})
-            raise
-        raise _why(here, error) from error
+        reason = explained(error)
+        if reason is not error:
+            raise reason from error
+        if reason is not _group.explained:
+            _say(here.rank, _last_word(error))
+        raise
     else:
         with suppress(Exception):
             meet()  # torchrun gives a rank 30 s after another one has ended, and then kills it
-        _say(here.rank, {"code": _STOPPED, "text": "ended"})
+        _say(here.rank, {"code": 0, "text": "ended before the others"})
     finally:
         _disconnect()
         _world, _group = World(), None
+
+
+def explained(error: Exception) -> Exception:
+    """Why the connection to the others broke, where that is what `error` is; else itself."""
+    if _group is None or isinstance(error, GptError | stop.Stopped):
+        return error
+    if not _is_broken_connection(error):
+        return error
+    _group.explained = _why(_world, error)
+    return _group.explained
+
+
+def raise_if_stopped(*, patient: bool = False) -> None:
+    """Raise `stop.Stopped` for all processes where a stop was asked of any."""
+    (number,) = agree([float(stop.requested() or 0)], patient=patient)
+    if number:
+        if stop.requested() is None:
+            stop.request(int(number))
+        stop.raise_if_requested()
+
+
+def patient_group() -> Any:
+    """The connection that waits for what takes long; None for a process that is alone."""
+    return _group.patient if _group is not None else None
 
 
 def agree(values: Sequence[float], *, patient: bool = False) -> list[float]:
@@ -215,7 +238,7 @@ def _connect(here: World, device_kind: str, timeout_seconds: float) -> _Group:
             backend, store=PrefixStore("gpt", store), rank=rank, world_size=size,
             timeout=timeout,
         )  # fmt: skip
-        # A process of its own group: what a rank says last must not depend on a collective.
+        # Beside the collectives: what a rank says last must not depend on the others.
         said = PrefixStore(f"said-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         said.set(f"place-{here.rank}", f"{socket.gethostname()}, process {os.getpid()}")
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -245,7 +268,16 @@ def _say(rank: int, what: dict[str, Any]) -> None:
         _group.store.set(f"end-{rank}", json.dumps(what))
 
 
-def _why(here: World, error: Exception) -> GptError:
+def _last_word(error: Exception) -> dict[str, Any]:
+    """Why this process ends, for the others."""
+    if isinstance(error, stop.Stopped):
+        return {"code": 0, "text": "", "signal": int(stop.requested() or signal.SIGTERM)}
+    if isinstance(error, GptError):
+        return {"code": error.exit_code, "text": str(error)}
+    return {"code": 1, "text": f"{type(error).__name__}: {error}"}
+
+
+def _why(here: World, error: Exception) -> Exception:
     """Why a connection broke: another rank's last word, or its silence."""
     assert _group is not None
     _say(here.rank, {"code": None, "text": ""})
@@ -259,8 +291,12 @@ def _why(here: World, error: Exception) -> GptError:
             except RuntimeError:  # the store was rank 0's
                 return _lost([0], here, error)
             silent.discard(rank)
+            if word.get("signal") is not None:
+                stop.request(word["signal"])
+                return stop.Stopped()
             if word["code"] is not None:
-                return PeerError(f"rank {rank}: {word['text']}", exit_code=word["code"])
+                said = f"rank {rank}: {word['text']}"
+                return PeerError(said, word["code"]) if word["code"] else ResourceError(said)
         time.sleep(0.05)
     return _lost(sorted(silent), here, error)
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,12 @@ from ranks import Ranks, checkpoints, train_together
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
+from gptcli import pretrain, stop
 from gptcli.cli.main import main
-from gptcli.runs import checkpoint
+from gptcli.data.tokenizer import Tokenizer
+from gptcli.errors import DataError
+from gptcli.model.gpt import GPT
+from gptcli.runs import checkpoint, sharded
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training import session, stability
 
@@ -242,3 +248,102 @@ def test_clocks_that_differ(folder: Path) -> None:
     longer = [*line, "--resume", "--set=training.max_steps=30"]
     ranks = Ranks(longer, before={1: early})
     assert [code for code, _ in ranks.wait()] == [143, 143]
+
+
+def test_a_process_that_fails_before_training(folder: Path) -> None:
+    """Guards run.json of a run that another process ended: failed, and why; and a refused resume,
+    which leaves its files as they were."""
+
+    def broken() -> None:
+        def fail(*_: Any) -> None:
+            raise DataError("the disk of rank 1 is gone")
+
+        pretrain.check_same = fail
+
+    line = arguments("peer", "training.max_steps=10")
+    (code, said), _ = Ranks(line, before={1: broken}).wait()
+    about = read_run_json(folder / "peer")
+    assert (code, about["status"]) == (3, "failed")
+    assert about["error"] == "rank 1: the disk of rank 1 is gone"
+    train_together([*line, "--overwrite"])
+    before = [(folder / "peer" / name).read_bytes() for name in ("run.json", "config.yaml")]
+    longer = [*line, "--resume", "--set=training.max_steps=12"]
+    (code, said), _ = Ranks(longer, before={1: broken}).wait()
+    assert (code, "rank 1: the disk of rank 1 is gone" in said) == (3, True)
+    after = [(folder / "peer" / name).read_bytes() for name in ("run.json", "config.yaml")]
+    assert after == before
+    train_together(longer)
+
+
+def test_a_stop_of_one_process_before_training(folder: Path) -> None:
+    """Guards that all take another's stop for what it is: exit 143 and a stopped run."""
+
+    def asked() -> None:
+        def fail(*_: Any) -> None:
+            stop.request(signal.SIGTERM)
+            stop.raise_if_requested()
+
+        pretrain.check_same = fail
+
+    for rank in (0, 1):
+        ranks = Ranks(arguments(f"asked-{rank}"), before={rank: asked})
+        assert [code for code, _ in ranks.wait()] == [143, 143]
+        assert read_run_json(folder / f"asked-{rank}")["status"] == "stopped"
+
+
+def test_shares_in_many_files(alone: dict[str, Path], folder: Path) -> None:
+    """Guards what is put together of files with a few tensors each: the bytes of one file each,
+    and a resume from it by one process."""
+
+    def small() -> None:
+        sharded._FILE_BYTES = 2**10
+
+    for name, before in (("few", {}), ("many", {0: small, 1: small})):
+        line = arguments(name, "distributed.strategy=fsdp")
+        (code, said), other = Ranks(line, before=before).wait()
+        assert (code, other) == (0, (0, "")), said
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        few, many = (checkpoint.list_checkpoints(folder / n)[-1] / file for n in ("few", "many"))
+        assert few.read_bytes() == many.read_bytes()
+        assert stored(folder / "many", file).keys() == stored(alone["muon"], file).keys()
+    assert main([*arguments("many", "training.max_steps=22"), "--resume", "--quiet"]) == 0
+
+
+def test_samples_of_machines_that_round_differently(folder: Path) -> None:
+    """Guards texts that all write together: rank 0's logits are what all go on from, or a process
+    that finds the text at its end lets the others wait."""
+    settings = ["distributed.strategy=fsdp", "samples.n=3", "training.max_steps=2"]
+    settings += ["distributed.timeout_seconds=20"]
+    train_together(arguments("even", *settings))
+    eot = Tokenizer.load(checkpoint.list_checkpoints(folder / "even")[-1] / "tokenizer").eot
+
+    def rough() -> None:
+        def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+            if isinstance(module, GPT) and not module.training:
+                output[..., eot] += 100.0
+
+        register_module_forward_hook(hook)
+
+    ranks = Ranks(arguments("rough", *settings), before={1: rough})
+    (code, text), other = ranks.wait()
+    assert (code, other) == (0, (0, "")), text
+    even, rough_ones = (
+        [json.loads(line)["text"] for line in (folder / run / "samples.jsonl").open()]
+        for run in ("even", "rough")
+    )
+    assert even == rough_ones != []
+
+
+def test_a_file_limit_under_fsdp(folder: Path) -> None:
+    """Guards the message where shares are larger than a file may be: told once, with the way out;
+    nothing is left behind."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+
+    line = arguments("limited", "distributed.strategy=fsdp")
+    (code, said), (other, silent) = Ranks(line, before={0: limited, 1: limited}).wait()
+    assert (code, other, silent) == (6, 6, "")
+    assert "a file of it is larger than this process may write" in said
+    assert "ulimit -f unlimited" in said
+    assert not list((folder / "limited" / "checkpoints").glob("*"))

@@ -26,7 +26,7 @@ def in_turn(batches: Sequence[B], score: Callable[[B], Scored]) -> Iterator[Scor
         return
     mine = []
     for turn in range(-(-len(batches) // here.size)):
-        _raise_if_requested()
+        world.raise_if_stopped()
         number = turn * here.size + here.rank
         scored = score(batches[min(number, len(batches) - 1)])
         if number < len(batches):
@@ -41,12 +41,3 @@ def in_turn(batches: Sequence[B], score: Callable[[B], Scored]) -> Iterator[Scor
 
 def _tensors(found: TargetScores) -> tuple[Tensor, Tensor, Tensor]:
     return found.nats.cpu(), found.likeliest.cpu(), found.top.cpu()
-
-
-def _raise_if_requested() -> None:
-    """Raise `Stopped` for all where a stop was asked of any."""
-    (number,) = world.agree([float(stop.requested() or 0)])
-    if number:
-        if stop.requested() is None:
-            stop.request(int(number))
-        stop.raise_if_requested()

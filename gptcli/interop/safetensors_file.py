@@ -82,6 +82,16 @@ def file_header(
     return len(content).to_bytes(8, "little") + content, places, end
 
 
+def stored_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in the file the bytes of each tensor begin and end. The file is one that was just
+    written, not one to be wary of."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name[0] != "_"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in places.items()}
+
+
 def numbers(tensor: Tensor) -> memoryview:
     """The tensor's bytes in the order of a file; of one on the CPU that is contiguous, no copy."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -6,7 +6,7 @@ D head size, F feed-forward width, V vocabulary.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -363,9 +363,15 @@ class GPT(nn.Module):
         return rope_table(positions, frequencies, attention_factor(c.rope_scaling))
 
 
-@torch.no_grad()
 def initialise(model: GPT, generator: torch.Generator) -> None:
-    """Draw the weights on the CPU, so that every device starts alike.
+    """Give the model its first weights, see `initial_values`."""
+    with torch.no_grad():
+        for parameter, value in initial_values(model, generator):
+            parameter.copy_(value)
+
+
+def initial_values(model: GPT, generator: torch.Generator) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its first value, drawn on the CPU, so that every device starts alike.
 
     N(0, 0.02) for matrices and embeddings, residual projections divided by sqrt(2 n_layer)
     (Radford et al. 2019, section 2.3). With `zero_init_output`, projections into the residual
@@ -376,10 +382,8 @@ def initialise(model: GPT, generator: torch.Generator) -> None:
     scaled = 0.02 / math.sqrt(2 * config.n_layer)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            if name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)  # norm weights
+            first = 0.0 if name.endswith("bias") else 1.0  # weights of norms
+            yield parameter, torch.full(parameter.shape, first)
             continue
         std = 0.02
         if name.endswith("proj.weight"):
@@ -387,4 +391,4 @@ def initialise(model: GPT, generator: torch.Generator) -> None:
         elif name.startswith("blocks") and config.zero_init_output:
             std = parameter.size(1) ** -0.5
         draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
-        parameter.copy_(draw.mul_(std))
+        yield parameter, draw.mul_(std)

@@ -101,7 +101,7 @@ def publish(
         refuse_non_finite(step, contents.model)
     target = checkpoint_dir(run_dir, step)
     temp = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    needed, free = space_needed(contents), free_bytes(run_dir)
+    needed, free = space_needed(contents, write is not write_whole), free_bytes(run_dir)
     try:
         if free is not None and free < needed:
             raise ResourceError("disk full")
@@ -113,7 +113,7 @@ def publish(
         _swap_in(temp, target)
     except (OSError, ResourceError) as error:
         unsaved = f"checkpoint of step {step} is not saved"
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        if errno.EFBIG in (getattr(e, "errno", None) for e in (error, error.__cause__)):
             raise ResourceError(
                 f"{unsaved}: a file of it is larger than this process may write",
                 hint="ulimit -f unlimited",
@@ -207,13 +207,15 @@ def is_sound(path: Path) -> bool:
     return not problem
 
 
-def read(directory: Path, *, with_optimizer: bool, tensors: bool = True) -> Contents:
+def read(
+    directory: Path, *, with_optimizer: bool, tensors: bool = True, hashes: bool = True
+) -> Contents:
     """Contents of a checkpoint, tensors on the CPU; without its optimizer, that dict is empty, and
-    without `tensors` the model's too.
+    without `tensors` the model's too. Without `hashes` only presence and sizes are checked.
 
     CheckpointError when it is damaged. Raises `stop.Stopped`.
     """
-    manifest = verify(directory, optimizer=with_optimizer)
+    manifest = verify(directory, optimizer=with_optimizer, hashes=hashes)
     return Contents(
         model=with_tied(read_tensors(directory / MODEL), manifest["tied"], directory)
         if tensors
@@ -339,10 +341,12 @@ def clean_leftovers(run_dir: Path) -> None:
             log.warning("cannot remove the leftover %s: %s", path, error.strerror)
 
 
-def space_needed(contents: Contents) -> int:
-    """Bytes on disk of a checkpoint, rounded up."""
-    tensors = [*untied(contents.model)[0].values(), *contents.optimizer.values()]
-    return sum(t.numel() * t.element_size() for t in tensors) + _OVERHEAD_BYTES
+def space_needed(contents: Contents, in_shares: bool = False) -> int:
+    """Bytes on disk of a checkpoint, rounded up; of one that is written `in_shares`, the larger
+    file's shares are there beside it."""
+    parts = [untied(contents.model)[0], contents.optimizer]
+    sizes = [sum(t.numel() * t.element_size() for t in part.values()) for part in parts]
+    return sum(sizes) + (max(sizes) if in_shares else 0) + _OVERHEAD_BYTES
 
 
 def _write(temp: Path, step: int, contents: Contents, hashes: dict[str, str]) -> None:

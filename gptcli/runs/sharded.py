@@ -1,14 +1,14 @@
 """Checkpoints of models of which each process has a share.
 
-torch.distributed.checkpoint writes what each process has, all at the same time, and rank 0 puts it
-together to the safetensors files of any other checkpoint. It reads from such files only the shares
-that are needed, whatever the number of processes was.
+torch.distributed.checkpoint writes what each process has, all at the same time, in files of a few
+tensors, so that it never holds much of it twice. Rank 0 puts them together to the safetensors files
+of any other checkpoint. From such files only the shares that are needed are read, whatever the
+number of processes was.
 """
 
-import hashlib
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from gptcli import world
 from gptcli.errors import CheckpointError, NonFiniteError, ResourceError
+from gptcli.interop.safetensors_file import file_header, stored_places
 from gptcli.runs import checkpoint
 from gptcli.runs.checkpoint import Contents
 from gptcli.runs.manifest import MODEL, OPTIMIZER
 from gptcli.runs.space import check_space
-from gptcli.runs.tensors import local, refuse_non_finite, save_tensors, untied
+from gptcli.runs.tensors import local, refuse_non_finite, save_pieces, save_tensors, untied
 
 _CHUNK_BYTES = 2**24
+# A process holds one file twice while it writes it; and there are at most some 64 of one.
+_FILE_BYTES, _MOST_FILES = 2**24, 64
 
 
 class Together:
@@ -60,7 +63,7 @@ def publish_together(run_dir: Path, step: int, contents: Contents, *, in_shares:
     try:
         if leads:
             if step == 0:
-                check_space(run_dir, checkpoint.space_needed(contents))
+                check_space(run_dir, checkpoint.space_needed(contents, in_shares))
             checkpoint.publish(run_dir, step, contents, write)
         elif isinstance(write, Together):
             write(None, contents)
@@ -99,7 +102,8 @@ def read_together(directory: Path, tensors: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)))
+        reader = HuggingFaceStorageReader(str(directory))
+        load(dict(tensors), storage_reader=reader, process_group=world.patient_group())
     except (CheckpointException, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{directory} cannot be read in shares: {error}") from error
 
@@ -109,43 +113,70 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> str:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    leads = world.current().leads
     if not tensors:  # no optimizer has a state before its first step
-        return save_tensors({}, folder / name) if world.current().leads else ""
-    # Consolidation loses the numbers of tensors without dimensions.
-    tensors = {n: t.reshape(1) if t.ndim == 0 else t for n, t in sorted(tensors.items())}
+        return save_tensors({}, folder / name) if leads else ""
     place = folder / f"shares-{name}"
     writer: Any = HuggingFaceStorageWriter(
-        path=str(place),
-        fqn_to_index_mapping=dict.fromkeys(tensors, 1),
-        save_distributed=True,
-        enable_consolidation=True,
+        path=str(place), fqn_to_index_mapping=_files(tensors), save_distributed=True
     )
     try:
-        save(tensors, storage_writer=writer)
+        save(tensors, storage_writer=writer, process_group=world.patient_group())
     except CheckpointException as error:
-        reasons = [str(found[0]) for found in error.failures.values()]
-        raise ResourceError(f"{place}: {'; '.join(reasons[:2])}") from error
+        reasons = [found[0] for found in error.failures.values()]
+        raise ResourceError("; ".join(sorted(set(map(str, reasons))))) from reasons[0]
     digest, problem = "", None
-    if world.current().leads:
+    if leads:
         try:
-            (written,) = place.glob("*.safetensors")
-            os.replace(written, folder / name)
+            digest = _put_together(tensors, place, folder / name)
             shutil.rmtree(place)
-            digest = _synced_hash(folder / name)
         except OSError as error:
-            problem = f"{folder / name}: {error.strerror or error}"
-    if (told := world.told(problem)) is not None:  # nobody begins the next file, which needs all
-        raise ResourceError(told)
+            problem = error
+    told = world.told(None if problem is None else problem.strerror or str(problem))
+    if told is not None:  # nobody begins the next file, which needs all
+        raise ResourceError(told) from problem
     return digest
 
 
-def _synced_hash(path: Path) -> str:
-    digest = hashlib.sha256()
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to, from 1: of each process, a few tensors are
+    in one file, and are in memory twice while it is written."""
+    most = max(_FILE_BYTES, sum(t.nbytes for t in tensors.values()) // _MOST_FILES)
+    most *= world.current().size
+    found, number, held = {}, 1, 0
+    for name, tensor in tensors.items():
+        if held and held + tensor.nbytes > most:
+            number, held = number + 1, 0
+        found[name], held = number, held + tensor.nbytes
+    return found
+
+
+def _put_together(tensors: dict[str, Tensor], place: Path, path: Path) -> str:
+    """Make one file of the shares in `place` and return its sha256. Each process has rows of a
+    tensor, the first rows rank 0, and of those that all have whole one wrote them."""
+    parts: dict[str, list[tuple[Path, int, int]]] = {name: [] for name in tensors}
+    for file in sorted(place.glob("*.safetensors")):  # shard-RANK-...
+        for name, (begin, end) in stored_places(file).items():
+            parts[name].append((file, begin, end))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    for name in order:
+        found = sum(end - begin for _, begin, end in parts[name])
+        if found != tensors[name].nbytes:
+            raise OSError(f"{name} has {found} of {tensors[name].nbytes} bytes in {place}")
+    header, _, _ = file_header({name: shapes[name] for name in order}, dtypes)
+    pieces = (piece for name in order for part in parts[name] for piece in _pieces(*part))
+    return save_pieces(path, chain([header], pieces))
+
+
+def _pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from `begin` to `end`, some at a time."""
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+        file.seek(begin)
+        while begin < end and (piece := file.read(min(_CHUNK_BYTES, end - begin))):
+            begin += len(piece)
+            yield piece
 
 
 def empty_like(

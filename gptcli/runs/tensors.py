@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -129,9 +130,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> str:
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     shapes = {name: tuple(tensors[name].shape) for name in order}
     header, _, _ = file_header(shapes, {name: tensors[name].dtype for name in order})
+    pieces = chain[bytes | memoryview]([header], (numbers(tensors[name]) for name in order))
+    return save_pieces(path, pieces)
+
+
+def save_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write the pieces as a file, on disk when this returns; returns the sha256 of what was to be
+    written. OSError when the disk does not take it."""
     digest, waiting, ahead = hashlib.sha256(), deque[tuple[Future[None], int]](), 0
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
-        pieces = chain[bytes | memoryview]([header], (numbers(tensors[name]) for name in order))
         for piece in pieces:
             waiting.append((hasher.submit(digest.update, piece), len(piece)))
             ahead += len(piece)

@@ -15,7 +15,7 @@ from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.rows import Prefetch, RowSource, step_batches
 from gptcli.data.tokenizer import Tokenizer
-from gptcli.device import Device, allow_tf32
+from gptcli.device import Device, allow_tf32, give_back_freed_memory
 from gptcli.errors import CheckpointError, ConfigError
 from gptcli.evaluation.perplexity import EncodedDocument, Scores
 from gptcli.model.gpt import GPT
@@ -38,11 +38,11 @@ from gptcli.training.choices import (
     rows_of_a_process,
 )
 from gptcli.training.fitting import check_memory
-from gptcli.training.initial import starting_model
+from gptcli.training.initial import draws_shares, starting_model
 from gptcli.training.loop import train
 from gptcli.training.objective import LossOf, language_model_loss
 from gptcli.training.optimizers import Optimizer
-from gptcli.training.parallel import Parallel, Strategy, shard, sharded
+from gptcli.training.parallel import Parallel, Strategy, draw_shares, shard, sharded
 from gptcli.training.resuming import LIMITS
 from gptcli.training.session import Session
 from gptcli.training.start import Start, machine, note_end, resume_command
@@ -104,8 +104,12 @@ def build_session(
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
     strategy = _strategy(config, start, device, tokenizer.vocab_size, initial)
-    model, facts = starting_model(config, start, tokenizer, initial, outputs)
-    model.to(device.torch)
+    if strategy == "fsdp":
+        give_back_freed_memory()
+    in_shares = strategy == "fsdp"
+    model, facts = starting_model(config, start, tokenizer, initial, outputs, in_shares=in_shares)
+    if not in_shares:  # else the whole of it may not fit there
+        model.to(device.torch)
     if start.job == "finetune":
         set_trainable(model, config.finetune)
     allow_tf32(device)
@@ -113,6 +117,8 @@ def build_session(
     parallel = Parallel(strategy)
     if parallel.sharded:
         shard(model, device.torch, choices.precision)
+        if draws_shares(config, start):
+            draw_shares(model, torch.Generator().manual_seed(config.seed))
     optimizer = Optimizer(model, config.optimizer)
     if start.contents is not None:
         _restore(start, model, optimizer)
@@ -185,12 +191,12 @@ def _choices(
 ) -> Choices:
     """How the run computes, applied to `model`. Several processes take what rank 0 finds."""
     saved = start.contents.state["choices"] if start.contents is not None else None
-    choices = choose_again(saved, config, device) if saved is not None else None
+    choices = None
+    if world.current().leads and saved is not None:
+        choices = choose_again(saved, config, device)
     if choices is not None:
         choices = replace(choices, strategy=strategy)
-        apply(choices, model)
-        return choices
-    if world.current().leads:
+    elif world.current().leads:
         held = sum(parameter.nbytes for parameter in model.parameters())
         choices = choose(config, device, model.vocab_size, held_bytes=held, strategy=strategy)
         # Nothing to race where no block learns; and a step of a whole model may not fit.

@@ -1,12 +1,15 @@
 """Matrices that processes share, brought together where one has to be seen as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gptcli import world
+
+# Of whole matrices that a process has at a time. What it computes from them is some times as much.
+_ROUND_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,22 @@ class Exchange:
             held[found[name]] += _size(self.shapes[name])
         return found
 
+    def rounds(self) -> "list[Exchange]":
+        """Exchanges of some of the matrices each, neighbours in the model, so that a process that
+        has shares of them never has many as a whole."""
+        if not self.sharded:
+            return [self]
+        found: list[dict[str, tuple[int, int]]] = [{}]
+        held = 0
+        for name, shape in self.shapes.items():
+            size = 4 * _size(shape)
+            if held and held + size > _ROUND_BYTES * self.here.size:
+                found.append({})
+                held = 0
+            found[-1][name] = shape
+            held += size
+        return [replace(self, shapes=shapes) for shapes in found]
+
     def mine(self) -> list[str]:
         """The matrices that this process has as a whole."""
         return [name for name, owner in self.owners.items() if owner == self.here.rank]
@@ -44,6 +63,7 @@ class Exchange:
         received = sent.new_empty(sum(_size(self.shapes[name]) for name in self.mine()))
         gives, takes = self._sizes()
         dist.all_to_all_single(received, sent, takes, gives)
+        del sent
         parts: dict[str, list[Tensor]] = {name: [] for name in self.mine()}
         for rank, piece in enumerate(torch.split(received, takes)):
             sizes = [self._height(name, rank) * self.shapes[name][1] for name in parts]

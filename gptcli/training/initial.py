@@ -104,8 +104,13 @@ def starting_model(
     tokenizer: Tokenizer,
     initial: LoadedModel | None,
     outputs: int | None = None,
+    *,
+    in_shares: bool = False,
 ) -> tuple[GPT, dict[str, Any]]:
     """The model with its weights, on the CPU, and facts about them for run.json.
+
+    With `in_shares` it is on the meta device where its weights are to be drawn or read when each
+    process has its share: see `draws_shares`.
 
     Weights are those of the run's checkpoint, taken out of `start.contents`, else those of
     `initial`, whose tensors are taken over without a copy, else drawn from the seed, with word
@@ -124,6 +129,8 @@ def starting_model(
             adapter = adapter_on(initial.path, initial.hub, config.finetune.lora)
             facts = {"adapter": adapter.to_json()}
             add_lora(model, config.finetune.lora, generator)
+    elif in_shares and draws_shares(config, start):
+        model = empty_model(config.model, tokenizer.vocab_size)
     else:
         model = GPT(config.model, tokenizer.vocab_size)
         initialise(model, generator)
@@ -133,6 +140,12 @@ def starting_model(
     if outputs is not None:
         attach_head(model, outputs, generator)
     return model, facts
+
+
+def draws_shares(config: Config, start: Start) -> bool:
+    """Whether the weights of a model in shares are to be drawn, each process its part of them."""
+    given = config.init is not None or config.model.embedding_file is not None
+    return start.contents is None and not given
 
 
 def load_trained(model: GPT, tensors: dict[str, Tensor]) -> None:
@@ -150,7 +163,7 @@ def _saved_model(config: Config, start: Start, tokenizer: Tokenizer) -> tuple[GP
         facts = {"adapter": adapter}
     elif not saved:  # each process reads its share into it
         rows = stored_shapes(start.source / MODEL)["wte.weight"][0]
-        model, facts = GPT(config.model, rows), {}
+        model, facts = empty_model(config.model, rows), {}
     else:
         table = saved.get("wte.weight")  # a published one has rows to spare
         rows = table.size(0) if table is not None and table.ndim else tokenizer.vocab_size

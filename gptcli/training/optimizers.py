@@ -83,6 +83,7 @@ class Optimizer:
         for name, parameter in self._whole.items():
             if parameter is not self._named[name] and parameter.grad is not None:
                 self._named[name].grad = local(parameter.grad)
+                parameter.grad = None
         # The fused kernels leave out an update as they do for a gradient scaler.
         self._adamw.found_inf = None if apply is None else (~apply).float()  # type: ignore[attr-defined]
         self._adamw.step()
@@ -189,7 +190,8 @@ class Muon:
         config: OptimizerConfig,
         exchange: Exchange | None = None,
     ) -> None:
-        self._named, self._exchange = named, exchange
+        self._named = named
+        self._exchanges = exchange.rounds() if exchange is not None else None
         self._peak, self._momentum = config.lr, config.momentum
         self._decay = config.weight_decay
         self._buffers = {name: torch.zeros_like(p) for name, p in named.items()}
@@ -205,22 +207,34 @@ class Muon:
     def step(self, ratio: float, apply: Tensor | None = None) -> None:
         """One update with the learning rate at `ratio` of its peak; for `apply` see Optimizer."""
         rate = self._peak * ratio
+        if self._exchanges is None:
+            self._update(self._named, self._directions(self._named, rate, apply), -rate)
+            return
+        for exchange in self._exchanges:
+            wholes = exchange.whole(self._directions(exchange.shapes, rate, apply))
+            if exchange.sharded:  # they have been sent, and memory is short
+                for name in exchange.shapes:
+                    self._named[name].grad = None
+            updates = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
+            self._update(updates, wholes, -rate)
+            del wholes
+            for name, update in exchange.shares(updates).items():
+                self._named[name].add_(update)
+
+    def _directions(
+        self, names: Iterable[str], rate: float, apply: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Where each of the matrices that have a gradient is to go, after its weight decay."""
         directions = {}
-        for name, parameter in self._named.items():
+        for name in names:
+            parameter = self._named[name]
             if parameter.grad is None:
                 continue
             directions[name] = self._direction(self._buffers[name], parameter.grad, apply)
             if self._decay:
                 share = rate * self._decay
                 parameter.mul_(1 - share if apply is None else 1 - share * apply)
-        if self._exchange is None:
-            self._update(self._named, directions, -rate)
-            return
-        wholes = self._exchange.whole(directions)
-        updates = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
-        self._update(updates, wholes, -rate)
-        for name, update in self._exchange.shares(updates).items():
-            self._named[name].add_(update)
+        return directions
 
     def _update(self, into: dict[str, Tensor], directions: dict[str, Tensor], rate: float) -> None:
         """Add `rate` times the orthogonalised directions to `into`, both whole matrices."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from gptcli import world
 from gptcli.data.rows import StepBatch
 from gptcli.device import DTYPES
-from gptcli.model.gpt import GPT
+from gptcli.model.gpt import GPT, initial_values
+from gptcli.runs.tensors import local
 from gptcli.training.objective import LossOf
 
 Strategy = Literal["one", "ddp", "fsdp"]
@@ -108,10 +109,11 @@ class _Loss(nn.Module):
 
 
 def shard(model: GPT, device: torch.device, precision: str) -> None:
-    """Leave to this process its share of each of the model's tensors.
+    """Leave to this process its share of each of the model's tensors, on `device`.
 
-    Matrix products are in `precision`, gradients are added up in fp32. The methods that read all
-    of the model gather each block as they come to it.
+    A model on the meta device has memory for the shares afterwards, and nothing in it yet. Matrix
+    products are in `precision`, gradients are added up in fp32. The methods that read all of the
+    model gather each block as they come to it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -130,6 +132,21 @@ def shard(model: GPT, device: torch.device, precision: str) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in ("loss", "hidden"):
         register_fsdp_forward_method(model, method)
+    if model.device.type == "meta":
+        model.to_empty(device=device)
+        if model.config.tie_embeddings:
+            model.head.weight = model.wte.weight  # two parameters were made of them
+        model.reset_positions()
+
+
+@torch.no_grad()
+def draw_shares(model: GPT, generator: torch.Generator) -> None:
+    """Give a sharded model the first weights that `initialise` gives to a whole one."""
+    here = world.current()
+    for parameter, value in initial_values(model, generator):
+        share = local(parameter)
+        first = here.rank * -(-value.size(0) // here.size)
+        share.copy_(value[first : first + share.size(0)])
 
 
 @contextmanager

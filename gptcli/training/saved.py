@@ -43,14 +43,15 @@ class _State(BaseModel):
     decaying: Annotated[bool, Field(strict=True)]
 
 
-def read_resumable(directory: Path, *, tensors: bool = True) -> Contents:
+def read_resumable(directory: Path, *, tensors: bool = True, hashes: bool = True) -> Contents:
     """The contents of a checkpoint, whose config, tensors and state are such as a run saves.
 
     Without `tensors` there are none in them: they are read when each process knows its share.
+    Without `hashes` these are known to agree.
     CheckpointError when it is damaged or not such a state; whether the position is one of the
     data, `fitting` and `standing_at` say. Raises `stop.Stopped`.
     """
-    contents = checkpoint.read(directory, with_optimizer=True, tensors=tensors)
+    contents = checkpoint.read(directory, with_optimizer=True, tensors=tensors, hashes=hashes)
     try:
         config = load_resolved(directory / CONFIG)
         state = _checked_state(directory, contents.state)

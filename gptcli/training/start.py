@@ -41,6 +41,7 @@ from gptcli.runs.run_dir import (
 )
 from gptcli.runs.space import refuse_link
 from gptcli.training.resuming import Place, place_to_resume
+from gptcli.training.saved import read_resumable
 from gptcli.training.state import TrainState
 
 log = logging.getLogger("gptcli")
@@ -100,7 +101,7 @@ def starting(
     """
     began = time.monotonic() if began is None else began
     if not world.current().leads:
-        yield _following(job, config, began)
+        yield _following(job, began)
         return
     directory, resuming = choose_run_dir(config, run_dir, resume, overwrite)
     refuse_link(directory)
@@ -110,6 +111,7 @@ def starting(
         before: dict[str, bytes] = {}
         if resuming:
             place = place_to_resume(directory, config)
+            world.told([place.state.to_json(), place.done, bool(place.contents.model)])
             world.meet()  # all have read what is changed next
             before = {name: (directory / name).read_bytes() for name in _existing(directory)}
             if not place.done:
@@ -123,26 +125,30 @@ def starting(
         threads = torch.get_num_threads()
         try:
             yield start
-        except (GptError, stop.Stopped) as error:
-            with suppress(ResourceError):  # a full disk: why the run ended is what matters
-                for name, content in before.items():
-                    write_atomic(directory / name, content)
-                if not before:
-                    _note_failure(directory, error, start.state)
+        except Exception as error:
+            reason = world.explained(error)
+            if isinstance(reason, GptError | stop.Stopped):
+                _note_end(directory, reason, before, start.state)
+            if reason is not error:
+                raise reason from error
             raise
         finally:
             torch.set_num_threads(threads)
 
 
-def _following(job: str, config: Config, began: float) -> Start:
+def _following(job: str, began: float) -> Start:
     """Where a process begins that goes along with rank 0, which looks after the directory."""
     place, resuming = world.told()
     directory = Path(place)
     if not resuming:
         return Start(job, directory, None, TrainState(), False, began)
-    found = place_to_resume(directory, config)
+    found, done, whole = world.told()
+    state = TrainState.from_json(found)
+    # Rank 0 has compared it with its manifest, for all.
+    source = checkpoint.checkpoint_dir(directory, state.step)
+    contents = read_resumable(source, tensors=whole, hashes=False)
     world.meet()
-    return Start(job, directory, found.contents, found.state, found.done, began)
+    return Start(job, directory, contents, state, done, began)
 
 
 def choose_run_dir(
@@ -237,8 +243,19 @@ def _history(directory: Path) -> list[dict[str, Any]]:
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 
 
+def _note_end(
+    directory: Path, error: Exception, before: dict[str, bytes], state: TrainState
+) -> None:
+    """Leave the files of a refused resume as they were `before`; else note in run.json how a run
+    ended that did not get to its own end."""
+    with suppress(ResourceError):  # a full disk: why the run ended is what matters
+        for name, content in before.items():
+            write_atomic(directory / name, content)
+        if not before:
+            _note_failure(directory, error, state)
+
+
 def _note_failure(directory: Path, error: Exception, state: TrainState) -> None:
-    """In run.json: how a run ended that did not get to its own end."""
     status = "stopped" if isinstance(error, stop.Stopped) else "failed"
     update_run_json(directory, status=status, error=str(error))
     if any(entry.get("event") in ("start", "resume") for entry in _history(directory)[-1:]):
