@@ -132,7 +132,9 @@ def build_session(
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=start.state,
-        loss_of=parallel.loss_of(loss_of, model, device.torch, partly=config.finetune.has_head),
+        loss_of=parallel.loss_of(
+            loss_of, model, device.torch, partly=_has_idle_head(config, model)
+        ),
         score_validation=Validation(
             model, validation, device, config.eval.stride, choices.precision
         ),
@@ -146,6 +148,12 @@ def build_session(
     )
     _note_facts(session, corpus, validation, facts)
     return session
+
+
+def _has_idle_head(config: Config, model: GPT) -> bool:
+    """Whether the language model's head may learn, but has no part in the loss of a task head."""
+    apart = model.head.weight.requires_grad and not config.model.tie_embeddings
+    return config.finetune.has_head and not config.finetune.lm_weight and apart
 
 
 def _strategy(
