@@ -5,7 +5,7 @@
 Speed: one process with all cores, and as many processes with one core each, take turns; the ratio
 is that of the medians of their best intervals. Memory: the largest resident size of a process that
 has its share of a model (FSDP), less that of one with next to no model, over the bytes of
-parameters, gradients and optimizer state of the whole model.
+parameters, gradients and optimizer state of the whole model; and what `gpt plan` says of it.
 """
 
 import argparse
@@ -81,11 +81,22 @@ def memory(config: str, kind: str, place: Path) -> None:
     state = max(path.stat().st_size for path in stored)
     whole = 8 * about["training"]["parameters"] + state
     held = peaks["deep"] - peaks["tiny"]
+    planned = plan(config, settings + DEEP)
     print(
         f"{kind}: {about['training']['parameters']:,} parameters; parameters, gradients and"
         f" optimizer state of one process {whole / 2**20:,.0f} MiB, a process of {PROCESSES} holds"
-        f" {held / 2**20:,.0f} MiB at its peak: {held / whole:.2f}"
+        f" {held / 2**20:,.0f} MiB at its peak: {held / whole:.2f}; planned were"
+        f" {planned / 2**20:,.0f} MiB"
     )
+
+
+def plan(config: str, settings: list[str]) -> int:
+    """Bytes that `gpt plan` expects of a process, less those of the program itself."""
+    command = [sys.executable, "-m", "gptcli", "plan", config, "--json", f"--devices={PROCESSES}"]
+    command += ["--device-kind=h100", *(f"--set={setting}" for setting in settings)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    parts: dict[str, int] = json.loads(said)["memory"]
+    return sum(size for name, size in parts.items() if name != "other_bytes")
 
 
 def main() -> None:
