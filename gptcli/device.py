@@ -151,15 +151,15 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """The opposite of `keep_freed_memory`, for models whose size is what matters: blocks that are
-    freed are the kernel's again."""
+    """The opposite of `keep_freed_memory`, for models whose size is what matters: large blocks that
+    are freed are the kernel's again."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     m_mmap_max, m_mmap_threshold, m_trim_threshold, m_top_pad = -4, -3, -1, -2  # malloc.h
     libc.mallopt(m_mmap_max, 2**16)
-    libc.mallopt(m_mmap_threshold, 2**18)
-    libc.mallopt(m_trim_threshold, 2**20)
+    libc.mallopt(m_mmap_threshold, 2**20)
+    libc.mallopt(m_trim_threshold, 2**24)
     libc.mallopt(m_top_pad, 2**20)
     libc.malloc_trim(0)
 

@@ -52,6 +52,9 @@ from gptcli.training.validation import Validation
 
 log = logging.getLogger("gptcli")
 
+# Of weights: a process with a share of more keeps its memory small rather than its steps fast.
+_LARGE_BYTES = 2**27
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -104,8 +107,6 @@ def build_session(
     what the model is to minimise in the run's precision, else it is the loss of language models.
     """
     strategy = _strategy(config, start, device, tokenizer.vocab_size, initial)
-    if strategy == "fsdp":
-        give_back_freed_memory()
     in_shares = strategy == "fsdp"
     model, facts = starting_model(config, start, tokenizer, initial, outputs, in_shares=in_shares)
     if not in_shares:  # else the whole of it may not fit there
@@ -116,6 +117,8 @@ def build_session(
     choices = _choices(config, start, device, model, strategy, corpus.train_bytes)
     parallel = Parallel(strategy)
     if parallel.sharded:
+        if sum(parameter.nbytes for parameter in model.parameters()) > _LARGE_BYTES:
+            give_back_freed_memory()
         shard(model, device.torch, choices.precision)
         if draws_shares(config, start):
             draw_shares(model, torch.Generator().manual_seed(config.seed))
