@@ -61,7 +61,8 @@ def plan(
     began = time.monotonic()
     checked = load_run_config("plan", config, _with_model(overrides, model), max_time)
     loaded = checked.config
-    if "finetune" in checked.given and loaded.init is None:
+    finetunes = loaded.finetune != type(loaded.finetune)()  # a run's own config has every section
+    if finetunes and loaded.init is None:
         raise ConfigError(
             "finetuning starts from a model", "add --model MODEL, or init: MODEL in the config"
         )
