@@ -70,7 +70,7 @@ def write_bytes(data: bytes) -> None:
 def check_page(path: Path | None) -> None:
     """Before the work: ConfigError where `path` is no place for a file, ResourceError where its
     directory is missing."""
-    from gptcli.runs.run_dir import refuse_special
+    from gptcli.runs.regular import refuse_special
 
     if path is None:
         return

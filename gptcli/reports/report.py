@@ -12,7 +12,8 @@ from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
-from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, refuse_special, write_atomic
+from gptcli.runs.regular import refuse_special
+from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, write_atomic
 
 # Keys that readers of report.json rely on: always there, null where unknown.
 SCORE_KEYS = (

@@ -394,6 +394,7 @@ def test_c11_another_run_is_there(gpt: Gpt, run: Path, folder: Path) -> None:
     code, _, err = gpt(*flags, "--overwrite")
     assert code == 0, err
     (aside,) = folder.glob("r.old-*")
+    assert f"moved the run at r to {aside.name}\n" in err
     assert content(aside) == before
     assert "lr: 0.5" in (run / "config.yaml").read_text()
 
@@ -525,9 +526,7 @@ def test_c15_two_processes(gpt: Gpt, folder: Path) -> None:
             assert time.monotonic() - began < 2
             assert (code, out) == (6, "")
             (line,) = errors(err)
-            assert line.endswith(
-                f"r is in use by process {child.process} on {socket.gethostname()}"
-            )
+            assert line == f"r is in use by process {child.process} on {socket.gethostname()}"
             assert "--run-dir" in hints(err)
         before = logged(folder / "r")
         until(lambda: logged(folder / "r") > before)
