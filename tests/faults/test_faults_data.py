@@ -495,6 +495,64 @@ def test_d14_a_longer_run_over_other_data(gpt: Gpt, folder: Path) -> None:
     assert read_metrics(folder / "r")[-1]["step"] == 9
 
 
+def test_d14_files_of_a_pattern_that_come_and_go(gpt: Gpt, folder: Path) -> None:
+    """D14: so do files that a pattern finds anew, or finds no more, each by its name."""
+    for number in range(3):
+        text = "".join(f"In year {number} on day {i} a dog ran away.\n" for i in range(60))
+        (folder / f"part-{number}.txt").write_text(text)
+    flags = ("pretrain", "tiny.yaml", "--run-dir=r", train_on("part-*.txt"))
+    handle = stop_after(3)
+    try:
+        assert gpt(*flags)[0] == 143
+    finally:
+        handle.remove()
+    (folder / "part-0.txt").unlink()
+    (folder / "part-2.txt").rename(folder / "part-7.txt")
+    saved = content(folder / "r")
+    code, _, err = gpt(*flags, "--resume")
+    assert code == 4
+    changes = "part-0.txt (gone), part-2.txt (gone), part-7.txt (new)"
+    assert errors(err)[0].endswith(f": {changes}")
+    assert content(folder / "r") == saved
+    code, _, err = gpt(*flags, "--resume", "--allow-data-change")
+    assert code == 0, err
+    assert changes in warnings(err)
+    assert read_metrics(folder / "r")[-1]["step"] == 4
+
+
+def sources(*weights: str) -> str:
+    """--set for sources by file and weight."""
+    each = (weight.split("=") for weight in weights)
+    found = ", ".join(f"{{path: {file}, weight: {share}}}" for file, share in each)
+    return f"--set=data.train=[{found}]"
+
+
+@pytest.mark.parametrize("flag", [(), ("--allow-data-change",)])
+def test_d14_other_sources(flag: tuple[str, ...], gpt: Gpt, folder: Path) -> None:
+    """D14: a source of a mixture that is added, removed, weighted or named before another makes
+    another run: exit 4, with --allow-data-change too, which is for what the files hold."""
+    for name in ("b.txt", "c.txt"):
+        (folder / name).write_text(PROSE.replace("cat", f"{name[0]} dog"))
+    flags, own = ("pretrain", "tiny.yaml", "--run-dir=r"), sources("text.txt=1", "b.txt=2")
+    handle = stop_after(2)
+    try:
+        assert gpt(*flags, own)[0] == 143
+    finally:
+        handle.remove()
+    saved = content(folder / "r")
+    for other in (
+        sources("text.txt=1", "b.txt=2", "c.txt=1"),
+        sources("text.txt=1"),
+        sources("b.txt=2", "text.txt=1"),
+        sources("text.txt=1", "b.txt=3"),
+    ):
+        code, out, err = gpt(*flags, other, "--resume", *flag)
+        assert (code, out) == (4, "")
+        assert "which a resume cannot change: data.train: " in errors(err)[0]
+        assert content(folder / "r") == saved
+    assert gpt(*flags, own, "--resume", *flag)[0] == 0
+
+
 def test_d15_validation_text_that_is_trained_on(gpt: Gpt, folder: Path) -> None:
     """D15: a warning names the file that is in both parts, by its content, not by its name."""
     shutil.copy(folder / "text.txt", folder / "copy.txt")
