@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from gptcli.data.files import SourceFile
+from gptcli.data.files import SourceFile, damaged_hint
 from gptcli.data.hub import open_remote
 from gptcli.errors import DataError
 
@@ -93,9 +93,6 @@ def open_stored(file: SourceFile) -> Iterator[BinaryIO]:
         yield stored
 
 
-COPY_AGAIN = "download or copy the file again, or leave it out of data.train"
-
-
 @contextmanager
 def data_errors(file: SourceFile) -> Iterator[None]:
     """Failures to read the file as DataErrors that name it."""
@@ -105,7 +102,7 @@ def data_errors(file: SourceFile) -> Iterator[None]:
         raise
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         message = f"{file.path}: damaged or truncated archive: {error}"
-        raise DataError(message, hint=COPY_AGAIN) from error
+        raise DataError(message, hint=damaged_hint(file)) from error
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -301,7 +302,8 @@ def test_d07_null_rows_and_dates_in_text(gpt: Gpt, folder: Path) -> None:
 @pytest.mark.parametrize("kept", [0.0, 0.5])
 @pytest.mark.usefixtures("no_model")
 def test_d08_truncated_files(name: str, kept: float, gpt: Gpt, folder: Path) -> None:
-    """D8: a download that broke off ends with exit 3 and the file's name, not a bare EOFError."""
+    """D8: a download that broke off ends with exit 3 and the file's name, not a bare EOFError; the
+    command of the hint shows how much of it there is."""
     rows = "".join(json.dumps(row) + "\n" for row in texts(400))
     if name.endswith(".gz"):
         data = gzip.compress((rows if "jsonl" in name else PROSE).encode())
@@ -315,13 +317,17 @@ def test_d08_truncated_files(name: str, kept: float, gpt: Gpt, folder: Path) -> 
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
         data = sink.getvalue().to_pybytes()
+    name = f"my {name}"
     (folder / name).write_bytes(data[: int(len(data) * kept)])
     code, out, err = gpt("pretrain", "tiny.yaml", train_on(name), "--dry-run")
     assert (code, out) == (3, "")
     (line,) = errors(err)
     assert line.startswith(f"{name}: ")
     assert len(line) > len(name) + 20  # says what is wrong
-    assert hints(err)
+    *_, look, again = hints(err).splitlines()
+    shown = subprocess.run(look.partition(": ")[2], shell=True, capture_output=True, text=True)
+    assert shown.stdout.split()[4] == str(int(len(data) * kept))
+    assert again == "download or copy it again, or leave it out of data.train"
     assert not any(bare in err for bare in ("EOFError", "StopIteration", "ArrowInvalid", "BadGzip"))
 
 
