@@ -11,6 +11,7 @@ import torch
 from gptcli import stop
 from gptcli.config.schema import Config
 from gptcli.data import extras
+from gptcli.data.chosen_tokenizer import build_tokenizer
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.duplicates import Duplicates
 from gptcli.data.findings import Finding, judge
@@ -23,7 +24,7 @@ from gptcli.data.shown_rows import ShownRow, show_rows
 from gptcli.data.shown_task import show_task_rows, task_facts
 from gptcli.data.survey import EXACT_DOCUMENTS, Probes, Survey
 from gptcli.data.task_data import finetuning_fields, open_task
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.data.unicode_scripts import language_of, main_script
 from gptcli.errors import ConfigError, DataError
 from gptcli.runs.load import load_model

@@ -102,13 +102,7 @@ def choose(
             held_bytes=held_bytes,
         )
 
-    rows = rows_of_a_process(config)
-    given = training.micro_batch_size
-    tokens = _ADAPTER_TOKENS if config.finetune.method == "lora" else _TOKENS
-    most = tokens[device.kind] // config.model.block_size
-    sizes = [n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0]
-    if given != "auto":
-        sizes = [given]
+    sizes = _micro_batch_sizes(config, device, rows_of_a_process(config))
     recompute = training.activation_checkpointing == "on"
     if training.activation_checkpointing == "auto":
         recompute = not suits(sizes[-1], False)
@@ -127,12 +121,22 @@ def choose(
         torch=torch.__version__,
         activation_checkpointing=recompute,
         available_threads=device.threads,
-        given_micro_batch_size=given,
+        given_micro_batch_size=training.micro_batch_size,
         hardware=hardware(device),
         races=races,
         strategy=strategy,
         processes=world.current().size,
     )
+
+
+def _micro_batch_sizes(config: Config, device: Device, rows: int) -> list[int]:
+    """Those that divide `rows`, the largest first; that of the config where it gives one."""
+    given = config.training.micro_batch_size
+    if given != "auto":
+        return [given]
+    tokens = _ADAPTER_TOKENS if config.finetune.method == "lora" else _TOKENS
+    most = tokens[device.kind] // config.model.block_size
+    return [n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0]
 
 
 def choose_strategy(

@@ -268,7 +268,7 @@ def test_s03_ctrl_c_once() -> None:
     assert last.startswith(f"stopped by SIGINT at step {step}; to continue: gpt pretrain ")
 
 
-def slow_save(after: int, name: str = "_swap_in") -> Callable[[], None]:
+def slow_save(after: int, name: str = "swap_in") -> Callable[[], None]:
     """A save behind step `after` waits before its last move, until the file `go` is there."""
 
     def patch() -> None:
