@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import json
 import lzma
 import re
 import zlib
@@ -60,8 +61,8 @@ def refuse_utf16(name: str, head: bytes, said: str = "utf-8") -> None:
     if encoding is not None:
         raise DataError(
             f"{name}: {encoding[:6].upper()} text, not {said}",
-            hint=f"write the source as {{path: ..., encoding: {encoding}}} in the YAML (data.train,"
-            " eval.data)",
+            hint="write the source with its encoding in the YAML (data.train, eval.data):"
+            f" {{path: {json.dumps(name)}, encoding: {encoding}}}",
         )
 
 

@@ -5,6 +5,7 @@ Each test names its row and says what the row owes: exit code, message, hint, an
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -126,8 +127,13 @@ def test_c02_numbers_with_exponents(written: str, rate: float, gpt: Gpt) -> None
 def test_c03_words_stay_words(written: str, gpt: Gpt) -> None:
     """C3: where text belongs, `no`, a time and a date are that text, not false, 45045 or a date;
     also in the config that a run keeps."""
-    found = shown(gpt, f"name: n\ngenerate: {{prompt: {written}}}\n")
-    assert found["generate"]["prompt"] == written.strip("'")
+    prompt = f"generate: {{prompt: {written}}}\n"
+    assert shown(gpt, f"name: n\n{prompt}")["generate"]["prompt"] == written.strip("'")
+    Path("c.yaml").write_text(TINY + prompt)
+    code, _, err = gpt("pretrain", "c.yaml", "--run-dir=r", "--set=training.max_steps=1")
+    assert code == 0, err
+    kept = gpt("config", "show", "r/config.yaml")[1]
+    assert yaml.safe_load(kept)["generate"]["prompt"] == written.strip("'")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +359,12 @@ def test_c10_no_such_file(gpt: Gpt, folder: Path) -> None:
     code, _, err = gpt("pretrain", "mine/run-7.yaml")
     assert code == 2
     assert errors(err) == ["mine/run-7.yaml: no such config file"]
+    names = [line.split()[0] for line in gpt("config", "list")[1].splitlines() if line[:1].strip()]
+    assert {"small", "generate"} <= set(names)
     assert hints(err).startswith("shipped configs: ")
+    assert all(
+        re.search(rf"\b{re.escape(name)}\b", hints(err)) for name in names if "/" not in name
+    )
 
 
 def test_c10_a_directory(gpt: Gpt, finished: Path, folder: Path) -> None:
