@@ -202,7 +202,6 @@ def test_c06_python_objects(gpt: Gpt, folder: Path) -> None:
     assert not canary.exists()
 
 
-@pytest.mark.usefixtures("no_data")
 def little_memory() -> None:
     """For a child: 200 MB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -211,6 +210,7 @@ def little_memory() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("no_data")
 def test_c07_alias_bomb(gpt: Gpt) -> None:
     """C7: more than 10,000 values, aliases written out, end with exit 2 in under a second and
     200 MB."""
