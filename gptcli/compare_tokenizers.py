@@ -12,9 +12,10 @@ from typing import Any, get_args
 import numpy as np
 
 from gptcli.config.data_schema import SourceConfig, TokenizerConfig
+from gptcli.data.chosen_tokenizer import build_tokenizer, load_tokenizer
 from gptcli.data.files import SourceFile
 from gptcli.data.opening import HEAD_BYTES, open_utf8, refuse_utf16
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import DataError
 from gptcli.runs.run_dir import CHECKPOINTS, runs_root
 

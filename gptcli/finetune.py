@@ -2,13 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,7 +14,6 @@ from gptcli import stop, world
 from gptcli.config.data_schema import SourceConfig
 from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus, open_corpus, read_documents
-from gptcli.data.examples import HeadExample, PreferencePair
 from gptcli.data.task_data import TaskData, open_task
 from gptcli.data.task_formats import row_fields
 from gptcli.data.tokenizer import Tokenizer
@@ -30,7 +27,6 @@ from gptcli.evaluation.perplexity import (
 )
 from gptcli.evaluation.task_result import TaskScores
 from gptcli.evaluation.task_scores import HeldOut, check_scores, score_task, scored_rows
-from gptcli.model.gpt import GPT
 from gptcli.reports.report import write_predictions, write_report
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
@@ -44,7 +40,6 @@ from gptcli.training.build import (
     run_session,
 )
 from gptcli.training.facts import TaskScore
-from gptcli.training.features import frozen_features
 from gptcli.training.initial import (
     load_trained,
     required_eot,
@@ -52,21 +47,13 @@ from gptcli.training.initial import (
     starting_tokenizer,
     with_shape,
 )
-from gptcli.training.objective import (
-    LossOf,
-    head_loss,
-    language_model_loss,
-    preference_loss,
-)
-from gptcli.training.reference import reference_log_probabilities
 from gptcli.training.saved import fitting, standing_at
 from gptcli.training.session import Session
 from gptcli.training.start import Resume, Start, check_fingerprint, starting, write_config
+from gptcli.training.task_objective import task_objective
 from gptcli.training.together import check_same
 
 log = logging.getLogger("gptcli")
-
-T = TypeVar("T")
 
 
 def finetune(
@@ -249,7 +236,7 @@ def _begin(
         encode_rows(task.held_out),
         initial,
         outputs=_outputs(config, task),
-        objective=partial(_objective, config, task, start, device, reference),
+        objective=partial(task_objective, config, task, start, device, reference),
     )
     run = _Run(session, task, allow_code, reference_text, reference)
     settings = config.finetune
@@ -274,74 +261,6 @@ def _outputs(config: Config, task: TaskData) -> int | None:
     if not config.finetune.has_head:
         return None
     return 1 if config.finetune.task == "multiple_choice" else len(task.labels)
-
-
-def _objective(
-    config: Config,
-    task: TaskData,
-    start: Start,
-    device: Device,
-    reference: dict[int, tuple[float, float]],
-    model: GPT,
-    precision: str,
-) -> LossOf:
-    """What a step of the task minimises. Of preferences `reference` is filled, by `model` as it is
-    before the training or from what the run kept."""
-    with world.first():  # it keeps what the frozen model makes of the rows, the others read it
-        return _objective_of_task(config, task, start, device, reference, model, precision)
-
-
-def _objective_of_task(
-    config: Config,
-    task: TaskData,
-    start: Start,
-    device: Device,
-    reference: dict[int, tuple[float, float]],
-    model: GPT,
-    precision: str,
-) -> LossOf:
-    settings = config.finetune
-    resumed = start.contents is not None or not world.current().leads
-    if settings.has_head:
-        features_of = None
-        if settings.method == "head":
-            features_of = frozen_features(
-                model,
-                None if task.corpus.remote else lambda: _of_kind(HeadExample, task.examples()),
-                device,
-                start.directory,
-                resumed=resumed,
-                precision=precision,
-            )
-        return head_loss(
-            model,
-            settings.lm_weight,
-            task.class_weights,
-            choice=settings.task == "multiple_choice",
-            features_of=features_of,
-        )
-    if settings.task == "preference":
-        if task.corpus.remote:
-            raise ConfigError(
-                "what the model thinks of all pairs is computed before training, so they cannot be"
-                " streamed",
-                hint="download the rows and name the file in data.train",
-            )
-        found = reference_log_probabilities(
-            model,
-            lambda: _of_kind(PreferencePair, chain(task.examples(), task.held_out)),
-            device,
-            start.directory,
-            resumed=resumed,
-            precision=precision,
-        )
-        reference.update(found)
-        return preference_loss(model, settings.dpo_beta, reference)
-    return language_model_loss(model)
-
-
-def _of_kind(kind: type[T], rows: Iterable[Any]) -> Iterator[T]:
-    return (row for row in rows if isinstance(row, kind))
 
 
 def _reference_text(config: Config, tokenizer: Tokenizer) -> list[EncodedDocument]:

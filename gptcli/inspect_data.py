@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from gptcli import stop
-from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.schema import Config
 from gptcli.data import extras
+from gptcli.data.chosen_tokenizer import build_tokenizer
 from gptcli.data.corpus import Corpus, open_corpus
 from gptcli.data.duplicates import Duplicates
-from gptcli.data.files import resolve
 from gptcli.data.findings import Finding, judge
 from gptcli.data.overlap import N_GRAM, Overlap
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer, training_rows
@@ -24,9 +23,8 @@ from gptcli.data.rows import RowSource
 from gptcli.data.shown_rows import ShownRow, show_rows
 from gptcli.data.shown_task import show_task_rows, task_facts
 from gptcli.data.survey import EXACT_DOCUMENTS, Probes, Survey
-from gptcli.data.task_data import open_task
-from gptcli.data.task_formats import row_fields
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.data.task_data import finetuning_fields, open_task
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.data.unicode_scripts import language_of, main_script
 from gptcli.errors import ConfigError, DataError
 from gptcli.runs.load import load_model
@@ -94,20 +92,6 @@ def check_data(
     findings = judge(report, config.data)
     report["findings"] = [vars(finding) for finding in findings]
     return DataCheck(report, findings)
-
-
-def finetuning_fields(config: Config) -> RowFields | None:
-    """The rows' fields where `config` is one for finetuning: it says how rows become prompts, or
-    starts from a model and has rows of which no field is named as the text. None for pretraining.
-    """
-    if config.finetune == FinetuneConfig():
-        if config.init is None or any(
-            "text_field" in source.model_fields_set for source in config.data.train
-        ):
-            return None
-        if any(file.kind not in ("rows", "table") for file in resolve(config.data.train)):
-            return None
-    return row_fields(config.finetune)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from gptcli.data.corpus import VAL_TOKENS, Corpus, open_corpus
 from gptcli.data.examples import Example
 from gptcli.data.files import resolve
 from gptcli.data.pipeline import corpus_tokenizer, ready_tokenizer
-from gptcli.data.task_data import open_task
-from gptcli.data.task_formats import row_fields
+from gptcli.data.task_data import finetuning_fields, open_task
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, allow_tf32, resolve_device, usable_memory_bytes
 from gptcli.errors import CheckpointError, ConfigError, DataError
@@ -221,6 +220,7 @@ class _Text:
     train_bytes: int | None = None
     memory_bytes: int = 0  # that reading it takes
     note: str | None = None
+    finetunes: bool = False
 
 
 def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
@@ -237,12 +237,11 @@ def _text(config: Config, tokenizer: Tokenizer | None) -> _Text:
         size = sum(os.path.getsize(file.path) for file in files)
         if size > _MOST_READ_BYTES:
             return _Text(note=f"the text has {gib(size)} of files: it is not counted")
-        finetuning = "finetune" in config.model_fields_set
-        fields = row_fields(config.finetune) if finetuning else None
+        fields = finetuning_fields(config)
         corpus = open_corpus(config.data, fields, val_tokens=config.eval.max_tokens)
         next(corpus.train_records())
         memory = _resident_bytes() - resident
-        if finetuning and tokenizer is not None:
+        if fields is not None and tokenizer is not None:
             return _rows(config, tokenizer, corpus, memory)
         if tokenizer is None:
             settings = config.tokenizer
@@ -271,6 +270,7 @@ def _rows(config: Config, tokenizer: Tokenizer, corpus: Corpus, memory_bytes: in
         val_tokens=tokens,
         train_bytes=corpus.train_bytes,
         memory_bytes=memory_bytes,
+        finetunes=True,
     )
 
 
@@ -295,7 +295,7 @@ def _notes(case: Case, text: _Text, paces: Paces, length: Duration | None) -> li
         notes.append("seconds are those of code that is not compiled; the run may be faster")
     if paces.source == "products":
         notes.append("seconds are operations over the speed of matrix products, not probed")
-    if "finetune" in case.config.model_fields_set and length is not None:
+    if text.finetunes and length is not None:
         notes.append("the task's scores before and after are not in the seconds")
     if length is None:
         notes.append("no limit tells how long the run is: no seconds, no cost")

@@ -117,6 +117,8 @@ def joined(device_kind: str, timeout_seconds: float) -> Iterator[World]:
             raise reason from error
         if reason is not _group.explained:
             _say(here.rank, _last_word(error))
+            _disconnect()
+            _let_others_hear()
         raise
     else:
         with suppress(Exception):
@@ -266,6 +268,17 @@ def _say(rank: int, what: dict[str, Any]) -> None:
     assert _group is not None
     with suppress(Exception):  # the store may have gone with rank 0
         _group.store.set(f"end-{rank}", json.dumps(what))
+
+
+def _let_others_hear() -> None:
+    """Stay, as rank 0, until the others know why the connection broke: without a launcher, what was
+    said goes with this process."""
+    assert _group is not None
+    silent, until = set(range(1, _world.size)), time.monotonic() + AFTERWORD_SECONDS
+    with suppress(Exception):
+        while _world.leads and silent and time.monotonic() < until:
+            silent = {rank for rank in silent if not _group.store.check([f"end-{rank}"])}
+            time.sleep(0.02)
 
 
 def _last_word(error: Exception) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def check_markers(parser: argparse.ArgumentParser, file: Path, cases: Sequence[s
 def run_cases(given: argparse.Namespace, folder: Path) -> None:
     """Measure and print the wanted cases."""
     from gptcli.config.schema import Config
-    from gptcli.data.tokenizer import build_tokenizer
+    from gptcli.data.chosen_tokenizer import build_tokenizer
 
     wanted = given.case or CASES
     config = Config.model_validate(GPT2)

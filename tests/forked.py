@@ -2,8 +2,10 @@
 imports each."""
 
 import os
+import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +14,10 @@ from pathlib import Path
 import torch._dynamo  # noqa: F401  a second, which the first optimizer of each child would take
 
 from gptcli.cli.main import main
+
+
+class StillRunningError(AssertionError):
+    """A process did not end in its time, and was killed; what it has said is in the message."""
 
 
 class Forked:
@@ -36,7 +42,8 @@ class Forked:
             self._run(arguments, to, err_end, before)
         os.close(out_end)
         os.close(err_end)
-        self.stdout, self._stderr = os.fdopen(out, "rb"), os.fdopen(err)
+        self.stdout, self._stderr = os.fdopen(out, "rb"), os.fdopen(err, "rb", buffering=0)
+        self._said = b""
 
     @staticmethod
     def _run(
@@ -64,7 +71,36 @@ class Forked:
         """Send a signal to the process."""
         os.kill(self.process, number)
 
-    def wait(self) -> tuple[int, str]:
-        """Exit code (70 for an exception that gets out, -N for signal N) and stderr."""
-        err = self._stderr.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), err
+    def wait(self, seconds: float = 120) -> tuple[int, str]:
+        """Exit code (70 for an exception that gets out, -N for signal N) and stderr.
+
+        StillRunningError where it takes longer.
+        """
+        ends = time.monotonic() + seconds
+        while self._is_heard(ends - time.monotonic()):
+            pass
+        while True:  # one that has closed its stderr may still run
+            found, status = os.waitpid(self.process, os.WNOHANG)
+            if found:
+                self._stderr.close()
+                return os.waitstatus_to_exitcode(status), self._said.decode(errors="replace")
+            if time.monotonic() > ends:
+                raise StillRunningError(f"not ended in {seconds:.3g} s: {self.kill()[-2000:]}")
+            time.sleep(0.001)
+
+    def kill(self) -> str:
+        """End the process; what it has said on stderr."""
+        with suppress(ProcessLookupError, ChildProcessError):  # it has been waited for
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        while self._is_heard(0.1):  # a process of its own may still have the other end
+            pass
+        return self._said.decode(errors="replace")
+
+    def _is_heard(self, seconds: float) -> bool:
+        """Take what stderr gives within that time; False where that is nothing, or its end."""
+        if not select.select([self._stderr], [], [], max(seconds, 0))[0]:
+            return False
+        more = self._stderr.read(65536)
+        self._said += more
+        return bool(more)

@@ -2,11 +2,12 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from forked import Forked
+from forked import Forked, StillRunningError
 
 
 class Ranks:
@@ -49,9 +50,20 @@ class Ranks:
             for rank in range(size)
         ]
 
-    def wait(self) -> list[tuple[int, str]]:
-        """Exit code and stderr of each, by rank."""
-        return [process.wait() for process in self.processes]
+    def wait(self, seconds: float = 120) -> list[tuple[int, str]]:
+        """Exit code and stderr of each, by rank. StillRunningError, and an end of all, where they
+        take longer."""
+        ends, found = time.monotonic() + seconds, list[tuple[int, str]]()
+        try:
+            for process in self.processes:
+                found.append(process.wait(max(ends - time.monotonic(), 0.0)))
+        except StillRunningError as error:
+            others = self.processes[len(found) + 1 :]
+            said = [f"ended with {code}: {text}" for code, text in found]
+            said += [str(error), *(f"killed: {process.kill()}" for process in others)]
+            lines = (f"rank {rank} {text[-2000:]}" for rank, text in enumerate(said))
+            raise StillRunningError("\n".join(lines)) from None
+        return found
 
 
 def train_together(arguments: list[str], size: int = 2) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gptcli.config.load import dump_config, load_config
 from gptcli.config.schema import Config
 from gptcli.finetune import finetune
 from gptcli.model.gpt import GPT
@@ -249,6 +250,23 @@ def test_command_without_a_model_to_finetune(gpt, tmp_path) -> None:
     assert (code, out) == (2, "")
     assert "finetuning starts from a model" in err
     assert "--model MODEL" in err
+
+
+def test_the_config_of_a_run(tmp_path) -> None:
+    """Bug: config.yaml of a run names every section: a pretraining is taken for a finetuning."""
+    book, path = tmp_path / "book.txt", tmp_path / "tiny.yaml"
+    book.write_text("the sun and the moon sing of a river\n" * 99)
+    path.write_text(
+        f"tokenizer: {{kind: bytes}}\ndata: {{train: {book}}}\nsamples: {{prompts: []}}\n"
+        "model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16}\n"
+        "training: {max_steps: 2, tokens_per_step: 64, device: cpu, compile: off}\n"
+        "schedule: {warmup_steps: 0}\n"
+    )
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(dump_config(load_config(str(path), []).config, loadable=True))
+    found = plan(load_config(str(resolved), []).config)
+    assert found.text_tokens is not None
+    assert found.notes == []
 
 
 def test_command_misfit(gpt, tmp_path) -> None:

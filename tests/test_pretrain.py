@@ -10,7 +10,7 @@ import pytest
 import torch
 from interrupting import STEPS, interrupted, many_pieces, one_file, outcome, tiny
 
-from gptcli.errors import CheckpointError, ConfigError, DataError
+from gptcli.errors import ConfigError, DataError
 from gptcli.pretrain import describe, pretrain
 from gptcli.runs import checkpoint
 from gptcli.runs.load import load_model
@@ -68,55 +68,6 @@ def test_larger_limit_after_the_decay(tmp_path: Path, warnings: Callable[[], str
     assert outcome(run_dir)["files"] == outcome(tmp_path / "straight")["files"]
     steps = [r["step"] for r in read_metrics(run_dir) if r["event"] == "train"]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
-
-
-def test_changed_model_is_refused(tmp_path: Path) -> None:
-    """Bug: weights of one shape are forced into another, or the reader must guess which key."""
-    book, run_dir = one_file(tmp_path), tmp_path / "run"
-    with interrupted(1):
-        pretrain(tiny(book), run_dir=run_dir)
-    other = tiny(book, model__n_head=1, data__val_fraction=0.2, training__max_steps=30)
-    with pytest.raises(CheckpointError) as caught:
-        pretrain(other, run_dir=run_dir, resume="resume")
-    assert caught.value.exit_code == 4
-    assert "model.n_head: 2 -> 1" in caught.value.message
-    assert "data.val_fraction: 0.1 -> 0.2" in caught.value.message
-    assert "max_steps" not in caught.value.message
-    assert read_run_json(run_dir)["status"] == "stopped"  # still to be resumed
-    assert pretrain(tiny(book), run_dir=run_dir, resume="resume").status == "finished"
-
-
-def test_changed_data_is_refused(tmp_path: Path, warnings: Callable[[], str]) -> None:
-    """Bug: a saved cursor is used in other text than it was made for."""
-    book, run_dir = one_file(tmp_path), tmp_path / "run"
-    with interrupted(2):
-        pretrain(tiny(book), run_dir=run_dir)
-    book.write_text(book.read_text() + "one more line\n")
-    with pytest.raises(CheckpointError, match=r"book\.txt \(changed\)") as caught:
-        pretrain(tiny(book), run_dir=run_dir, resume="resume")
-    assert caught.value.hint is not None
-    assert "--allow-data-change" in caught.value.hint
-    result = pretrain(tiny(book), run_dir=run_dir, resume="resume", allow_data_change=True)
-    assert result.status == "finished"
-    assert "going on as told" in warnings()
-
-
-def test_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: --resume quietly starts afresh, or --auto-resume does not."""
-    monkeypatch.setenv("GPT_RUNS", str(tmp_path / "runs"))
-    config = tiny(one_file(tmp_path), training__max_steps=2)
-    for run_dir in (None, tmp_path / "run"):
-        with pytest.raises(CheckpointError, match="nothing to resume") as caught:
-            pretrain(config, run_dir=run_dir, resume="resume")
-        assert caught.value.exit_code == 4
-        assert not (tmp_path / "run").exists()
-    assert pretrain(config, run_dir=tmp_path / "run", resume="auto").step == 2
-    fresh = pretrain(config, resume="auto")
-    assert fresh.run_dir.parent == tmp_path / "runs"
-    with interrupted(1):
-        stopped = pretrain(config)
-    assert stopped.run_dir != fresh.run_dir
-    assert pretrain(config, resume="resume").run_dir == stopped.run_dir
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gptcli.cli.terminal import end_of_open_line
 from gptcli.reports.text import visible
 from gptcli.training.events import EvalEvent, StepEvent
 
@@ -93,7 +94,7 @@ class Display(logging.Handler):
 
     def _print_plain(self, text: str) -> None:
         if sys.stderr is not None:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(end_of_open_line() + text + "\n")
             sys.stderr.flush()
 
     def _print_above(self, text: str) -> None:

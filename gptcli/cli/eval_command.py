@@ -173,6 +173,10 @@ def evaluate(
     given |= {"model": model, "run_dir": run_dir, "command": call.command}
     with call.display.live():
         result = _evaluated(way, what, settings, given, own_task=config is None)
+    return _show(result, as_json)
+
+
+def _show(result: "Evaluation", as_json: bool) -> int:
     if as_json:
         from gptcli.reports.report import eval_report_json
 

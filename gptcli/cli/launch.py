@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcli import stop
 from gptcli.device import allowed_cpus
@@ -20,7 +20,7 @@ from gptcli.errors import ConfigError, ResourceError
 from gptcli.world import AFTERWORD_SECONDS, LAUNCHER
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 log = logging.getLogger("gptcli")
@@ -170,7 +170,24 @@ def _agent(
         max_restarts=0,
     )
     grace = max(_LEAST_SHUTDOWN_SECONDS, math.ceil(timeout_seconds))
-    return LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=grace)
+    agent = LocalElasticAgent(spec, DefaultLogsSpecs(), shutdown_timeout=grace)
+    _give_time(agent, grace)
+    return agent
+
+
+def _give_time(agent: "LocalElasticAgent", seconds: int) -> None:
+    """Let processes have `seconds` to end also where one has failed: torch takes its
+    shutdown_timeout only where the agent itself is told to end, else half a minute."""
+    start = agent._start_workers
+
+    def start_workers(group: "WorkerGroup") -> dict[int, Any]:
+        found, processes = start(group), agent._pcontext
+        assert processes is not None
+        close = processes.close
+        setattr(processes, "close", lambda number=None, timeout=0: close(number, seconds))  # noqa: B010
+        return found
+
+    setattr(agent, "_start_workers", start_workers)  # noqa: B010
 
 
 class _Signals:

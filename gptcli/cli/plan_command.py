@@ -59,16 +59,8 @@ def plan(
     code 6 when it does not fit, with what to change.
     """
     began = time.monotonic()
-    checked = load_run_config("plan", config, _with_model(overrides, model), max_time)
-    loaded = checked.config
-    if "finetune" in checked.given and loaded.init is None:
-        raise ConfigError(
-            "finetuning starts from a model", "add --model MODEL, or init: MODEL in the config"
-        )
-    if price_per_hour is not None and not math.isfinite(price_per_hour):
-        raise ConfigError(f"--price-per-hour: {price_per_hour} is no price")
-    if vocab is not None and loaded.init is not None:
-        raise ConfigError("--vocab: the vocabulary comes with the model that init names")
+    loaded = load_run_config("plan", config, _with_model(overrides, model), max_time).config
+    _check_flags(loaded, vocab, price_per_hour)
     if devices is not None or device_kind is not None:
         return _on_devices(loaded, vocab, devices or 1, device_kind, as_json)
     from gptcli.plan import plan as run
@@ -87,6 +79,18 @@ def plan(
     if found.problems:
         raise ResourceError("; ".join(found.problems), "\n".join(found.advice))
     return 0
+
+
+def _check_flags(config: "Config", vocab: int | None, price_per_hour: float | None) -> None:
+    finetunes = config.finetune != type(config.finetune)()  # a run's own config has every section
+    if finetunes and config.init is None:
+        raise ConfigError(
+            "finetuning starts from a model", "add --model MODEL, or init: MODEL in the config"
+        )
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise ConfigError(f"--price-per-hour: {price_per_hour} is no price")
+    if vocab is not None and config.init is not None:
+        raise ConfigError("--vocab: the vocabulary comes with the model that init names")
 
 
 def _on_devices(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptcli.cli.invocation import invocation
+from gptcli.cli.invocation import Invocation, invocation
 from gptcli.cli.run_flags import (
     AutoResumeOption,
     ConfigOrTextArgument,
@@ -77,10 +77,9 @@ def pretrain(
         settings, plan = load_run_config("pretrain", config, overrides, max_time).config, []
     if prove:
         return _prove(settings, overrides or [], run_dir)
-    from gptcli.pretrain import describe
-    from gptcli.pretrain import pretrain as run
-
     if dry_run:
+        from gptcli.pretrain import describe
+
         write_out("\n".join(plan or [describe(settings).rstrip("\n")]) + "\n")
         return 0
     call = invocation(context)
@@ -89,6 +88,12 @@ def pretrain(
         return code
     for line in plan:
         log.info(line)
+    return _train(settings, flags, call, began)
+
+
+def _train(settings: "Config", flags: RunFlags, call: Invocation, began: float) -> int:
+    from gptcli.pretrain import pretrain as run
+
     with call.display.live():
         result = run(
             settings,

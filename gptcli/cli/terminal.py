@@ -13,6 +13,8 @@ from gptcli.reports.text import visible
 
 log = logging.getLogger("gptcli")
 
+_line_is_open = False  # whether what stdout shows on a terminal ends within a line
+
 
 class ClosedPipeError(Exception):
     """The reader of stdout has gone (`| head -1`): nothing is left to do."""
@@ -47,6 +49,7 @@ def write_out(text: str, *, raw: bool = False) -> None:
     with _told_errors():
         sys.stdout.write(text)
         sys.stdout.flush()
+    _note_end(text.encode("utf-8", "replace"))
 
 
 def takes_colours() -> bool:
@@ -61,12 +64,13 @@ def write_bytes(data: bytes) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+    _note_end(data)
 
 
 def check_page(path: Path | None) -> None:
     """Before the work: ConfigError where `path` is no place for a file, ResourceError where its
     directory is missing."""
-    from gptcli.runs.run_dir import refuse_special
+    from gptcli.runs.regular import refuse_special
 
     if path is None:
         return
@@ -101,10 +105,26 @@ def write_error(text: str) -> None:
     if sys.stderr is None:
         return
     try:  # not typer.echo, which sends UTF-8 to a locale that is ASCII
-        sys.stderr.write(visible(text) + "\n")
+        sys.stderr.write(end_of_open_line() + visible(text) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         return
+
+
+def end_of_open_line() -> str:
+    """What a line on stderr begins with: the end of the text that stdout shows before it on the
+    same terminal, where that ends within a line."""
+    global _line_is_open
+    if not (_line_is_open and sys.stderr is not None and sys.stderr.isatty()):
+        return ""
+    _line_is_open = False
+    return "\n"
+
+
+def _note_end(shown: bytes) -> None:
+    global _line_is_open
+    if shown and sys.stdout.isatty():
+        _line_is_open = not shown.endswith(b"\n")
 
 
 def settle_stdout() -> None:

@@ -153,6 +153,15 @@ def _builtin(source: SourceConfig, number: int) -> list[SourceFile]:
     raise DataError(f"no builtin corpus {name!r}; there are: {known}")
 
 
+def damaged_hint(file: SourceFile, more: str = "") -> str:
+    """What to do about a file that broke off: `more`, and a command that shows how much there is
+    of one of this machine."""
+    lines = [more] if more else []
+    if not file.is_remote:
+        lines.append(f"how much of it is there: ls -l {shlex.quote(file.path)}")
+    return "\n".join([*lines, "download or copy it again, or leave it out of data.train"])
+
+
 def _look_hint(problem: str) -> str | None:
     """A command that shows what is there instead; None for what is not of this machine."""
     path = Path(os.path.expanduser(problem.partition(": ")[0]))

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import json
 import lzma
 import re
 import zlib
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from gptcli.data.files import SourceFile
+from gptcli.data.files import SourceFile, damaged_hint
 from gptcli.data.hub import open_remote
 from gptcli.errors import DataError
 
@@ -60,8 +61,8 @@ def refuse_utf16(name: str, head: bytes, said: str = "utf-8") -> None:
     if encoding is not None:
         raise DataError(
             f"{name}: {encoding[:6].upper()} text, not {said}",
-            hint=f"write the source as {{path: ..., encoding: {encoding}}} in the YAML (data.train,"
-            " eval.data)",
+            hint="write the source with its encoding in the YAML (data.train, eval.data):"
+            f" {{path: {json.dumps(name)}, encoding: {encoding}}}",
         )
 
 
@@ -93,9 +94,6 @@ def open_stored(file: SourceFile) -> Iterator[BinaryIO]:
         yield stored
 
 
-COPY_AGAIN = "download or copy the file again, or leave it out of data.train"
-
-
 @contextmanager
 def data_errors(file: SourceFile) -> Iterator[None]:
     """Failures to read the file as DataErrors that name it."""
@@ -105,7 +103,7 @@ def data_errors(file: SourceFile) -> Iterator[None]:
         raise
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         message = f"{file.path}: damaged or truncated archive: {error}"
-        raise DataError(message, hint=COPY_AGAIN) from error
+        raise DataError(message, hint=damaged_hint(file)) from error
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
 

@@ -13,6 +13,7 @@ from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.schema import Config
 from gptcli.data.bpe import whole_words
 from gptcli.data.cache_folder import cache_root
+from gptcli.data.chosen_tokenizer import build_tokenizer
 from gptcli.data.corpus import Corpus
 from gptcli.data.encode import EncodedStream
 from gptcli.data.mixture import Mixture
@@ -21,7 +22,7 @@ from gptcli.data.readers import read_shards
 from gptcli.data.shards import Shard
 from gptcli.data.store import StoreReader, open_store
 from gptcli.data.stream import RecordStream, ShardReader
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, GptError, ResourceError
 
 log = logging.getLogger("gptcli")

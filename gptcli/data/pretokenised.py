@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptcli import stop
-from gptcli.data.files import SourceFile
+from gptcli.data.files import SourceFile, damaged_hint
 from gptcli.data.shards import Shard
 from gptcli.errors import DataError
 
@@ -104,10 +104,10 @@ def _open(file: SourceFile) -> _Ids:
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, SyntaxError, TokenError) as error:  # of a header, in Python
+        kinds = "a 1-D .npy (uint16, int32, uint32 or int64) or a .bin of nanoGPT (uint16) or llm.c"
         raise DataError(
             f"{file.path}: not a file of token ids: {error}",
-            hint="token ids are a 1-D .npy (uint16, int32, uint32 or int64) or a .bin of nanoGPT"
-            " (uint16) or llm.c",
+            hint=damaged_hint(file, f"token ids are {kinds}"),
         ) from error
 
 

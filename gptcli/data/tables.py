@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptcli import stop
-from gptcli.data.files import SourceFile
+from gptcli.data.files import SourceFile, damaged_hint
 from gptcli.data.lines import skip_line, too_long
-from gptcli.data.opening import COPY_AGAIN, open_stored, open_utf8
+from gptcli.data.opening import open_stored, open_utf8
 from gptcli.data.shards import (
     MAX_ROW_BYTES,
     SHARD_BYTES,
@@ -270,7 +270,7 @@ def _table_errors(file: SourceFile) -> Iterator[None]:
             raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
         what = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"{file.path}: damaged or truncated {file.format}: {what}"
-        raise DataError(message, hint=COPY_AGAIN) from error
+        raise DataError(message, hint=damaged_hint(file)) from error
 
 
 def _needed(schema: pa.Schema, shard: Shard) -> list[str] | None:

@@ -13,15 +13,16 @@ from gptcli.config.schema import Config
 from gptcli.data.corpus import Corpus
 from gptcli.data.example_rows import Encoded, Encoder, ExampleRows, ExampleStream, PackedExamples
 from gptcli.data.examples import Example, HeadExample, PreferencePair, RowCounts
+from gptcli.data.files import resolve
 from gptcli.data.mixture import Mixture
 from gptcli.data.pipeline import source_groups
 from gptcli.data.readers import read_shards
-from gptcli.data.row_fields import label_text, value_at
+from gptcli.data.row_fields import RowFields, label_text, value_at
 from gptcli.data.rows import RowSource
 from gptcli.data.shards import row_place
 from gptcli.data.shots import ShotEncoder
 from gptcli.data.stream import RecordStream, ShardReader
-from gptcli.data.task_formats import TaskEncoder
+from gptcli.data.task_formats import TaskEncoder, row_fields
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
 
@@ -97,6 +98,20 @@ class TaskData:
 
     def _encoder(self) -> TaskEncoder:
         return TaskEncoder(self.settings, self.tokenizer, self.block_size, self.labels)
+
+
+def finetuning_fields(config: Config) -> RowFields | None:
+    """The rows' fields where `config` is one for finetuning: it says how rows become prompts, or
+    starts from a model and has rows of which no field is named as the text. None for pretraining.
+    """
+    if config.finetune == FinetuneConfig():
+        if config.init is None or any(
+            "text_field" in source.model_fields_set for source in config.data.train
+        ):
+            return None
+        if any(file.kind not in ("rows", "table") for file in resolve(config.data.train)):
+            return None
+    return row_fields(config.finetune)
 
 
 def open_task(

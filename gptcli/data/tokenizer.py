@@ -16,18 +16,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import tiktoken
 
-from gptcli.config.data_schema import TokenizerConfig
-from gptcli.config.units import parse_bytes
 from gptcli.data.bpe import learn_ranks
 from gptcli.data.probe import probe_text
 from gptcli.data.published_files import TOKENIZER_JSON
 from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens, check_ids
-from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, named_encoding, parse_tiktoken
+from gptcli.data.tiktoken_tables import PATTERNS, format_tiktoken, parse_tiktoken
 from gptcli.data.tokenizer_json import TokenText, byte_ranks, parse, read_tokenizer_json
 from gptcli.data.tokenizer_source import load_source, read_source, save_source
 from gptcli.errors import CheckpointError, DataError
 
-_RANKS_FILE, _META_FILE = "ranks.tiktoken", "meta.json"
+_RANKS_FILE, META_FILE = "ranks.tiktoken", "meta.json"
 _BYTES_PATTERN = r"[\s\S]"
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
@@ -172,14 +170,14 @@ class Tokenizer:
         if self._file:
             (directory / self._file).write_bytes(self._content())
         meta = {**self._meta(), "identity": self.identity}
-        (directory / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+        (directory / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
         save_source(directory, self.source)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
         """Read what `save` wrote. CheckpointError when it is missing or damaged."""
         try:
-            meta = json.loads((directory / _META_FILE).read_text())
+            meta = json.loads((directory / META_FILE).read_text())
             special = SpecialTokens.from_json(meta)
             tokenizer: Tokenizer
             if meta["kind"] == IdsTokenizer.KIND:
@@ -194,7 +192,7 @@ class Tokenizer:
                     meta["kind"], ranks, pattern, special.eot_id, special, nfc=nfc
                 )
             if meta.get("identity", tokenizer.identity) != tokenizer.identity:
-                raise ValueError(f"{tokenizer._file} and {_META_FILE} do not belong together")
+                raise ValueError(f"{tokenizer._file} and {META_FILE} do not belong together")
             tokenizer.source = load_source(directory)
             return tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -316,21 +314,6 @@ class IdsTokenizer(Tokenizer):
         return {**meta, **self.special.to_json()}
 
 
-def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `config` names; `texts` (training pieces) are read by kind bpe only.
-
-    Raises DataError when a named table or file is not there, `stop.Stopped` on a stop request.
-    """
-    if config.kind == "bytes":
-        return Tokenizer.of_bytes()
-    if config.kind == "tiktoken":
-        named = named_encoding(config.name)
-        return Tokenizer(config.name, named.ranks, named.pattern, named.eot)
-    if config.kind == "file":
-        return load_tokenizer(Path(str(config.path)), config.pattern)
-    return train_bpe(texts, config.vocab_size, config.pattern, parse_bytes(config.train_bytes))
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: int) -> Tokenizer:
     """Byte-level BPE of `vocab_size` tokens, eot included, from at most `max_bytes` of the texts.
 
@@ -338,34 +321,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, max_bytes: in
     """
     ranks = learn_ranks(texts, vocab_size, pattern, max_bytes)
     return Tokenizer("bpe", ranks, PATTERNS[pattern], len(ranks))
-
-
-def load_tokenizer(path: Path, pattern: str) -> Tokenizer:
-    """The tokenizer at `path`: a saved directory, a Hugging Face folder or its tokenizer.json, or a
-    .tiktoken file, which is split by `pattern`. It has an eot: one is added where there is none.
-
-    DataError when it is none of them, CheckpointError when a saved one is damaged.
-    """
-    if path.is_dir():
-        is_json = (path / TOKENIZER_JSON).is_file() and not (path / _META_FILE).is_file()
-        if is_json:
-            return load_tokenizer_json(path / TOKENIZER_JSON, needs_eot=True)
-        return Tokenizer.load(path)
-    if not path.is_file():
-        raise DataError(f"tokenizer.path: no file or directory {path}")
-    if path.suffix == ".json":
-        return load_tokenizer_json(path, needs_eot=True)
-    if path.suffix != ".tiktoken":
-        raise DataError(
-            f"tokenizer.path: {path} is neither a saved tokenizer directory nor a .tiktoken file"
-            " nor a tokenizer.json"
-        )
-    try:
-        ranks = parse_tiktoken(path.read_bytes())
-        eot = max(ranks.values(), default=0) + 1
-        return Tokenizer("file", ranks, PATTERNS[pattern], eot)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a .tiktoken file: {error}") from error
 
 
 def load_tokenizer_json(

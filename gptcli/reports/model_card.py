@@ -350,7 +350,7 @@ def _limits(loaded: LoadedModel, run: dict[str, Any]) -> list[str]:
         limits.append(f"The weights are those of step {loaded.step:,} of a run of {last:,} steps.")
     skipped = _state(loaded, "train").get("skipped_steps")
     if skipped:
-        limits.append(f"{skipped:,} updates were not finite and were not applied.")
+        limits.append(f"{skipped:,} updates, not finite or spikes, were not applied.")
     limits.append("What it writes may be wrong or harmful; no test for either is on record.")
     limits.append("No licence is stated here: that of the text and of the code apply.")
     return limits

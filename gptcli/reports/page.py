@@ -226,7 +226,9 @@ def _events(metrics: list[dict[str, Any]]) -> Table | None:
         return None
     rows = []
     for line in lines[-MAX_EVENTS:]:
-        rest = {k: v for k, v in line.items() if k not in ("event", "step")}
+        rest = {k: v for k, v in line.items() if k not in ("event", "step", "not_finite")}
+        if isinstance(line.get("not_finite"), dict):  # what is null in the line
+            rest |= line["not_finite"]
         rows.append([str(line["event"]), number(line.get("step")), clip(field("", rest), 300)])
     note = f"The last {MAX_EVENTS} of {len(lines)}." if len(lines) > MAX_EVENTS else ""
     return Table("Events", ["event", "step", "detail"], rows, note=note)

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
-from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, refuse_special, write_atomic
+from gptcli.runs.regular import refuse_special
+from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, write_atomic
 
 # Keys that readers of report.json rely on: always there, null where unknown.
 SCORE_KEYS = (
@@ -133,7 +135,7 @@ def build_report(run_dir: Path, files: RunFiles) -> dict[str, Any]:
         **{key: _mapping(run, key) for key in COPIED},
         **{key: run[key] for key in FOUND if run.get(key)},
         "history": _history(run),
-        "notes": _notes(run, evals) + files.problems,
+        "notes": _notes(run, files.metrics, evals) + files.problems,
     }
     return _strict(report)
 
@@ -194,7 +196,9 @@ def _training(run: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, A
     return implied | stated
 
 
-def _notes(run: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
+def _notes(
+    run: dict[str, Any], metrics: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> list[str]:
     """What the reader must know before reading the figures."""
     notes = []
     status, scores, training = run.get("status"), _mapping(run, "scores"), _mapping(run, "training")
@@ -211,11 +215,24 @@ def _notes(run: dict[str, Any], evals: list[dict[str, Any]]) -> list[str]:
     elif last is not None and last != training.get("steps", last):
         notes.append(f"The scores are those of step {last:,}, the last that was evaluated.")
     if finite(training.get("skipped_steps")):
-        skipped = f"{training['skipped_steps']:,} updates"
-        notes.append(f"{skipped} had a loss or gradient that was not finite and were not applied.")
+        notes.append(_not_applied(training["skipped_steps"], metrics))
     if run.get("skipped_text"):
         notes.append("Some text was left out or replaced; the counts are listed by file.")
     return notes
+
+
+def _not_applied(count: int, metrics: list[dict[str, Any]]) -> str:
+    """How many updates were left out, and for what figures, as far as their lines say it."""
+    why: Counter[str] = Counter()
+    for line in metrics:
+        lost = line.get("not_finite")
+        if line.get("event") == "bad_step" and isinstance(lost, dict):
+            why[", ".join(f"{name} {value}" for name, value in lost.items())] += 1
+    counted = [f"{times:,} with {what}" for what, times in why.most_common()]
+    if (spikes := count - sum(why.values())) > 0:
+        counted.append(f"{spikes:,} with a spike, or with figures that are not in the log")
+    noun = "update was" if count == 1 else "updates were"
+    return f"{count:,} {noun} not applied: {'; '.join(counted)}."
 
 
 def _history(run: dict[str, Any]) -> list[dict[str, Any]]:

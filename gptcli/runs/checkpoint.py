@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +40,7 @@ from gptcli.runs.manifest import (
 )
 from gptcli.runs.run_dir import CHECKPOINTS, read_json, sync_directory, write_json_atomic
 from gptcli.runs.space import free_bytes, megabytes, refuse_link
+from gptcli.runs.swap import remove, swap_in
 from gptcli.runs.tensors import read_tensors, refuse_non_finite, save_tensors, untied, with_tied
 
 _BEST = "best.json"
@@ -107,10 +107,10 @@ def publish(
             raise ResourceError("disk full")
         target.parent.mkdir(parents=True, exist_ok=True)
         sync_directory(run_dir)
-        _remove(temp)
+        remove(temp)
         temp.mkdir()
         _write(temp, step, contents, write(temp, contents))
-        _swap_in(temp, target)
+        swap_in(temp, target)
     except (OSError, ResourceError) as error:
         unsaved = f"checkpoint of step {step} is not saved"
         if errno.EFBIG in (getattr(e, "errno", None) for e in (error, error.__cause__)):
@@ -295,9 +295,9 @@ def prune(run_dir: Path, keep_last: int, protect: Collection[int]) -> None:
             continue
         aside = path.with_name(f".del-{path.name}-{os.getpid()}")
         try:
-            _remove(aside)
+            remove(aside)
             path.rename(aside)  # a half deleted one must not look like a checkpoint
-            _remove(aside)
+            remove(aside)
         except OSError as error:
             log.warning("cannot delete the old checkpoint %s: %s", path, error.strerror)
 
@@ -312,7 +312,7 @@ def set_aside_after(run_dir: Path, step: int) -> None:
         for path in list_checkpoints(run_dir):
             if _step(path) > step:
                 aside = path.with_name(f"replaced-{path.name}")
-                _remove(aside)
+                remove(aside)
                 path.rename(aside)
                 log.info("set aside %s", aside)
         best = read_best(run_dir)
@@ -336,7 +336,7 @@ def clean_leftovers(run_dir: Path) -> None:
             if deleted and not os.path.lexists(path.with_name(deleted[1])) and is_whole(path):
                 path.rename(path.with_name(deleted[1]))
             else:
-                _remove(path)
+                remove(path)
         except OSError as error:
             log.warning("cannot remove the leftover %s: %s", path, error.strerror)
 
@@ -364,27 +364,6 @@ def _write(temp: Path, step: int, contents: Contents, hashes: dict[str, str]) ->
     write_manifest(temp, step, tied, contents.tokenizer.identity, hashes)
 
 
-def _swap_in(temp: Path, target: Path) -> None:
-    """Rename `temp` to `target`; one that is there already goes aside first, back on failure: what
-    is not on disk for sure is not there."""
-    aside = None
-    if os.path.lexists(target):
-        aside = target.with_name(f".del-{target.name}-{os.getpid()}")
-        _remove(aside)
-        os.rename(target, aside)
-    try:
-        os.rename(temp, target)
-        sync_directory(target.parent)
-    except OSError:
-        with suppress(OSError):
-            os.rename(target, temp)
-        if aside is not None:
-            os.rename(aside, target)
-        raise
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -399,11 +378,3 @@ def _step(path: Path) -> int:
     except CheckpointError:
         match = _STEP_NAME.fullmatch(path.name)
         return int(match[1]) if match else -1
-
-
-def _remove(path: Path) -> None:
-    """Delete a file, link or directory; nothing there is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -83,10 +83,17 @@ def _telling_which_are_whole(directory: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        if error.hint is None and directory.parent.name == CHECKPOINTS:
-            run_dir = shlex.quote(str(directory.parent.parent))
-            error.hint = f"which checkpoints of the run are whole: gpt runs verify {run_dir}"
+        if error.hint is None:
+            error.hint = whole_hint(directory)
         raise
+
+
+def whole_hint(directory: Path) -> str | None:
+    """A command that tells which checkpoints are whole, where `directory` has a run's place."""
+    if directory.parent.name != CHECKPOINTS:
+        return None
+    run_dir = shlex.quote(str(directory.parent.parent))
+    return f"which checkpoints of the run are whole: gpt runs verify {run_dir}"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,15 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from gptcli.errors import ResourceError
+from gptcli.errors import ConfigError, ResourceError
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -37,6 +45,20 @@ def open_to_append(path: Path) -> int:
             os.close(descriptor)
         raise unusable("write", path, error) from error
     return descriptor
+
+
+def refuse_special(path: Path) -> None:
+    """ConfigError where `path` is a directory, pipe, socket or device.
+
+    A file that is renamed to its place would take it away, and opening a pipe waits for a reader.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there yet, or the writing says what is wrong
+        return
+    if not stat.S_ISREG(mode):
+        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
+        raise ConfigError(f"{path} is {what}", hint="name a file: an old one is replaced")
 
 
 def unusable(do: str, path: Path, error: OSError) -> ResourceError:

@@ -9,7 +9,7 @@ from typing import Literal
 from gptcli.data.published_files import CONFIG as HF_CONFIG
 from gptcli.data.published_files import PICKLES
 from gptcli.errors import CheckpointError
-from gptcli.runs.manifest import MANIFEST
+from gptcli.runs.manifest import MANIFEST, whole_hint
 from gptcli.runs.run_dir import is_run_dir, newest_run, runs_root
 
 _FILES = {*PICKLES, ".safetensors", ".gguf", ".json", ".yaml", ".yml"}
@@ -60,10 +60,11 @@ def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
         return ModelPlace("run", path, name)
     if (path / HF_CONFIG).is_file():
         return ModelPlace("folder", path, name)
+    pickled = any(p.suffix in PICKLES for p in path.iterdir())
     raise CheckpointError(
         f"{path} is not a run or a checkpoint (no {MANIFEST}), nor a Hugging Face folder"
         f" (no {HF_CONFIG})",
-        hint=_pickle_hint(path) if any(p.suffix in PICKLES for p in path.iterdir()) else None,
+        hint=_pickle_hint(path) if pickled else whole_hint(path),
     )
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
+from gptcli.runs.regular import refuse_special
 
 log = logging.getLogger("gptcli")
 
@@ -33,13 +35,6 @@ _STAMP = "%Y%m%d-%H%M%S"
 MOVED_ASIDE = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?$")
 # Answers of file systems that cannot do what was asked at all, as opposed to failing at it.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -200,20 +195,6 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_atomic(path, json_bytes(obj, indent=2) + b"\n")
 
 
-def refuse_special(path: Path) -> None:
-    """ConfigError where `path` is a directory, pipe, socket or device.
-
-    A file that is renamed to its place would take it away, and opening a pipe waits for a reader.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:  # nothing is there yet, or the writing says what is wrong
-        return
-    if not stat.S_ISREG(mode):
-        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
-        raise ConfigError(f"{path} is {what}", hint="name a file: an old one is replaced")
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, on disk when this returns.
 
@@ -353,7 +334,12 @@ def _clear(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(_HOLDS_A_RUN.format(path))
-    path = Path(os.path.abspath(path))  # `.` has no name to extend
+    place = path.resolve()
+    if Path.cwd().is_relative_to(place):  # which would move along, and `.` with it
+        raise ConfigError(
+            f"--overwrite would move {path}, in which you are, aside",
+            hint=f"cd {shlex.quote(str(place.parent))}, and --run-dir {shlex.quote(place.name)}",
+        )
     with RunLock(path):  # a run that is still going keeps its directory
         aside = _free_name(path.with_name(f"{path.name}.old-{datetime.now().strftime(_STAMP)}"))
         path.rename(aside)

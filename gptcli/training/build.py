@@ -167,7 +167,7 @@ def _strategy(
     strategy = choose_strategy(config, device, vocab_size, start.job, before)
     check_strategy(config, start.job, strategy)
     if strategy != "fsdp":
-        check_memory(config, device, vocab_size, _held_bytes(start, initial))
+        check_memory(config, device, vocab_size, _held_bytes(start, initial), start.directory)
     return strategy
 
 
@@ -209,10 +209,18 @@ def _choices(
         choices = replace(choices, strategy=strategy)
     elif world.current().leads:
         held = sum(parameter.nbytes for parameter in model.parameters())
-        choices = choose(config, device, model.vocab_size, held_bytes=held, strategy=strategy)
+        choices = choose(
+            config,
+            device,
+            model.vocab_size,
+            held_bytes=held,
+            strategy=strategy,
+            run_dir=start.directory,
+        )
         # Nothing to race where no block learns; and a step of a whole model may not fit.
         if strategy != "fsdp" and any(p.requires_grad for p in model.blocks.parameters()):
-            choices = tune(choices, _probed(config, start), device, model, train_bytes)
+            probed = _probed(config, start)
+            choices = tune(choices, probed, device, model, train_bytes, start.directory)
     told = world.told(choices.to_json() if choices is not None else None)
     choices = choices or replace(Choices(**told), device=device_name(device))
     apply(choices, model)

@@ -1,7 +1,9 @@
 """Automatic choices: made once at step 0, written to run.json and the checkpoint, reused."""
 
 import logging
+import shlex
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from gptcli.device import (
 from gptcli.errors import ConfigError, ResourceError
 from gptcli.model.gpt import GPT
 from gptcli.training.compiling import compile_blocks, compile_no_more, has_compiler
-from gptcli.training.footprint import footprint
+from gptcli.training.footprint import Footprint, footprint
 from gptcli.training.parallel import Strategy
 from gptcli.training.trainable import sequences_per_row
 
@@ -74,11 +76,13 @@ def choose(
     *,
     held_bytes: int = 0,
     strategy: Strategy = "one",
+    run_dir: Path | None = None,
 ) -> Choices:
     """The choices for a fresh run on `device`, from the config and the free memory alone.
 
-    `held_bytes` of what a step needs this process holds already. Nothing is computed but, on a CPU
-    with precision auto, a few matrix products. `tuning.tune` goes on from here.
+    `held_bytes` of what a step needs this process holds already; `run_dir` has the config.yaml to
+    name in a warning. Nothing is computed but, on a CPU with precision auto, a few matrix products.
+    `tuning.tune` goes on from here.
     """
     training, races = config.training, dict[str, Any]()
     if training.precision == "auto" and device.kind == "cpu":
@@ -98,19 +102,16 @@ def choose(
             held_bytes=held_bytes,
         )
 
-    rows = rows_of_a_process(config)
-    given = training.micro_batch_size
-    tokens = _ADAPTER_TOKENS if config.finetune.method == "lora" else _TOKENS
-    most = tokens[device.kind] // config.model.block_size
-    sizes = [n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0]
-    if given != "auto":
-        sizes = [given]
+    sizes = _micro_batch_sizes(config, device, rows_of_a_process(config))
     recompute = training.activation_checkpointing == "on"
     if training.activation_checkpointing == "auto":
         recompute = not suits(sizes[-1], False)
     fitting = next((n for n in sizes if suits(n, recompute)), None)
     if fitting is None and strategy != "fsdp":  # of which a process has only a share
-        _warn_of_memory(config, device, vocab_size, sizes[-1], precision, recompute, held_bytes)
+        need = footprint(
+            config, vocab_size, sizes[-1], precision, recompute=recompute, device_kind=device.kind
+        )
+        _warn_of_memory(need, usable_memory_bytes(device, held_bytes) or 0, run_dir)
     return Choices(
         device=device_name(device),
         threads=device.threads,
@@ -120,12 +121,22 @@ def choose(
         torch=torch.__version__,
         activation_checkpointing=recompute,
         available_threads=device.threads,
-        given_micro_batch_size=given,
+        given_micro_batch_size=training.micro_batch_size,
         hardware=hardware(device),
         races=races,
         strategy=strategy,
         processes=world.current().size,
     )
+
+
+def _micro_batch_sizes(config: Config, device: Device, rows: int) -> list[int]:
+    """Those that divide `rows`, the largest first; that of the config where it gives one."""
+    given = config.training.micro_batch_size
+    if given != "auto":
+        return [given]
+    tokens = _ADAPTER_TOKENS if config.finetune.method == "lora" else _TOKENS
+    most = tokens[device.kind] // config.model.block_size
+    return [n for n in range(min(rows, max(most, 1)), 0, -1) if rows % n == 0]
 
 
 def choose_strategy(
@@ -221,11 +232,13 @@ def apply(choices: Choices, model: GPT) -> None:
         compile_no_more(model)
 
 
-def with_less_memory(choices: Choices, config: Config, rows: int) -> Choices:
+def with_less_memory(
+    choices: Choices, config: Config, rows: int, run_dir: Path | None = None
+) -> Choices:
     """Choices under which a step of `rows` rows computes the same in less memory, told in a line;
     with dropout it has other masks where the micro batch is another.
 
-    ResourceError when there are none.
+    ResourceError when there are none; `run_dir` has the config.yaml to name in it.
     """
     size = choices.micro_batch_size
     if size > 1:
@@ -235,15 +248,21 @@ def with_less_memory(choices: Choices, config: Config, rows: int) -> Choices:
     if config.training.activation_checkpointing == "auto" and not choices.activation_checkpointing:
         log.warning("out of memory with one row: activation_checkpointing off -> on")
         return replace(choices, activation_checkpointing=True)
-    hints = ["set model.block_size, n_layer or n_embd lower", "free memory on this machine"]
-    hints.append("gpt plan CONFIG says what takes how much")
+    hint = "set model.block_size, n_layer or n_embd lower; or free memory on this machine"
     if not choices.activation_checkpointing:
-        hints.insert(0, "set training.activation_checkpointing to auto")
+        hint = f"set training.activation_checkpointing to auto; or {hint}"
+    if run_dir is not None:
+        hint += f"\nwhat takes how much: {plan_command(run_dir)}"
     raise ResourceError(
         f"out of memory on {choices.device} with micro batches of one row of"
         f" {config.model.block_size} tokens",
-        hint="; or ".join(hints),
+        hint=hint,
     )
+
+
+def plan_command(run_dir: Path) -> str:
+    """The command line that says what the run takes."""
+    return f"gpt plan {shlex.quote(str(run_dir / 'config.yaml'))}"
 
 
 def fits(
@@ -273,23 +292,12 @@ def fits(
     return need.total_bytes <= usable
 
 
-def _warn_of_memory(
-    config: Config,
-    device: Device,
-    vocab_size: int,
-    rows: int,
-    precision: str,
-    recompute: bool,
-    held_bytes: int,
-) -> None:
+def _warn_of_memory(need: Footprint, usable: int, run_dir: Path | None) -> None:
     """Say that even the smallest step takes more memory than there is, by the estimate."""
-    need = footprint(
-        config, vocab_size, rows, precision, recompute=recompute, device_kind=device.kind
-    )
-    usable = usable_memory_bytes(device, held_bytes) or 0
+    less = f" ({plan_command(run_dir)} says what takes less)" if run_dir is not None else ""
     log.warning(
         f"a step may run out of memory: it takes about {need.total_bytes / 2**30:.2f} GiB, usable"
-        f" are {usable / 2**30:.2f} GiB (gpt plan CONFIG says what takes less)"
+        f" are {usable / 2**30:.2f} GiB{less}"
     )
 
 

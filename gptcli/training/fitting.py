@@ -1,12 +1,13 @@
 """Whether a run fits into memory, and what to change where it does not."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gptcli.config.schema import Config
 from gptcli.device import Device, free_memory_bytes
 from gptcli.errors import ResourceError
 from gptcli.model.empty import empty_model
-from gptcli.training.choices import Choices, largest_divisor
+from gptcli.training.choices import Choices, largest_divisor, plan_command
 from gptcli.training.footprint import Footprint, footprint
 
 
@@ -49,10 +50,16 @@ class Case:
         return replace(self, config=config, choices=choices)
 
 
-def check_memory(config: Config, device: Device, vocab_size: int, held_bytes: int = 0) -> None:
+def check_memory(
+    config: Config,
+    device: Device,
+    vocab_size: int,
+    held_bytes: int = 0,
+    run_dir: Path | None = None,
+) -> None:
     """ResourceError where not even what a run keeps all the time fits into the free memory: the
     weights, and where all learn, gradients and one moment. `held_bytes` of it are in this machine's
-    memory already.
+    memory already; `run_dir` has the config.yaml to name.
 
     Before the model is made: a system that promises more memory than it has kills who uses it.
     """
@@ -63,11 +70,13 @@ def check_memory(config: Config, device: Device, vocab_size: int, held_bytes: in
     needed = (12 if all_learn else 4) * weights - (0 if device.kind == "cuda" else held_bytes)
     if free is not None and needed > free:
         what = "weights, gradients and optimizer" if all_learn else "weights"
+        hint = "set model.n_embd, model.n_layer or tokenizer.vocab_size lower"
+        if run_dir is not None:
+            hint += f"\nwhat takes how much: {plan_command(run_dir)}"
         raise ResourceError(
             f"{weights:,} parameters: their {what} alone need {gib(needed)} of memory on"
             f" {device.kind}, free are {gib(free)}",
-            hint="set model.n_embd, model.n_layer or tokenizer.vocab_size lower; gpt plan CONFIG"
-            " says what fits",
+            hint=hint,
         )
 
 

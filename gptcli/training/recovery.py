@@ -93,12 +93,15 @@ def _roll_back(session: Session, reading: Reading) -> None:
 
 def _note(session: Session, reading: Reading, event: str, what: str) -> None:
     """A line in metrics.jsonl, with where in the data the batch begins, and a warning. A rollback's
-    line belongs to the step it leads to."""
+    line belongs to the step it leads to. `not_finite` says what a null stands for: JSON has no nan,
+    no inf."""
     line = {"event": event, "step": reading.step}
     if event == "rollback":
         line |= {"step": session.state.step, "from_step": reading.step}
     figures = {"loss": reading.loss, "grad_norm": reading.grad_norm}
-    session.metrics.write({**line, **figures, "position": reading.position})
+    lost = {name: str(value) for name, value in figures.items() if not math.isfinite(value)}
+    line |= {**figures, **({"not_finite": lost} if lost else {}), "position": reading.position}
+    session.metrics.write(line)
     log.warning(f"step {reading.step}: {_figures(reading)}; {what}")
 
 

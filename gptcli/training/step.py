@@ -39,7 +39,9 @@ def forward_backward(session: Session, batch: StepBatch) -> tuple[Tensor, Tensor
                 raise _of_several(error) from error
             if is_out_of_memory(error):
                 rows = len(batch.tokens)
-                session.choices = with_less_memory(session.choices, session.config, rows)
+                session.choices = with_less_memory(
+                    session.choices, session.config, rows, session.directory
+                )
             elif session.choices.compile:
                 blamed = failure(error)
                 session.choices = replace(session.choices, compile=False)

@@ -44,18 +44,26 @@ _WORTH_COMPILING_SECONDS = {"cuda": 90.0, "cpu": 1200.0}
 _BYTES_PER_TOKEN = 4.0  # of text, roughly
 
 
-def tune(choices: Choices, config: Config, device: Device, model: GPT, train_bytes: int) -> Choices:
+def tune(
+    choices: Choices,
+    config: Config,
+    device: Device,
+    model: GPT,
+    train_bytes: int,
+    run_dir: Path | None = None,
+) -> Choices:
     """`choices` with what short trials on random tokens find possible and faster; applied.
 
     The micro batch that fits in memory, and on a CPU the faster one and the number of threads; on
     a run that is long enough, compiled code. A second run of the same kind on this machine finds
     them in the cache. Weights and random state stay as they are. ResourceError when a step of one
-    row does not fit in memory.
+    row does not fit in memory; `run_dir` has the config.yaml to name in it.
     """
     place = _place(choices, config, device, model)
     tuned = _recall(place, choices, config)
     if tuned is None:
-        tuned = _Trials(config, device, model, train_bytes).of(replace(choices, compile=False))
+        trials = _Trials(config, device, model, train_bytes, run_dir)
+        tuned = trials.of(replace(choices, compile=False))
         tuned = replace(tuned, compile=choices.compile)
         _remember(place, tuned)
     step = tuned.races["forward_backward_seconds"] * _micro_batches(tuned, config)
@@ -126,6 +134,7 @@ class _Trials:
     device: Device
     model: GPT
     train_bytes: int
+    run_dir: Path | None = None
 
     def of(self, choices: Choices) -> Choices:
         """`choices` after all trials, with their figures in `races`."""
@@ -166,7 +175,7 @@ class _Trials:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                choices = with_less_memory(choices, self.config, rows)
+                choices = with_less_memory(choices, self.config, rows, self.run_dir)
             release_memory(self.device)
 
     def _fewer_threads(self, choices: Choices, ends: float) -> Choices:

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faults.processes import logged, until
+from faults.processes import logged, started, until
 from faults.small import working_in
 from forked import Forked
 from ranks import checkpoints
 
 from gptcli import stop
 from gptcli.cli import launch
-from gptcli.cli.launch import check_devices, nodes_of
+from gptcli.cli.launch import Nodes, check_devices, nodes_of
 from gptcli.errors import ConfigError, ResourceError
 
 Gpt = Callable[..., tuple[int, str, str]]
@@ -122,6 +122,26 @@ def test_the_exit_code_of_all() -> None:
         exit_code(ended(-9, -9), None)
 
 
+@pytest.mark.parametrize(("timeout", "grace"), [(2.0, 10), (120.5, 121)])
+def test_the_time_of_who_hangs(timeout: float, grace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards that a process which hangs is killed for it, but not while it only notices that
+    another one is lost, which takes distributed.timeout_seconds."""
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # is set to another value here
+    given: list[int] = []
+    real = SubprocessContext._close
+
+    def close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        given.append(timeout)
+        real(self, death_sig, timeout)
+
+    monkeypatch.setattr(SubprocessContext, "_close", close)
+    result = launch._agent(["--no-such-flag"], 2, Nodes(), timeout).run()
+    assert result.is_failed()
+    assert set(given) == {grace}
+
+
 ENDLESS = ["pretrain", "tiny.yaml", "--run-dir=r", "--devices=2"]
 ENDLESS += ["--set=training.max_steps=1000000", "--set=training.save_every=1000000"]
 
@@ -171,6 +191,29 @@ class TestOfTwoProcesses:
         assert not [
             word for word in ("elastic", "Warning", "W1", "E1", "Traceback") if word in err
         ], err
+
+    @pytest.mark.parametrize("asleep", [False, True])
+    def test_a_process_that_hangs(self, asleep: bool) -> None:
+        """Guards a job whose frozen process, which hears nothing, is waited for for ever: it is
+        killed 10 s after the other has ended for want of it. One that wakes up ends by itself."""
+        with started(*ENDLESS, "--set=distributed.timeout_seconds=2") as launcher:
+            until(lambda: logged(Path("r")) >= 2, PATIENCE)
+            frozen, other = sorted(started_by(launcher))[::-1]
+            os.kill(frozen, signal.SIGSTOP)
+            began = time.monotonic()
+            until(lambda: not alive(other))
+            assert 2 <= time.monotonic() - began < 9
+            assert alive(frozen)
+            lost = time.monotonic()
+            if not asleep:
+                os.kill(frozen, signal.SIGCONT)
+            code, err = launcher.wait()
+            took = time.monotonic() - lost
+            assert 9 < took < 20 if asleep else took < 8
+            until(lambda: not alive(frozen))
+        assert code == 6
+        assert [line for line in err.splitlines() if line.startswith("error: lost rank ")]
+        assert err.count("error: ") == 1
 
     def test_ctrl_c_twice(self, launcher: Forked) -> None:
         """Guards the way out where the processes do not listen any more."""

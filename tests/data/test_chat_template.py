@@ -7,11 +7,12 @@ import pytest
 
 from gptcli.config.schema import FinetuneConfig
 from gptcli.data.chat_template import ChatTemplate, published_template
+from gptcli.data.chosen_tokenizer import load_tokenizer
 from gptcli.data.examples import Example
 from gptcli.data.messages import Message
 from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
 from gptcli.data.task_formats import TaskEncoder
-from gptcli.data.tokenizer import Tokenizer, load_tokenizer
+from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
 
 # In the manner of ChatML, as many published models have it, with a system message put first.

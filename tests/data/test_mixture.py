@@ -104,6 +104,15 @@ def test_a_stream_without_text_is_an_error(streams: list[list[int]]):
         names(mixture, 20)
 
 
+@pytest.mark.parametrize("now", [1, 3])
+def test_a_place_in_another_number_of_streams_is_none(now: int):
+    """Guards against a mixture that goes on with the shares of other sources."""
+    state = json.loads(json.dumps(Mixture([Numbered(0, [5]), Numbered(1, [7])]).state()))
+    streams = [Numbered(i, [5], (state["streams"] * 2)[i]) for i in range(now)]
+    with pytest.raises(ValueError, match=f"one in 2 streams, not {now}"):
+        Mixture(streams, None, state)
+
+
 @pytest.mark.parametrize("lengths", [[[3, 4]], [[3], [4, 9, 1], [2, 2]]])
 def test_restored_anywhere_it_goes_on_as_if_never_stopped(lengths: list[list[int]]):
     """Guards against a mixture that begins to balance anew, or takes the end of an epoch just

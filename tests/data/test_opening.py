@@ -1,6 +1,7 @@
 """How content is opened: archives, other encodings, byte-order marks, and damage of all kinds."""
 
 import gzip
+import json
 import lzma
 import random
 import tracemalloc
@@ -139,8 +140,10 @@ def test_utf16_without_a_mark_gives_a_hint_too(
     path.write_bytes(PACK[ending](text.encode(encoding)))
     with pytest.raises(DataError, match=f"{encoding[:6].upper()} text, not utf-8") as caught:
         content(path)
-    hint = f"{{path: ..., encoding: {encoding}}} in the YAML (data.train, eval.data)"
-    assert caught.value.hint == f"write the source as {hint}"
+    source = f"{{path: {json.dumps(str(path))}, encoding: {encoding}}}"
+    assert caught.value.hint == (
+        f"write the source with its encoding in the YAML (data.train, eval.data): {source}"
+    )
     assert content(path, encoding=encoding) == text
 
 

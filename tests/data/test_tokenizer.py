@@ -20,8 +20,9 @@ from tokenizers.trainers import BpeTrainer
 
 from gptcli import stop
 from gptcli.config.data_schema import TokenizerConfig
+from gptcli.data.chosen_tokenizer import build_tokenizer
 from gptcli.data.tiktoken_tables import PATTERNS, byte_characters, format_tiktoken, parse_tiktoken
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer, train_bpe
+from gptcli.data.tokenizer import Tokenizer, train_bpe
 from gptcli.errors import CheckpointError, DataError
 
 SAMPLES = [

@@ -18,13 +18,14 @@ from tokenizers.trainers import BpeTrainer
 
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.model_schema import ModelConfig
+from gptcli.data.chosen_tokenizer import build_tokenizer
 from gptcli.data.tiktoken_tables import (
     O200K_PATTERN,
     PATTERNS,
     byte_characters,
     named_encoding,
 )
-from gptcli.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer_json, train_bpe
+from gptcli.data.tokenizer import Tokenizer, load_tokenizer_json, train_bpe
 from gptcli.errors import CheckpointError, DataError
 from gptcli.generation.engine import generate_samples
 from gptcli.generation.prompt import encode_prompt

@@ -5,6 +5,7 @@ Each test names its row and says what the row owes: exit code, message, hint, an
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -126,8 +127,13 @@ def test_c02_numbers_with_exponents(written: str, rate: float, gpt: Gpt) -> None
 def test_c03_words_stay_words(written: str, gpt: Gpt) -> None:
     """C3: where text belongs, `no`, a time and a date are that text, not false, 45045 or a date;
     also in the config that a run keeps."""
-    found = shown(gpt, f"name: n\ngenerate: {{prompt: {written}}}\n")
-    assert found["generate"]["prompt"] == written.strip("'")
+    prompt = f"generate: {{prompt: {written}}}\n"
+    assert shown(gpt, f"name: n\n{prompt}")["generate"]["prompt"] == written.strip("'")
+    Path("c.yaml").write_text(TINY + prompt)
+    code, _, err = gpt("pretrain", "c.yaml", "--run-dir=r", "--set=training.max_steps=1")
+    assert code == 0, err
+    kept = gpt("config", "show", "r/config.yaml")[1]
+    assert yaml.safe_load(kept)["generate"]["prompt"] == written.strip("'")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,6 @@ def test_c06_python_objects(gpt: Gpt, folder: Path) -> None:
     assert not canary.exists()
 
 
-@pytest.mark.usefixtures("no_data")
 def little_memory() -> None:
     """For a child: 200 MB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -205,6 +210,7 @@ def little_memory() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("no_data")
 def test_c07_alias_bomb(gpt: Gpt) -> None:
     """C7: more than 10,000 values, aliases written out, end with exit 2 in under a second and
     200 MB."""
@@ -353,7 +359,12 @@ def test_c10_no_such_file(gpt: Gpt, folder: Path) -> None:
     code, _, err = gpt("pretrain", "mine/run-7.yaml")
     assert code == 2
     assert errors(err) == ["mine/run-7.yaml: no such config file"]
+    names = [line.split()[0] for line in gpt("config", "list")[1].splitlines() if line[:1].strip()]
+    assert {"small", "generate"} <= set(names)
     assert hints(err).startswith("shipped configs: ")
+    assert all(
+        re.search(rf"\b{re.escape(name)}\b", hints(err)) for name in names if "/" not in name
+    )
 
 
 def test_c10_a_directory(gpt: Gpt, finished: Path, folder: Path) -> None:
@@ -394,6 +405,7 @@ def test_c11_another_run_is_there(gpt: Gpt, run: Path, folder: Path) -> None:
     code, _, err = gpt(*flags, "--overwrite")
     assert code == 0, err
     (aside,) = folder.glob("r.old-*")
+    assert f"moved the run at r to {aside.name}\n" in err
     assert content(aside) == before
     assert "lr: 0.5" in (run / "config.yaml").read_text()
 
@@ -411,9 +423,12 @@ def test_c11_other_files_are_there(gpt: Gpt, folder: Path) -> None:
     assert content(folder / "photos") == {"a.jpg": b"a"}
 
 
-def test_c12_another_model_or_other_data(gpt: Gpt, run: Path) -> None:
+def test_c12_another_model_or_other_data(gpt: Gpt, folder: Path) -> None:
     """C12: exit 4 with every key that a resume cannot change, old and new value; the run stays as
-    it is, to be resumed."""
+    it is, and is resumed without them."""
+    with stopped_after(2):
+        assert gpt("pretrain", "tiny.yaml", "--run-dir=r")[0] == 143
+    run = folder / "r"
     before = content(run)
     sets = ("model.n_embd=32", "data.val_fraction=0.2", "seed=7", "optimizer.lr=0.5")
     code, out, err = gpt(
@@ -425,10 +440,9 @@ def test_c12_another_model_or_other_data(gpt: Gpt, run: Path) -> None:
         assert change in line
     assert "optimizer.lr" not in line
     assert "the run's own config.yaml" in hints(err)
-    after = content(run)
-    assert {k: v for k, v in after.items() if k != "log.txt"} == {
-        k: v for k, v in before.items() if k != "log.txt"
-    }
+    assert content(run) == before
+    assert gpt("pretrain", "tiny.yaml", "--run-dir=r", "--resume")[0] == 0
+    assert read_metrics(run)[-1]["step"] == 4
 
 
 def test_c12_changes_that_are_allowed(gpt: Gpt, run: Path) -> None:
@@ -451,6 +465,10 @@ def test_c13_nothing_to_resume(gpt: Gpt, folder: Path) -> None:
         assert errors(err)[0].startswith(f"nothing to resume: {what}")
         assert "--auto-resume" in hints(err)
     assert not (folder / "r").exists()
+    code, out, err = gpt("pretrain", "tiny.yaml", "--auto-resume")
+    assert code == 0, err
+    assert "nothing to resume: starting afresh" in err
+    assert Path(out.splitlines()[0]).parent == folder / "runs"
     again = ("pretrain", "tiny.yaml", "--run-dir=r", "--auto-resume")
     code, _, err = gpt(*again)
     assert code == 0, err
@@ -525,9 +543,7 @@ def test_c15_two_processes(gpt: Gpt, folder: Path) -> None:
             assert time.monotonic() - began < 2
             assert (code, out) == (6, "")
             (line,) = errors(err)
-            assert line.endswith(
-                f"r is in use by process {child.process} on {socket.gethostname()}"
-            )
+            assert line == f"r is in use by process {child.process} on {socket.gethostname()}"
             assert "--run-dir" in hints(err)
         before = logged(folder / "r")
         until(lambda: logged(folder / "r") > before)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -301,7 +302,8 @@ def test_d07_null_rows_and_dates_in_text(gpt: Gpt, folder: Path) -> None:
 @pytest.mark.parametrize("kept", [0.0, 0.5])
 @pytest.mark.usefixtures("no_model")
 def test_d08_truncated_files(name: str, kept: float, gpt: Gpt, folder: Path) -> None:
-    """D8: a download that broke off ends with exit 3 and the file's name, not a bare EOFError."""
+    """D8: a download that broke off ends with exit 3 and the file's name, not a bare EOFError; the
+    command of the hint shows how much of it there is."""
     rows = "".join(json.dumps(row) + "\n" for row in texts(400))
     if name.endswith(".gz"):
         data = gzip.compress((rows if "jsonl" in name else PROSE).encode())
@@ -315,13 +317,17 @@ def test_d08_truncated_files(name: str, kept: float, gpt: Gpt, folder: Path) -> 
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
         data = sink.getvalue().to_pybytes()
+    name = f"my {name}"
     (folder / name).write_bytes(data[: int(len(data) * kept)])
     code, out, err = gpt("pretrain", "tiny.yaml", train_on(name), "--dry-run")
     assert (code, out) == (3, "")
     (line,) = errors(err)
     assert line.startswith(f"{name}: ")
     assert len(line) > len(name) + 20  # says what is wrong
-    assert hints(err)
+    *_, look, again = hints(err).splitlines()
+    shown = subprocess.run(look.partition(": ")[2], shell=True, capture_output=True, text=True)
+    assert shown.stdout.split()[4] == str(int(len(data) * kept))
+    assert again == "download or copy it again, or leave it out of data.train"
     assert not any(bare in err for bare in ("EOFError", "StopIteration", "ArrowInvalid", "BadGzip"))
 
 
@@ -342,7 +348,8 @@ def test_d09_utf16_and_byte_order_marks(gpt: Gpt, folder: Path) -> None:
     path.write_text(PROSE)
     plain = shown(train_on("other.txt"))
     path.write_bytes(PROSE.encode("utf-16"))
-    assert shown(train_on("other.txt", encoding="utf-16")) == plain
+    source = hints(err).partition("eval.data): ")[2]
+    assert shown(f"--set=data.train=[{source}]") == plain
     path.write_bytes(b"\xef\xbb\xbf" + PROSE.encode())
     assert shown(train_on("other.txt")) == plain
 
@@ -493,6 +500,64 @@ def test_d14_a_longer_run_over_other_data(gpt: Gpt, folder: Path) -> None:
     assert content(folder / "r") == saved
     assert gpt("pretrain", "tiny.yaml", "--run-dir=r", *more, "--allow-data-change")[0] == 0
     assert read_metrics(folder / "r")[-1]["step"] == 9
+
+
+def test_d14_files_of_a_pattern_that_come_and_go(gpt: Gpt, folder: Path) -> None:
+    """D14: so do files that a pattern finds anew, or finds no more, each by its name."""
+    for number in range(3):
+        text = "".join(f"In year {number} on day {i} a dog ran away.\n" for i in range(60))
+        (folder / f"part-{number}.txt").write_text(text)
+    flags = ("pretrain", "tiny.yaml", "--run-dir=r", train_on("part-*.txt"))
+    handle = stop_after(3)
+    try:
+        assert gpt(*flags)[0] == 143
+    finally:
+        handle.remove()
+    (folder / "part-0.txt").unlink()
+    (folder / "part-2.txt").rename(folder / "part-7.txt")
+    saved = content(folder / "r")
+    code, _, err = gpt(*flags, "--resume")
+    assert code == 4
+    changes = "part-0.txt (gone), part-2.txt (gone), part-7.txt (new)"
+    assert errors(err)[0].endswith(f": {changes}")
+    assert content(folder / "r") == saved
+    code, _, err = gpt(*flags, "--resume", "--allow-data-change")
+    assert code == 0, err
+    assert changes in warnings(err)
+    assert read_metrics(folder / "r")[-1]["step"] == 4
+
+
+def sources(*weights: str) -> str:
+    """--set for sources by file and weight."""
+    each = (weight.split("=") for weight in weights)
+    found = ", ".join(f"{{path: {file}, weight: {share}}}" for file, share in each)
+    return f"--set=data.train=[{found}]"
+
+
+@pytest.mark.parametrize("flag", [(), ("--allow-data-change",)])
+def test_d14_other_sources(flag: tuple[str, ...], gpt: Gpt, folder: Path) -> None:
+    """D14: a source of a mixture that is added, removed, weighted or named before another makes
+    another run: exit 4, with --allow-data-change too, which is for what the files hold."""
+    for name in ("b.txt", "c.txt"):
+        (folder / name).write_text(PROSE.replace("cat", f"{name[0]} dog"))
+    flags, own = ("pretrain", "tiny.yaml", "--run-dir=r"), sources("text.txt=1", "b.txt=2")
+    handle = stop_after(2)
+    try:
+        assert gpt(*flags, own)[0] == 143
+    finally:
+        handle.remove()
+    saved = content(folder / "r")
+    for other in (
+        sources("text.txt=1", "b.txt=2", "c.txt=1"),
+        sources("text.txt=1"),
+        sources("b.txt=2", "text.txt=1"),
+        sources("text.txt=1", "b.txt=3"),
+    ):
+        code, out, err = gpt(*flags, other, "--resume", *flag)
+        assert (code, out) == (4, "")
+        assert "which a resume cannot change: data.train: " in errors(err)[0]
+        assert content(folder / "r") == saved
+    assert gpt(*flags, own, "--resume", *flag)[0] == 0
 
 
 def test_d15_validation_text_that_is_trained_on(gpt: Gpt, folder: Path) -> None:

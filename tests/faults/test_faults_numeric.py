@@ -27,6 +27,7 @@ from gptcli.cli.main import main
 from gptcli.config.schema import Config
 from gptcli.data.rows import Prefetch
 from gptcli.evaluation import perplexity
+from gptcli.reports.report import build_report, read_run
 from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import read_run_json
@@ -133,9 +134,14 @@ def assert_one_step_left_out(poison: Poison, gpt: Gpt, folder: Path) -> dict[str
 
 def test_n01_one_step(gpt: Gpt, folder: Path) -> None:
     """N1: the update of a step whose loss is not finite is not applied: weights and optimizer stay
-    as they were; its line in metrics.jsonl says where in the data its batch begins."""
+    as they were; its line in metrics.jsonl says where in the data its batch begins, and whether it
+    was nan or inf, and so do the warning and the report."""
     line = assert_one_step_left_out(nan_loss, gpt, folder)
     assert (line["loss"], line["grad_norm"]) == (None, None)
+    assert line["not_finite"] == {"loss": "nan", "grad_norm": "nan"}
+    assert "step 4: loss nan, gradient norm nan; " in (folder / "bad" / "log.txt").read_text()
+    report = build_report(folder / "bad", read_run(folder / "bad"))
+    assert "1 update was not applied: 1 with loss nan, grad_norm nan." in report["notes"]
     before = checkpoint.read_state(checkpoint.checkpoint_dir(folder / "bad", 3))
     assert line["position"] == before["train"]["position"]
 
@@ -166,9 +172,11 @@ def test_n01_three_in_a_row(gpt: Gpt, folder: Path) -> None:
 
 def test_n02_a_gradient(gpt: Gpt, folder: Path) -> None:
     """N2: a gradient that is not finite behind a finite loss is no update either: clipping would
-    make NaN of every weight. The loss is in the log, the norm is null there: JSON has no inf."""
+    make NaN of every weight. The loss is in the log, the norm is null there, for JSON has no inf,
+    and its name stands beside it."""
     line = assert_one_step_left_out(infinite_gradient, gpt, folder)
     assert line["grad_norm"] is None
+    assert line["not_finite"] in ({"grad_norm": "inf"}, {"grad_norm": "nan"})
     assert math.isfinite(line["loss"])
 
 

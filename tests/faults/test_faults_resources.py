@@ -4,9 +4,11 @@ Each test names its row and says what the row owes: exit code, message, hint, an
 """
 
 import errno
+import json
 import logging
 import os
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -314,7 +316,9 @@ class _Told(logging.Handler):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "log.txt"])
 @pytest.mark.parametrize("kind", ["pipe", "directory", "link"])
-def test_k16_no_regular_file_where_a_log_is(name: str, kind: str, gpt: Gpt, folder: Path) -> None:
+def test_k16_no_regular_file_where_a_log_is(
+    name: str, kind: str, gpt: Gpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """K16: a pipe, directory or link with the name of a log is never waited for nor written into:
     exit 6 with its name and what to do; lists of runs are shown all the same."""
     assert gpt(*TRAIN, CONSTANT)[0] == 0
@@ -334,7 +338,9 @@ def test_k16_no_regular_file_where_a_log_is(name: str, kind: str, gpt: Gpt, fold
     assert f"r/{name}: " in line
     assert "ls -l r" in hints(err)
     assert (folder / "text.txt").read_bytes() == text
-    assert gpt("runs", "list", "--root", ".")[0] in (0, 2)
+    monkeypatch.setenv("GPT_RUNS", ".")
+    code, out, err = gpt("runs", "list")
+    assert (code, out.splitlines()[1].split()[0]) == (0, "r"), err
     assert gpt("runs", "verify", "r")[0] in (0, 4, 6)
 
 
@@ -375,36 +381,53 @@ def less_memory(more_bytes: int) -> Callable[[], None]:
     return limit
 
 
+def said_command(err: str) -> list[str]:
+    """The arguments of the command line, behind `gpt`, that the last hint ends with."""
+    words = shlex.split(hints(err).splitlines()[-1].rpartition(": ")[2])
+    assert words[0] == "gpt"
+    return words[1:]
+
+
 @needs_proc
 def test_r05_a_model_that_does_not_fit(folder: Path) -> None:
     """R5: exit 6 before the model is made, with the memory that its weights, gradients and
-    optimizer need and the memory that is free, and the settings to lower."""
+    optimizer need and the memory that is free, and the settings to lower. Activations are not in
+    that figure: `gpt plan` of the run's config, which a hint gives, has the whole estimate."""
     large = ("--set=model.n_embd=2048", "--set=model.n_layer=4")
     code, err = Forked([*TRAIN, *large], before=less_memory(300 * 2**20)).wait()
     assert code == 6
     (line,) = errors(err)
     assert "parameters: their weights, gradients and optimizer alone need 2.2" in line
     assert "GiB of memory on cpu, free are 0." in line
-    for word in ("model.n_embd", "model.n_layer", "tokenizer.vocab_size", "gpt plan"):
+    for word in ("model.n_embd", "model.n_layer", "tokenizer.vocab_size"):
         assert word in hints(err)
     assert read_run_json(folder / "r")["status"] == "failed"
+    assert said_command(err) == ["plan", "r/config.yaml"]
+    plan = Forked([*said_command(err), "--json"], before=less_memory(300 * 2**20))
+    memory = json.loads(plan.stdout.read())["memory"]
+    assert plan.wait()[0] == 6
+    assert memory["activations_bytes"] > 0
+    assert memory["weights_bytes"] > 700 * 2**20
 
 
 @needs_proc
 def test_r05_a_step_that_does_not_fit(folder: Path) -> None:
     """R5: a step is tried before the first: where it runs out of memory, smaller micro batches are
-    tried, each told; where one row is too much, exit 6 with what to lower."""
+    tried, each told; where one row is too much, exit 6 with what to lower, and nothing is trained
+    or saved."""
     (folder / "text.txt").write_text(PROSE * 20)
     wide = ("--set=model.block_size=65536", "--set=model.n_embd=256", "--set=model.n_layer=2")
     rows = ("--set=training.tokens_per_step=262144", "--set=training.micro_batch_size=4")
-    child = Forked([*TRAIN, *wide, *rows, ADAMW], before=less_memory(80 * 2**20))
+    child = Forked([*TRAIN, *wide, *rows, ADAMW], before=less_memory(160 * 2**20))
     code, err = child.wait()
     assert code == 6
     assert errors(err) == ["out of memory on cpu with micro batches of one row of 65536 tokens"]
     for half in ("4 -> 2", "2 -> 1"):
         assert f"out of memory: micro_batch_size {half}, more of them a step" in warnings(err)
     assert "model.block_size, n_layer or n_embd" in hints(err)
+    assert said_command(err) == ["plan", "r/config.yaml"]
     assert read_run_json(folder / "r")["status"] == "failed"
+    assert steps(folder / "r") == told_steps(folder / "r") == []
 
 
 def running_out(patch: pytest.MonkeyPatch, when: Callable[[Any], bool]) -> None:
@@ -479,16 +502,21 @@ HUGE = ("--set=model.n_embd=65536", "--set=model.n_layer=48")
 @pytest.mark.parametrize("dry", [("--dry-run",), ()])
 def test_r07_a_model_too_large(dry: tuple[str, ...], gpt: Gpt) -> None:
     """R7: a run or a dry run of a model that no memory here can hold is exit 6 with its size, what
-    it needs and what is free, in a moment, and takes none of that memory."""
+    its weights, gradients and optimizer need, and what is free, in a moment, and takes none of that
+    memory; no flag begins it all the same."""
     began = time.monotonic()
-    code, out, err = gpt(*TRAIN, *HUGE, *dry)
+    code, out, err = gpt("pretrain", "tiny.yaml", "--run-dir=r's", *HUGE, *dry)
     assert (code, out) == (6, "")
     (line,) = errors(err)
     assert line.startswith("2,474,14")
     assert " parameters: their weights, gradients and optimizer alone need 27,650.7" in line
     assert " GiB of memory on cpu, free are " in line
-    assert "gpt plan CONFIG" in hints(err)
+    assert "set model.n_embd, model.n_layer or tokenizer.vocab_size lower" in hints(err)
     assert time.monotonic() - began < 5
+    if not dry:  # which has no directory of its own
+        code, _, err = gpt(*said_command(err))
+        assert code == 6
+        assert errors(err)[0].startswith("a step takes 55,7")
 
 
 def test_r07_the_plan(gpt: Gpt) -> None:
@@ -510,7 +538,8 @@ def test_r07_a_step_that_may_be_too_large(gpt: Gpt, monkeypatch: pytest.MonkeyPa
     assert code == 0, err
     (line,) = warnings(err).splitlines()
     assert line.startswith("a step may run out of memory: it takes about 0.")
-    assert "usable are 0.18 GiB (gpt plan CONFIG says what takes less)" in line
+    assert "usable are 0.18 GiB (gpt plan r/config.yaml says what takes less)" in line
+    assert Path("r/config.yaml").is_file()
 
 
 def no_temporary_files() -> None:

@@ -119,6 +119,7 @@ def signalled_in(name: str, call: int = 1) -> Callable[[], None]:
             calls += 1
             Path("calls").write_text(str(calls))
             if calls == call:
+                Path("sent").write_text(str(time.monotonic()))
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*given, **named)
 
@@ -156,6 +157,7 @@ def test_s02_sigterm_before_training(
     arguments = ("pretrain", "tiny.yaml", "--run-dir=r", *flags)
     with started(*arguments, before=signalled_in(name, call)) as child:
         code, err = child.wait()
+    assert time.monotonic() - float(Path("sent").read_text()) < 2
     assert code == 143, err
     assert err.splitlines()[-1] == "stopped by SIGTERM"
     assert int(Path("calls").read_text()) <= call + 1
@@ -268,7 +270,7 @@ def test_s03_ctrl_c_once() -> None:
     assert last.startswith(f"stopped by SIGINT at step {step}; to continue: gpt pretrain ")
 
 
-def slow_save(after: int, name: str = "_swap_in") -> Callable[[], None]:
+def slow_save(after: int, name: str = "swap_in") -> Callable[[], None]:
     """A save behind step `after` waits before its last move, until the file `go` is there."""
 
     def patch() -> None:
@@ -413,10 +415,12 @@ def test_s06_signals_around_many_saves(gpt: Gpt) -> None:
     rained_on(25, gpt)
 
 
-def test_s07_kill_and_a_cut_line(straight: dict[str, Any], gpt: Gpt) -> None:
-    """S7: behind a SIGKILL, with a log whose last line is cut, every command reads the run; the
-    resume cuts the log back to its checkpoint and ends with the bits of a run that nobody
-    killed."""
+def test_s07_kill_and_a_cut_line(
+    straight: dict[str, Any], gpt: Gpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S7: behind a SIGKILL, with a log whose last line is cut, `gpt runs` lists, shows and verifies
+    the run, and generate, eval and explain take its model; the resume cuts the log back to its
+    checkpoint and ends with the bits of a run that nobody killed."""
     saving = (*LONG[:-1], "--set=training.save_every=20")
     with started(*saving) as child:
         until(lambda: logged(Path("r")) > 30)
@@ -426,12 +430,19 @@ def test_s07_kill_and_a_cut_line(straight: dict[str, Any], gpt: Gpt) -> None:
     assert saved > 0
     log.write_bytes(log.read_bytes()[:-9])
     assert not log.read_text().endswith("\n")
-    code, out, err = gpt("runs", "show", "r")
-    assert (code, errors(err)) == (0, []), err
-    code, out, _ = gpt("runs", "list")
-    assert code == 0
-    code, out, err = gpt("runs", "verify", "r")
-    assert code == 0, out + err
+    monkeypatch.setenv("GPT_RUNS", ".")
+    for command in (
+        ("runs", "show", "r"),
+        ("runs", "list"),
+        ("runs", "verify", "r"),
+        ("runs", "prune", "r"),
+        ("generate", "--model=r", "--prompt=x", "--max-new-tokens=1"),
+        ("eval", "--model=r", "--data=text.txt", "--max-tokens=64"),
+        ("explain", "--model=r", "--text=On day 1"),
+    ):
+        code, out, err = gpt(*command)
+        assert (code, errors(err)) == (0, []), (command, err)
+        assert out or command[1] == "prune", command
     code, _, err = gpt(*saving, "--resume")
     assert code == 0, err
     assert result(Path("r")) == straight

@@ -73,7 +73,7 @@ class Run:
     def __init__(self, name: str, gpt: Gpt) -> None:
         self.directory = Path(name)
         self.newest = checkpoint.checkpoint_dir(self.directory, NEWEST)
-        self._resume = lambda: gpt(*JOBS[name], f"--run-dir={name}", "--resume")
+        self._resume = lambda *more: gpt(*JOBS[name], f"--run-dir={name}", "--resume", *more)
         self.state = json.loads((self.newest / "state.json").read_text())
 
     def refuses(self, file: str, of: Any = None) -> str:
@@ -93,10 +93,10 @@ class Run:
         )
         return line.removeprefix(f"{self.newest / file}: ")
 
-    def refuses_place(self) -> str:
+    def refuses_place(self, *flags: str) -> str:
         """What a resume says of a place in the data that there is not."""
         reseal(self.newest)
-        code, out, err = self._resume()
+        code, out, err = self._resume(*flags)
         assert (code, out) == (4, ""), err
         (line,) = errors(err)
         return line.removeprefix(f"{self.newest / 'state.json'}: ")
@@ -261,3 +261,14 @@ def test_k18_a_part_of_the_text_that_is_none(gpt: Gpt) -> None:
         told = run.refuses_place()
         assert key in told or "2 streams, not 1" in told
     run.goes_on()
+
+
+def test_k18_a_place_in_more_sources_over_other_data(gpt: Gpt) -> None:
+    """K18: over other data too, which are allowed, a place in two sources is none in one."""
+    run = Run("text", gpt)
+    streams = 2 * run.state["train"]["position"]["mixture"]["streams"]
+    run.edit("train.position.mixture", {"streams": streams, "tokens": [1, 1]})
+    with Path("text.txt").open("a") as file:
+        file.write("one more line\n")
+    told = run.refuses_place("--allow-data-change")
+    assert "the place is one in 2 streams, not 1" in told

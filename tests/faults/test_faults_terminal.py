@@ -268,9 +268,10 @@ def test_s12_prompts_names_and_errors(model: str, folder: Path) -> None:
         terminal = Terminal(*command, before=capable)
         assert terminal.wait() > 1
         assert "\\x1b" in terminal.shown
-        child = Forked(list(command))
-        assert "\\x1b" in child.wait()[1]
+        logged = Forked(list(command)).wait()[1]
+        assert "\\x1b" in logged
         for letter in "\x1b\x07\x9b\u202e":
+            assert letter not in logged, command
             assert letter not in without_drawing(terminal.shown), command
 
 

@@ -175,6 +175,32 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     assert "inf" in (run / "report.md").read_text()  # the loss is known, so this is not unknown
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_updates_that_were_not_applied_say_why(tmp_path: Path) -> None:
+    """Guards against inf, nan and spikes told as one: what to change is not the same. And against a
+    damaged line that costs the report."""
+    run = _run(tmp_path / "run", run={"training": {"steps": 100, "skipped_steps": 4}})
+    lines: list[dict[str, Any]] = [
+        {"event": "bad_step", "step": 3, "loss": None, "not_finite": {"loss": "inf"}},
+        {"event": "bad_step", "step": 4, "loss": None, "not_finite": {"loss": "nan"}},
+        {"event": "bad_step", "step": 5, "loss": None, "not_finite": {"loss": "nan"}},
+        {"event": "spike", "step": 6, "loss": 9.0},
+        {"event": "note", "step": 7, "not_finite": 7},
+    ]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    notes = write_report(run)["notes"]
+    told = "4 updates were not applied: 2 with loss nan; 1 with loss inf; 1 with a spike"
+    assert any(note.startswith(told) for note in notes)
+    events = re.findall(r"\| (\w+) +\| +(\d) +\| (\w+ \S+)", (run / "report.md").read_text())
+    assert [detail for name, _, detail in events if name in ("bad_step", "spike")] == [
+        "loss inf",
+        "loss nan",
+        "loss nan",
+        "loss 9",
+    ]
+
+
 def test_a_killed_run_gets_a_report_that_says_so(tmp_path: Path) -> None:
     """Guards against a crash, or empty figures, where the run never wrote its scores."""
     run = _run(tmp_path / "run", run={"status": "running", "scores": None, "training": None})

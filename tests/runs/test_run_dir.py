@@ -81,6 +81,21 @@ def test_overwrite_spares_what_is_no_run(tmp_path: Path) -> None:
     assert (tmp_path / "letters/dear.txt").exists()
 
 
+def test_overwrite_of_the_directory_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the run that is moved aside being the one that is then written into."""
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run/checkpoints")
+    for path in (Path(".."), tmp_path / "run"):
+        with pytest.raises(ConfigError, match="in which you are") as caught:
+            new_run_dir("a", path, overwrite=True)
+        assert caught.value.hint == f"cd {tmp_path}, and --run-dir run"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    monkeypatch.chdir(tmp_path)
+    assert new_run_dir("a", Path("run"), overwrite=True) == Path("run")
+
+
 def test_overwrite_waits_for_nobody(tmp_path: Path) -> None:
     """Guards a running run against being moved away under its feet."""
     run = new_run_dir("a", tmp_path / "run", overwrite=False)
