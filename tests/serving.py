@@ -92,8 +92,9 @@ class Server:
         """A connection that has asked for a stream, of which nothing was read."""
         data = json.dumps({**asked, "stream": True}).encode()
         connection = self.connect()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-        connection.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += "Content-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         return connection
 
     def health(self) -> dict[str, Any]:

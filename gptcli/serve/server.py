@@ -41,7 +41,7 @@ def bind(config: ServeConfig) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited: who takes nothing is cut off
-            silent = _SILENT_SECONDS * 1000
+            silent = int(_SILENT_SECONDS * 1000)
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silent)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
