@@ -20,6 +20,7 @@ from gptcli.model.gpt import GPT, initialise
 from gptcli.runs.checkpoint import Contents, publish
 
 ENDLESS = 10_000_000  # tokens, for texts that end only by being cancelled
+FOR_EVER = {"prompt": "a", "max_tokens": ENDLESS, "temperature": 0}  # no end of text is drawn
 
 
 def make_model(folder: Path, *, damaged: int | None = None, block_size: int = 128) -> Path:

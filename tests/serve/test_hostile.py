@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ENDLESS, Server, make_model, places, serving
+from serving import ENDLESS, FOR_EVER, Server, make_model, places, serving
 
 KNOWN = {"prompt": "Once", "max_tokens": 8, "temperature": 0}
 
@@ -192,7 +192,7 @@ def test_a_full_queue_refuses_and_the_others_go_on(model: Path) -> None:
     arguments = ("--model", str(model), "--max-queue", "2", "--max-tokens", str(ENDLESS))
     with serving(*arguments, before=places(2)) as server:
         expected = server.text(**KNOWN)
-        long = [server.streaming(prompt="a", max_tokens=ENDLESS) for _ in range(2)]
+        long = [server.streaming(**FOR_EVER) for _ in range(2)]
         wait_until(lambda: server.health()["growing"] == 2)
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(server.text, **KNOWN) for _ in range(2)]
@@ -213,7 +213,7 @@ def test_who_goes_away_frees_his_place(model: Path, stream: bool) -> None:
     """Guards: texts that go on for nobody, those that still wait among them."""
     arguments = ("--model", str(model), "--max-tokens", str(ENDLESS))
     with serving(*arguments, before=places(2)) as server:
-        asked = {"prompt": "a", "max_tokens": ENDLESS, "n": 2}
+        asked = {**FOR_EVER, "n": 2}
         connections = [server.streaming(**asked) for _ in range(2)]
         if not stream:
             for connection in connections:
@@ -253,7 +253,9 @@ def test_slow_readers_hold_up_nobody_and_are_cut_off(model: Path) -> None:
     with serving(*arguments, before=before) as server:
         expected = server.text(**KNOWN)
         began = resident_bytes(server.process.process)
-        slow = server.streaming(prompt="a", max_tokens=2500, logprobs=20, n=3)  # some 7 MB
+        slow = server.streaming(
+            prompt="a", max_tokens=2000, logprobs=20, n=3, temperature=0
+        )  # some 7 MB
         wait_until(lambda: server.health()["growing"] == 3)
         started = time.monotonic()
         assert server.text(**KNOWN) == expected

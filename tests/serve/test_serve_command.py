@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ENDLESS, Server, places, serving
+from serving import ENDLESS, FOR_EVER, Server, places, serving
 
 KNOWN = {"prompt": "Once", "max_tokens": 8, "temperature": 0}
 
@@ -58,9 +58,9 @@ def test_texts_that_do_not_finish_are_ended_as_they_are(model: Path, how: str) -
     grace = "0.3" if how == "grace" else "60"
     arguments = ["--model", str(model), "--grace", grace, "--max-tokens", str(ENDLESS)]
     server = Server(arguments, places(1))
-    connections = [server.streaming(prompt="a", max_tokens=ENDLESS)]
+    connections = [server.streaming(**FOR_EVER)]
     wait_for_texts(server, 1)
-    connections.append(server.streaming(prompt="b", max_tokens=ENDLESS))
+    connections.append(server.streaming(**{**FOR_EVER, "prompt": "b"}))
     while server.health()["waiting"] != 1:
         time.sleep(0.02)
     began = time.monotonic()
