@@ -6,6 +6,8 @@ import hashlib
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -24,6 +26,7 @@ from gptcli.serve.worker import Worker
 
 _BODY_SECONDS = 30.0  # in which a body must have come
 _LARGE_BYTES = 2**14  # from here on a body is read in a thread: tokenizing takes its time
+_MOST_LARGE = 64  # bodies in memory
 _DRAINED_BODIES = 16  # of the allowed size: so much of one that is too large is read, and dropped
 
 
@@ -37,11 +40,12 @@ def build_app(served: Served, worker: Worker, door: Door, max_body_bytes: int) -
     app.add_exception_handler(Exception, _bug)
 
     async def decoded(request: Request, chat: bool) -> Response:
-        data = await _body(request, max_body_bytes)
-        if len(data) < _LARGE_BYTES:
-            found = asked(parse(data), chat, served)
-        else:
-            found = await asyncio.to_thread(lambda: asked(parse(data), chat, served))
+        with _counted(request, door) as large:
+            data = await _body(request, max_body_bytes)
+            if large:
+                found = await asyncio.to_thread(lambda: asked(parse(data), chat, served))
+            else:
+                found = asked(parse(data), chat, served)
         answer = Answer(found, served.name, served.loaded.tokenizer)
         return JobResponse(found, answer, worker)
 
@@ -81,6 +85,22 @@ def build_app(served: Served, worker: Worker, door: Door, max_body_bytes: int) -
         return HTMLResponse(*_page())
 
     return app
+
+
+@contextmanager
+def _counted(request: Request, door: Door) -> Iterator[bool]:
+    """Whether the request's body is large; one of few then, for so long as it is read."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) < _LARGE_BYTES:
+        yield False
+        return
+    if door.large >= _MOST_LARGE:
+        raise RefusedError(429, "too many large requests at once", code="queue_full")
+    door.large += 1
+    try:
+        yield True
+    finally:
+        door.large -= 1
 
 
 async def _body(request: Request, most_bytes: int) -> bytes:

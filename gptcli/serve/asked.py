@@ -229,10 +229,12 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _room(served: Served, fields: _Common, tokens: list[int]) -> int:
     """How many new tokens there may be; checks that the prompt fits."""
     config, most = served.loaded.model.config, served.max_tokens
-    if len(tokens) > config.block_size and not config.rolls:
+    # A model that rolls reads prompts of any length: here no longer ones than it may write.
+    context = max(config.block_size, most) if config.rolls else config.block_size
+    if len(tokens) > context:
         raise RefusedError(
             400,
-            f"the prompt has {len(tokens)} tokens, and the model's context {config.block_size}",
+            f"the prompt has {len(tokens)} tokens, and the model's context {context}",
             param="messages" if isinstance(fields, _Chat) else "prompt",
             code="context_length_exceeded",
         )

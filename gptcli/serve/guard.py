@@ -18,10 +18,12 @@ _MOST_OPEN = 1024  # requests at hand, those of slow readers among them
 
 @dataclass
 class Door:
-    """Whether requests are taken, and how many are at hand."""
+    """Whether requests are taken, and how many are at hand: all, and those whose body is large and
+    being read."""
 
     closing: bool = False
     open: int = 0
+    large: int = 0
 
 
 class Guard:

@@ -8,10 +8,11 @@ import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptcli import stop
 from gptcli.config.schema import ServeConfig
@@ -104,17 +105,18 @@ async def _serve(
     server = _server(app, Guard(app, door, token, is_loopback(bound)))
     worker.start()
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    with _logged():
-        with stop.postponed():
-            while not server.started and not serving.done():
-                await asyncio.sleep(0.01)
+    try:
+        with _logged(), stop.postponed():
+            await _until(lambda: server.started or serving.done())
             on_ready()
             await _until(
                 lambda: stop.times_requested() > 0 or worker.error is not None or serving.done()
             )
             door.closing = True
             await _finished(door, config.grace)
+    finally:
         worker.close()
+    with _logged():
         await asyncio.to_thread(worker.join)
         await _until(lambda: not door.open, _LAST_SECONDS)
         server.should_exit = True
@@ -176,13 +178,13 @@ def _server(app: FastAPI, guard: Guard) -> _Server:
     return _Server(config)
 
 
-class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class _Protocol(H11Protocol):  # always this one: it bounds the size of a request's head
     """A connection that is closed when its client is silent for long: one that sends half of a
     request's head, or none, or does not read what it is sent."""
 
     _silent: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Await the first request."""
         super().connection_made(transport)
         self.loop.call_later(_SILENT_SECONDS, self._close_unless_asked)
@@ -200,7 +202,8 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._silent = None
 
     def _close_unless_asked(self) -> None:
-        if self.cycle is None:
+        first: Any = self.cycle
+        if first is None:
             self.transport.close()
 
 
