@@ -23,10 +23,10 @@ ENDLESS = 10_000_000  # tokens, for texts that end only by being cancelled
 FOR_EVER = {"prompt": "a", "max_tokens": ENDLESS, "temperature": 0}  # no end of text is drawn
 
 
-def make_model(folder: Path, *, damaged: int | None = None, block_size: int = 128) -> Path:
+def make_model(folder: Path, *, damaged: int | None = None, **more: Any) -> Path:
     """A checkpoint of a random model on bytes, most of which come as letters; one `damaged` token
-    makes its logits nan."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": block_size}
+    makes its logits nan; `more` are keys of its config."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128, **more}
     norm = {} if damaged is None else {"norm": "layernorm"}
     shape = ModelConfig.model_validate({**sizes, **norm, "tie_embeddings": False})
     config = Config(name="tiny", model=shape)

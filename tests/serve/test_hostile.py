@@ -298,3 +298,37 @@ def test_a_prompt_that_breaks_the_model_breaks_no_other_request(tmp_path: Path) 
         assert server.text(**KNOWN) == expected
         assert server.health() == {"status": "ok", "growing": 0, "waiting": 0}
     assert "non-finite logits" in server.end()[1]
+
+
+def test_prompts_of_a_model_without_an_end(tmp_path: Path, gpt: Any) -> None:
+    """Guards: a prompt of any length, which holds up everybody for minutes and fills the memory;
+    and another text than `gpt generate` gives for one that is longer than the window."""
+    model = make_model(tmp_path / "rolling", window=16)
+    with serving("--model", str(model), "--max-tokens", "300") as server:
+        text = server.text(prompt="ab" * 140, max_tokens=300, temperature=0)
+        status, found, _ = server.complete(prompt="a" * 300)
+        assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
+    _, out, _ = gpt(
+        *("generate", "--model", str(model), "--prompt", "ab" * 140, "--max-new-tokens", "300"),
+        *("--temperature", "0", "--json"),
+    )
+    assert json.loads(out)["text"] == text
+
+
+def test_large_bodies_are_few_at_once(model: Path) -> None:
+    """Guards: a thousand bodies of a megabyte each in memory, sent slowly."""
+
+    def before() -> None:
+        from gptcli.serve import app
+
+        app._MOST_LARGE = 1
+
+    with serving("--model", str(model), before=before) as server:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        slow = server.connect()
+        slow.sendall(f"{head}\r\nContent-Length: 500000\r\n\r\n{{".encode())
+        large = {"prompt": "a" * 20_000}
+        wait_until(lambda: server.complete(**large)[0] == 429)
+        assert server.text(**KNOWN)
+        slow.close()
+        wait_until(lambda: server.complete(**large)[0] == 400)
