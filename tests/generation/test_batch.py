@@ -278,6 +278,22 @@ def test_a_shared_beginning(shape: str, record: bool, monkeypatch: pytest.Monkey
         assert {(3, 1, 0, False), (3, 1, 0, True)} <= set(recorded._traced[model])
 
 
+def test_a_process_that_runs_for_long_records_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: 30 MB for every number of rows that a server ever has; a single row, for which a
+    recorded step gains the most, that comes too late to be recorded."""
+    model = random_model("gpt2")
+    monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
+    monkeypatch.setattr(recorded, "_MOST_TRACED", 3)
+    settings = replace(GREEDY, max_new_tokens=5)
+    for rows in (2, 3, 4, 5, 6):
+        requests = [Request("", [1, 2], settings) for _ in range(rows)]
+        assert together(model, requests, decoder=model) == together(model, requests)
+    assert [shape[0] for shape in recorded._traced[model]] == [2, 3, 4]
+    together(model, [Request("", [1, 2], settings)], decoder=model)
+    assert [shape[0] for shape in recorded._traced[model]] == [2, 3, 4, 1]
+
+
 def test_few_steps_are_not_recorded() -> None:
     """Guards: a short text that waits for a recording which it cannot earn back."""
     model = random_model("gpt2")
