@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -128,3 +129,9 @@ def places(count: int) -> Callable[[], None]:
         worker.MOST_ROWS = count
 
     return patch
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process, read from /proc."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

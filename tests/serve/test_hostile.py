@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ENDLESS, FOR_EVER, Server, make_model, places, serving
+from serving import ENDLESS, FOR_EVER, Server, make_model, places, resident_bytes, serving
 
 KNOWN = {"prompt": "Once", "max_tokens": 8, "temperature": 0}
 
@@ -232,11 +232,6 @@ def test_who_goes_away_frees_his_place(model: Path, stream: bool) -> None:
         for connection in reversed(connections):
             connection.close()
         wait_until(lambda: server.health() == {"status": "ok", "growing": 0, "waiting": 0})
-
-
-def resident_bytes(process: int) -> int:
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
