@@ -7,10 +7,14 @@
 
 A server of its own is started. `--clients` clients ask for texts of `--tokens` tokens, streamed and
 with prompts of their own, each for the next as soon as it has one, for `--seconds`; a request is
-lost unless it is answered with 200, every piece and the end of the stream. Then one client does the
-same alone. The overhead is the time of one client's text over that of the same tokens decoded as
-`gpt generate` does, in this process, taking turns; the median of the ratios. Greedy, so that texts
-are the same, and models that end their texts do so in both.
+lost unless it is answered with 200, every piece and the end of the stream. Then one client does
+the same alone. The overhead is the time of one client's text over that of the same tokens decoded
+as `gpt generate` does, in this process, taking turns; the median of the ratios. Greedy, so that
+texts are the same, and models that end their texts do so in both.
+
+Server and engine race for their threads where OMP_NUM_THREADS does not say, which needs a quiet
+machine: where another program takes a core, a step on all cores waits for it. `--write FILE` puts
+the table between <!-- bench serve --> and <!-- /bench serve -->.
 """
 
 import argparse

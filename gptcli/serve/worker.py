@@ -31,7 +31,7 @@ _MANY_STEPS = 1_000_000  # a server takes more steps than any race costs
 # sees 50 changes a second as one that flows, and a token by token costs a third of a small model's
 # speed.
 _TELL_SECONDS = 0.02
-_RACED_ROWS = (2, 16, MOST_ROWS)  # for up to so many rows one race of threads decides
+_RACED_ROWS = (1, 8, MOST_ROWS)  # for up to so many rows one race of threads decides
 
 
 Tell = Callable[[Iterable["Job"]], None]
