@@ -11,6 +11,7 @@ _POLL_SECONDS = 0.2
 _CHUNK_BYTES = 2**20
 
 _requested: signal.Signals | None = None
+_times = 0
 _save_now = False
 _postponed = False
 
@@ -25,13 +26,19 @@ class Stopped(Exception):  # noqa: N818  a request of the user, not an error
 
 def request(signum: int) -> None:
     """Ask every loop to stop after its current step."""
-    global _requested
+    global _requested, _times
     _requested = signal.Signals(signum)
+    _times += 1
 
 
 def requested() -> signal.Signals | None:
     """The signal that asked to stop, or None."""
     return None if _postponed else _requested
+
+
+def times_requested() -> int:
+    """How often a stop was requested, where this is `postponed` too."""
+    return _times
 
 
 @contextmanager
@@ -82,5 +89,5 @@ def read_to_end(descriptor: int, most_bytes: int) -> bytes:
 
 def reset() -> None:
     """Forget requests (a process that runs several jobs, such as the tests, calls this between)."""
-    global _requested, _save_now
-    _requested, _save_now = None, False
+    global _requested, _times, _save_now
+    _requested, _times, _save_now = None, 0, False

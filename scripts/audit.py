@@ -27,6 +27,7 @@ ADVISORIES = {
     "pyarrow": ("14.0.1", "CVE-2023-47248", "reading an IPC or Parquet file runs code"),
     "pyyaml": ("5.4", "CVE-2020-14343", "the full loader runs code"),
     "tqdm": ("4.66.3", "CVE-2024-34062", "arguments of its command line run code"),
+    "h11": ("0.16", "CVE-2025-43859", "a request is smuggled past a proxy in front of gpt serve"),
     "requests": ("2.32.4", "CVE-2024-47081", "credentials of .netrc go to another host"),
 }
 

@@ -173,7 +173,7 @@ def generate(
     flags: dict[str, Any] = dict(locals())  # called as the keys of the section
     del flags["context"], flags["stdin"], flags["config"], flags["devices"]
     flags["prompt_tokens"] = _token_ids(prompt_tokens)
-    with _starting():
+    with starting():
         settings = _settings(config, flags, stdin)
         if devices is not None or from_environment().size > 1:
             _check_dealt(settings)
@@ -190,7 +190,7 @@ def generate(
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
+def starting() -> Iterator[None]:
     """Inside, nothing looks for garbage, and what there is at the end is never looked at again.
 
     Importing torch makes 150,000 objects that stay; to go through them again and again would take

@@ -45,6 +45,7 @@ _COMMANDS = {
     "pretrain": ("pretrain_command", "pretrain"),
     "finetune": ("finetune_command", "finetune"),
     "generate": ("generate_command", "generate"),
+    "serve": ("serve_command", "serve"),
     "eval": ("eval_command", "evaluate"),
     "explain": ("explain_command", "explain"),
     "plan": ("plan_command", "plan"),

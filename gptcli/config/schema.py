@@ -20,7 +20,7 @@ from gptcli.config.data_schema import (
 from gptcli.config.finetune_schema import FinetuneConfig
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.section import Fraction, NonNegative, PositiveFloat, PositiveInt, Section
-from gptcli.config.units import parse_seconds
+from gptcli.config.units import parse_bytes, parse_seconds
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
 
@@ -222,6 +222,30 @@ class GenerateConfig(Section):
         return texts
 
 
+class ServeConfig(Section):
+    """The flags of `gpt serve`, but for --token: a config is written into runs, a secret is not."""
+
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="0: any free")
+    max_queue: Annotated[int, Field(ge=0)] = Field(
+        default=256, description="texts that may wait for a place beside those that grow"
+    )
+    max_tokens: PositiveInt = Field(default=4096, description="new tokens of one text")
+    max_n: PositiveInt = Field(default=16, description="texts of one request")
+    max_body: str = Field(default="1MB", description="size of one request's JSON")
+    grace: NonNegative = Field(default=10.0, description="seconds for texts to finish at a stop")
+    device: DeviceName = "auto"
+    quantize: Literal["int8", "fp16", "bf16"] | None = None
+
+    @field_validator("max_body")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        if parse_bytes(text) < 1:
+            raise ValueError("a body has at least one byte")
+        return text
+
+
 class Config(Section):
     """A whole run."""
 
@@ -239,6 +263,7 @@ class Config(Section):
     samples: SamplesConfig = SamplesConfig()
     report: ReportConfig = ReportConfig()
     generate: GenerateConfig = GenerateConfig()
+    serve: ServeConfig = ServeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def _decode(
         for request in requests:
             texts[tuple(request.tokens[:-1])] += request.n  # the last token goes with the first
         reader = Reader(model, decoder, size.rows, size.capacity, size.most_new, texts)
-        batch = _Batch(model, tokenizer, reader, waiting(), size)
+        batch = Batch(model, tokenizer, reader, partial(next, waiting(), None), size)
     for number, request in enumerate(requests):
         rows, samples = begun[number], list[Generated]()
         while len(samples) < request.n:
@@ -216,15 +217,19 @@ def _evaluating(model: GPT) -> Iterator[None]:
         model.train(training)
 
 
-class _Batch:
-    """The rows that grow together, and those that wait for a place."""
+class Batch:
+    """The rows that grow together, and those that wait for a place.
+
+    `waiting` gives the next of these, None while there is none: more may come later. Whoever calls
+    `step` and `cancel` does so in `torch.inference_mode`, from one thread.
+    """
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
         reader: Reader,
-        waiting: Iterator[Row],
+        waiting: Callable[[], Row | None],
         size: BatchSize,
     ) -> None:
         self._model, self._reader, self._size = model, reader, size
@@ -234,7 +239,8 @@ class _Batch:
         self._free = list(range(size.rows))
 
     def step(self) -> bool:
-        """One more token, with good guesses several, for every row; False when all is done."""
+        """One more token, with good guesses several, for every row; False when there is none, or a
+        stop is requested, for which they are "interrupted"."""
         if not (stop.requested() and self._rows):
             self._admit()
         self._renew()
@@ -248,8 +254,14 @@ class _Batch:
         self._leave()
         return True
 
+    def cancel(self, row: Row) -> None:
+        """End a row that grows: "interrupted", unless it ended by itself. The others go on."""
+        if row.finish_reason is None:
+            row.finish("interrupted")
+            self._leave()
+
     def _admit(self) -> None:
-        while self._free and (row := next(self._waiting, None)) is not None:
+        while self._free and (row := self._waiting()) is not None:
             row.begin(self._free.pop())
             self._sampler.begin(row.slot, row.sampling, row.prompt_tokens, row.sample)
             self._rows.append(row)
@@ -331,7 +343,7 @@ class _Batch:
                 last = self._rows.pop()
                 if i < len(self._rows):
                     self._rows[i] = last
-                    self._reader.move(len(self._rows), i)
+                    self._reader.move(len(self._rows), i, len(last.context))
 
 
 def _reports(logits: Tensor, tokens: list[int], count: int) -> Sequence[Report | None]:

@@ -101,9 +101,9 @@ class Reader:
                 logits[row] = last
         return torch.stack(logits)
 
-    def move(self, row: int, to: int) -> None:
-        """Let row `to` hold what `row` holds."""
-        self._cache.move(row, to)
+    def move(self, row: int, to: int, length: int) -> None:
+        """Let row `to` hold the first `length` tokens, which are all, that `row` holds."""
+        self._cache.move(row, to, length)
         self._held[to], self._shared = self._held.get(row, ()), (0, 0)
 
     def _shared_tokens(self, rows: int) -> int:

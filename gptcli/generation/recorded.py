@@ -30,6 +30,9 @@ _LEAST_STEPS = {"cuda": 16, "cpu": 80}
 # rows changes with nearly every step, and none would be used again.
 _FIRST_STEPS = 8
 _CAN_TRACE = sys.version_info < (3, 14)  # which torch.jit does not know
+# Programs of a model, but for those of one row, which may always be recorded. One takes 30 MB where
+# there are 12 layers, and torch never gives that back: a server sees all numbers of rows in time.
+_MOST_TRACED = 16
 _WARM_UP_STEPS = 3  # of a CUDA graph, as its documentation has it
 
 # Rows, tokens a row, room (0: any, of rows of one length), whether the rows share their beginning.
@@ -61,8 +64,11 @@ class RecordedSteps:
         shape = (self._recorded_rows(len(lengths)), count, room, bool(shared and not room))
         self._in_a_row = self._in_a_row + 1 if shape == self._shape else 1
         self._shape = shape
-        if shape in self._graphs or shape in _traced.get(self._model, {}):
+        traced = _traced.get(self._model, {})
+        if shape in self._graphs or shape in traced:
             return True
+        if len(traced) >= _MOST_TRACED and len(lengths) > 1:
+            return False
         return self._in_a_row > _FIRST_STEPS and steps >= _LEAST_STEPS[self._kind]
 
     def step(self, tokens: Tensor, lengths: Sequence[int], shared: int) -> Tensor:

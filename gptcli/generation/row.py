@@ -91,6 +91,7 @@ class Row:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._utf8, self._scanner = Utf8Stream(), StopScanner(sampling.stop)
         self._pieces: list[str] = []
+        self._told = 0  # characters of the pieces
         self._decoded = [0]  # characters complete after 0, 1, ... tokens
         self._logprobs: list[dict[str, Any]] = []
 
@@ -138,8 +139,13 @@ class Row:
         self.finish_reason = "stop" if self._scanner.stopped else reason
         self._lookup = None  # it is as large as the text
         if self._scanner.stopped:
-            needed = bisect_left(self._decoded, sum(map(len, self._pieces)))
+            needed = bisect_left(self._decoded, self._told)
             self.tokens, self._logprobs = self.tokens[:needed], self._logprobs[:needed]
+
+    def logprobs_from(self, start: int) -> list[dict[str, Any]]:
+        """The entries from `start` on (see `Generated`) of the tokens that it takes to spell the
+        text so far."""
+        return self._logprobs[start : bisect_left(self._decoded, self._told)]
 
     def result(self, prompt: str) -> Generated:
         """The finished sample."""
@@ -159,6 +165,7 @@ class Row:
     def _emit(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
+            self._told += len(piece)
             if self._on_text is not None:
                 self._on_text(self.sample, piece)
 

@@ -111,10 +111,10 @@ class BatchCache:
             tokens = torch.arange(length - held, length, device=kept.device)
             kept[row, :, tokens % kept.size(2)] = given[source_row, :, tokens % given.size(2)]
 
-    def move(self, row: int, to: int) -> None:
-        """Let row `to` hold what `row` holds."""
+    def move(self, row: int, to: int, length: int) -> None:
+        """Let row `to` hold what `row` holds, a text of up to `length` tokens."""
         for kept in [*self.k, *self.v]:
-            kept[to] = kept[row]
+            kept[to, :, :length] = kept[row, :, :length]  # in a window's slots: all of them
 
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:
         size, count = kept.size(2), new.size(2)

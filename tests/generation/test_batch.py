@@ -1,6 +1,6 @@
 """Many texts in one batch: the same as one by one, whatever enters, leaves or is guessed."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,10 @@ from test_engine import GREEDY, ROLLING, SHAPES, TOKENIZER, random_model
 from gptcli import stop
 from gptcli.config.model_schema import ModelConfig
 from gptcli.generation import engine, reader, recorded
-from gptcli.generation.engine import Request, decode, generate_samples
+from gptcli.generation.engine import Batch, BatchSize, Request, decode, generate_samples
 from gptcli.generation.lookup import Lookup
-from gptcli.generation.reader import shared_prefixes
-from gptcli.generation.row import Generated
+from gptcli.generation.reader import Reader, shared_prefixes
+from gptcli.generation.row import Generated, Row
 from gptcli.generation.sampling import Sampling
 from gptcli.model import band
 from gptcli.model.batch_cache import BatchCache
@@ -195,7 +195,7 @@ def test_a_sample_is_handed_over_when_it_is_done(monkeypatch: pytest.MonkeyPatch
             first = rows
 
     rows = 0
-    step = engine._Batch.step
+    step = engine.Batch.step
 
     def counted(batch: Any) -> bool:
         nonlocal rows
@@ -204,7 +204,7 @@ def test_a_sample_is_handed_over_when_it_is_done(monkeypatch: pytest.MonkeyPatch
             stop.request(2)
         return step(batch)
 
-    monkeypatch.setattr(engine._Batch, "step", counted)
+    monkeypatch.setattr(engine.Batch, "step", counted)
     found = list(decode(model, TOKENIZER, requests, on_sample=note))
     done = [s for _, samples in found for s in samples if s.finish_reason != "interrupted"]
     assert told == done
@@ -276,6 +276,22 @@ def test_a_shared_beginning(shape: str, record: bool, monkeypatch: pytest.Monkey
         assert record or bool(used) == (len(request.tokens) > 3)
     if record:  # with any number of them
         assert {(3, 1, 0, False), (3, 1, 0, True)} <= set(recorded._traced[model])
+
+
+def test_a_process_that_runs_for_long_records_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: 30 MB for every number of rows that a server ever has; a single row, for which a
+    recorded step gains the most, that comes too late to be recorded."""
+    model = random_model("gpt2")
+    monkeypatch.setitem(recorded._LEAST_STEPS, "cpu", 1)
+    monkeypatch.setattr(recorded, "_FIRST_STEPS", 0)
+    monkeypatch.setattr(recorded, "_MOST_TRACED", 3)
+    settings = replace(GREEDY, max_new_tokens=5)
+    for rows in (2, 3, 4, 5, 6):
+        requests = [Request("", [1, 2], settings) for _ in range(rows)]
+        assert together(model, requests, decoder=model) == together(model, requests)
+    assert [shape[0] for shape in recorded._traced[model]] == [2, 3, 4]
+    together(model, [Request("", [1, 2], settings)], decoder=model)
+    assert [shape[0] for shape in recorded._traced[model]] == [2, 3, 4, 1]
 
 
 def test_few_steps_are_not_recorded() -> None:
@@ -379,3 +395,42 @@ def test_the_cache_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     together(model, [Request("", [1, 2], replace(GREEDY, max_new_tokens=60), 2)])
     assert len(places) == 60
     assert len(set(places)) == 1
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, *ROLLING])
+def test_texts_that_come_later_and_texts_that_are_cancelled(shape: str, speculate: bool) -> None:
+    """Guards: a batch that ends for good when nothing waits, a cancelled row whose keys or place
+    another one gets, a late row that sees the tokens of one before it."""
+    model = random_model(shape, std=0.3)
+    requests = [replace(request, n=1) for request in requests_for(model)] * 2
+    expected = [samples[0] for samples in one_by_one(model, requests)]
+    rows = [Row(0, TOKENIZER, r.tokens, r.sampling, None, speculate) for r in requests]
+    size = replace(BatchSize.of(model, requests, speculate), rows=4)
+    waiting = deque(rows[:3])
+    with torch.inference_mode():
+        reader = Reader(model, None, size.rows, size.capacity, size.most_new, {})
+        batch = Batch(
+            model, TOKENIZER, reader, lambda: waiting.popleft() if waiting else None, size
+        )
+        for step in range(300):
+            if step < 90 and step % 10 == 0:
+                waiting.extend(rows[3 + step // 10 :][:1])
+            if step in (15, 45):
+                batch.cancel(rows[(step - 5) // 10])
+            batch.step()
+        assert not batch.step()
+        waiting.append(Row(0, TOKENIZER, requests[0].tokens, requests[0].sampling, None))
+        last = waiting[0]
+        while batch.step():
+            pass
+    assert last.result("").text == expected[0].text
+    found = [
+        without_counts([[row.result(r.prompt)]])[0][0]
+        for row, r in zip(rows, requests, strict=True)
+    ]
+    cancelled = [i for i, sample in enumerate(found) if sample.finish_reason == "interrupted"]
+    assert set(cancelled) <= {1, 4}
+    assert cancelled
+    for i, (sample, whole) in enumerate(zip(found, expected, strict=True)):
+        assert sample == whole or (i in cancelled and whole.text.startswith(sample.text))

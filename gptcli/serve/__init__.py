@@ -1,0 +1,1 @@
+"""`gpt serve`: one model for many clients, by OpenAI's HTTP interface."""
