@@ -34,6 +34,13 @@ def requested() -> signal.Signals | None:
     return None if _postponed else _requested
 
 
+def withdraw(number: signal.Signals) -> None:
+    """Forget a request by this signal; that of another stays."""
+    global _requested
+    if _requested is number:
+        _requested = None
+
+
 @contextmanager
 def postponed() -> Iterator[None]:
     """Inside, no request is heard: where several processes work in step, one cannot stop alone."""

@@ -45,6 +45,7 @@ _COMMANDS = {
     "pretrain": ("pretrain_command", "pretrain"),
     "finetune": ("finetune_command", "finetune"),
     "generate": ("generate_command", "generate"),
+    "chat": ("chat_command", "chat"),
     "eval": ("eval_command", "evaluate"),
     "explain": ("explain_command", "explain"),
     "plan": ("plan_command", "plan"),

@@ -4,11 +4,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 from gptcli import stop
+
+Handler = Callable[[int, FrameType | None], None]
 
 _NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
 
@@ -20,15 +22,52 @@ def installed() -> Iterator[None]:
     A signal that the parent asked to ignore (`nohup`, a background job) stays ignored. Outside
     the main thread Python allows no handlers, and none are set.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     handlers = {
         signal.SIGINT: _interrupt,
         signal.SIGTERM: _request,
         signal.SIGHUP: _request,
         signal.SIGUSR1: _save,
     }
+    with _handled(handlers):
+        yield
+
+
+@contextmanager
+def raised(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """Inside, while a line is typed, signals end the waiting: Ctrl-C by KeyboardInterrupt, after
+    `on_interrupt`; SIGTERM and SIGHUP by `stop.Stopped`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        on_interrupt()
+        raise KeyboardInterrupt
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.request(number)
+        raise stop.Stopped
+
+    with _handled({signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}):
+        stop.raise_if_requested()  # one that came before
+        yield
+
+
+@contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C requests a stop without a word, however often, and takes back no other."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if stop.requested() is None:
+            stop.request(number)
+
+    with _handled({signal.SIGINT: interrupt}):
+        yield
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """As `installed`, for these."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {
         number: signal.signal(number, handler)
         for number, handler in handlers.items()

@@ -222,6 +222,16 @@ class GenerateConfig(Section):
         return texts
 
 
+class ChatConfig(Section):
+    """What `gpt chat` has beside the keys of `generate` about model, sampling and device."""
+
+    system: str | None = Field(default=None, description="a message that stands before all others")
+    template: str | None = Field(
+        default=None,
+        description="a Jinja file or the name of a shipped chat template; null: the model's own",
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -239,6 +249,7 @@ class Config(Section):
     samples: SamplesConfig = SamplesConfig()
     report: ReportConfig = ReportConfig()
     generate: GenerateConfig = GenerateConfig()
+    chat: ChatConfig = ChatConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")

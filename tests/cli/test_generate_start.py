@@ -49,10 +49,10 @@ def test_nothing_is_imported_that_is_not_needed(shell, tmp_path):
 
 def test_garbage_is_collected_again_after_the_start():
     """A process that never collects grows for as long as it runs."""
-    with generate_command._starting():
+    with generate_command.starting():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ConfigError), generate_command._starting():
+    with pytest.raises(ConfigError), generate_command.starting():
         raise ConfigError("no")
     assert gc.isenabled()
     gc.unfreeze()
