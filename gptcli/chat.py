@@ -63,6 +63,7 @@ class Chat:
         self._stops = end.texts
         self._tokenizer = _ending_at(model.tokenizer, end.tokens)
         self._prepared: Prepared | None = None
+        self.last_seed: int | None = None  # of the last answer
         self._tried = set[int]()  # the seeds of answers to the last question
         self._left_out = 0  # exchanges
         if chat.system:
@@ -156,6 +157,7 @@ class Chat:
         text, reason = spoken.end(), sample.finish_reason if sample else "interrupted"
         answer = Answer(text, "stop" if spoken.stopped else reason, seed, tokens)
         self._tried.add(seed)
+        self.last_seed = seed
         self.messages = [*messages, Message("assistant", text)]
         return answer
 

@@ -4,8 +4,8 @@ import importlib
 import os
 import select
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from gptcli import stop
@@ -93,6 +93,26 @@ class TypedLines:
                 more = self._line(MORE)
                 text = None if more is None else f"{text[:-1]}\n{more}"
         return text
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Inside, what is typed is not shown in the middle of an answer, but at the next prompt."""
+        try:
+            termios = importlib.import_module("termios")
+        except ImportError:  # no POSIX system
+            yield
+            return
+        descriptor, before = sys.stdin.fileno(), None
+        with suppress(termios.error):  # the terminal may have gone
+            before = termios.tcgetattr(descriptor)
+            unseen = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, unseen)
+        try:
+            yield
+        finally:
+            with suppress(termios.error):
+                if before is not None:
+                    termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
     def _note_typing(self) -> None:
         typed = self._readline.get_line_buffer() if self._readline is not None else ""

@@ -2,8 +2,8 @@
 
 import logging
 import signal
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ class Session:
     def _answered(self, answer: Callable[[Callable[[str], None] | None], Answer]) -> None:
         """Show an answer: at a terminal as it grows, in a pipe when it is whole."""
         growing, before = GrowingText(self._write), self._chat.messages
-        with signals.quiet_interrupt() if self._typed else nullcontext():
+        with self._answering():
             found = answer(growing.add if self._typed else None)
         number = stop.requested()
         if number is not None and not (self._typed and number is signal.SIGINT):
@@ -127,6 +127,14 @@ class Session:
         if self._typed:
             self._write("\n")
 
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        if isinstance(self._lines, TypedLines):
+            with signals.quiet_interrupt(), self._lines.unseen():
+                yield
+        else:
+            yield
+
     def _retry(self, _: str) -> None:
         self._answered(self._chat.retry)
 
@@ -147,7 +155,9 @@ class Session:
     def _seed(self, text: str) -> None:
         if text:
             self._chat.settings = self._with("seed", _number(int, "/seed", text))
-        write_error(f"seed {self._chat.seed}")
+        last = self._chat.last_seed
+        of_last = "" if last is None else f"; that of the last answer: {last}"
+        write_error(f"seed {self._chat.seed}{of_last}")
 
     def _save(self, name: str, *, replace: bool = False) -> None:
         path = _path("/save", name)
