@@ -198,7 +198,7 @@ class Chat:
         count = exchanges_to_leave_out(messages, lambda some: len(encoded(some)), most)
         tokens = encoded(without_oldest(messages, count))
         if len(tokens) > most:
-            what = "message" if self.system is None else "message, with the system message,"
+            what = "message, with the system message," if _is_system(messages[:1]) else "message"
             raise DataError(
                 f"the {what} takes {len(tokens)} tokens; there is room for {most}, as the model's"
                 f" block_size is {config.block_size}",
