@@ -131,7 +131,7 @@ class TypedLines:
                 sys.stderr.write(prompt)
                 sys.stderr.flush()
         line = self._plain.line()
-        while line is not None and self._plain.is_waiting(_PASTE_SECONDS):
+        while line and not line.endswith("\\") and self._plain.is_waiting(_PASTE_SECONDS):
             more = self._plain.line()
             if more is None:
                 break
