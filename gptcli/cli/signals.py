@@ -12,6 +12,7 @@ from gptcli import stop
 
 Handler = Callable[[int, FrameType | None], None]
 
+_AGAIN_SECONDS = 0.1
 _NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
 
 
@@ -37,17 +38,54 @@ def raised(on_interrupt: Callable[[], None]) -> Iterator[None]:
     """Inside, while a line is typed, signals end the waiting: Ctrl-C by KeyboardInterrupt, after
     `on_interrupt`; SIGTERM and SIGHUP by `stop.Stopped`."""
 
+    done = threading.Event()
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        on_interrupt()
-        raise KeyboardInterrupt
+        if not done.is_set():
+            on_interrupt()
+            raise KeyboardInterrupt
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.request(number)
-        raise stop.Stopped
+        if not done.is_set():
+            raise stop.Stopped
 
-    with _handled({signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}):
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}
+    with _handled(handlers), _repeated(frozenset(handlers), done):
         stop.raise_if_requested()  # one that came before
         yield
+
+
+@contextmanager
+def _repeated(numbers: frozenset[signal.Signals], done: threading.Event) -> Iterator[None]:
+    """Inside, such a signal comes again until the block is left; then `done` is set.
+
+    One that comes just before readline waits for a key only leaves Python a note, which is read
+    when the next key comes; and what is raised while readline completes a word is dropped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main = threading.get_ident()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def repeat() -> None:
+        while came := os.read(reading, 1):
+            if came[0] in numbers and not done.wait(_AGAIN_SECONDS):
+                signal.pthread_kill(main, came[0])  # which is written to the pipe too
+
+    repeater = threading.Thread(target=repeat, daemon=True)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    repeater.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        repeater.join()
+        os.close(reading)
 
 
 @contextmanager
