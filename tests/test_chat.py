@@ -303,6 +303,24 @@ def test_a_plain_model_does_not_answer_its_own_questions(tmp_path: Path):
     assert "".join(shown) == "abc"
 
 
+def test_nothing_is_decoded_behind_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An answer that is cut only for showing takes as long as the longest."""
+    model = model_saying(list(b">abc\nQ:"), Tokenizer.of_bytes())
+    (tmp_path / "t.jinja").write_text(PLAIN)
+    told = {"template": str(tmp_path / "t.jinja")}
+    chat = chat_of(model, told, temperature=0.0, max_new_tokens=500)
+    decoded: list[int] = []
+    token_bytes = model.tokenizer.token_bytes
+
+    def noted(token: int) -> bytes:
+        decoded.append(token)
+        return token_bytes(token)
+
+    monkeypatch.setattr(model.tokenizer, "token_bytes", noted)
+    assert chat.ask("hi").text == "abc"
+    assert bytes(decoded) == b"abc\nQ:"
+
+
 def test_an_answer_that_is_the_next_question(tmp_path: Path):
     """It begins in a new line, which is the template's: there, too, somebody else would speak."""
     model = model_saying(list(b">Q:abc"), Tokenizer.of_bytes())

@@ -381,6 +381,7 @@ def test_messages_of_several_lines(
     assert terminal.wait() == 0
     messages = json.loads(saved.read_text())["messages"]
     assert [m["content"] for m in messages if m["role"] == "user"] == ["one\ntwo"]
+    assert (before is own_stdin) == ("\x1b[?2004h" in terminal.shown)  # asks for such pastes
 
 
 def test_what_is_typed_during_an_answer(endless: Path, tmp_path: Path):
