@@ -12,7 +12,7 @@ from gptcli.config.schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import CheckpointError, ConfigError, GptError
 from gptcli.generation.engine import BatchSize, Request, decode, restart_tokens
-from gptcli.generation.kernel_race import best_threads, decode_threads, packed_for
+from gptcli.generation.kernel_race import Prepared, decode_threads
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
 from gptcli.generation.prompt_file import read_bytes, read_prompts
 from gptcli.generation.row import Generated, OnText
@@ -172,8 +172,7 @@ def _generate(
     size = BatchSize.of(model.model, requests, speculate)
     rounds = math.ceil(sum(request.n for request in requests) / size.rows)
     steps = max(request.sampling.max_new_tokens for request in requests) * rounds
-    decoder = packed_for(model.model, size.rows, steps)
-    threads = best_threads(decoder, size.rows, steps)
+    prepared = Prepared.of(model.model, size.rows, steps)
     turns = _InTurn(on_prompt, on_text)
     decoded = decode(
         model.model,
@@ -182,7 +181,7 @@ def _generate(
         on_text=None if on_text is None else turns.piece,
         on_sample=done,
         speculate=speculate,
-        decoder=decoder,
+        decoder=prepared.decoder,
         size=size,
     )
     told, drafted, accepted = model.model.config.rolls, 0, 0
@@ -191,7 +190,7 @@ def _generate(
         if not stopped:
             turns.begin(index, prompt.text)
         try:
-            with decode_threads(threads):
+            with decode_threads(prepared.threads):
                 _, samples = next(decoded, (index, []))  # none, where a stop came before it began
         except CheckpointError as error:
             raise CheckpointError(f"{model.path}: {error.message}", error.hint) from error
@@ -230,10 +229,10 @@ def _requests(prompts: list[Prompt]) -> list[Request]:
     seed = secrets.randbelow(2**32)
     if any(p.settings.seed is None and p.settings.temperature > 0 for p in prompts):
         log.info("seed %d", seed)
-    return [Request(p.text, p.tokens, _sampling(p.settings, seed), p.settings.n) for p in prompts]
+    return [Request(p.text, p.tokens, sampling_of(p.settings, seed), p.settings.n) for p in prompts]
 
 
-def _sampling(settings: GenerateConfig, seed: int) -> Sampling:
+def sampling_of(settings: GenerateConfig, seed: int) -> Sampling:
     """The settings of the engine; `seed` where none is given."""
     return Sampling(
         temperature=settings.temperature,

@@ -41,6 +41,13 @@ def times_requested() -> int:
     return _times
 
 
+def withdraw(number: signal.Signals) -> None:
+    """Forget a request by this signal; that of another stays."""
+    global _requested
+    if _requested is number:
+        _requested = None
+
+
 @contextmanager
 def postponed() -> Iterator[None]:
     """Inside, no request is heard: where several processes work in step, one cannot stop alone."""

@@ -13,10 +13,14 @@ from gptcli.runs.checkpoint import Contents, publish
 from gptcli.runs.run_dir import new_run_dir
 
 
-def cycle_model(cycle: bytes) -> Path:
+def cycle_model(cycle: bytes, block_size: int = 32) -> Path:
     """A run whose model goes through `cycle`, which has no byte twice, for ever."""
     shape = ModelConfig(
-        n_layer=1, n_head=2, n_embd=-len(cycle) // 4 * -4, block_size=32, tie_embeddings=False
+        n_layer=1,
+        n_head=2,
+        n_embd=-len(cycle) // 4 * -4,
+        block_size=block_size,
+        tie_embeddings=False,
     )
     config = Config(name="cycle", model=shape)
     tokenizer = Tokenizer.of_bytes()

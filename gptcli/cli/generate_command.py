@@ -13,7 +13,7 @@ import typer
 
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import DevicesOption, ModelOption, launched
-from gptcli.cli.terminal import write_bytes, write_error, write_out
+from gptcli.cli.terminal import GrowingText, write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
 from gptcli.stop import raise_if_requested, read_to_end
 from gptcli.world import from_environment
@@ -316,18 +316,18 @@ class _Output:
         self.live = settings.stream and not settings.json_lines
         self._settings = settings
         self._several = settings.n > 1 or settings.prompt_file is not None
-        self._held = ""
+        self._growing = GrowingText(self._write)
         self._written = 0  # samples of the prompt at hand
 
     def prompt(self, text: str) -> None:
         """A prompt about to be continued."""
         if self.live and not self._settings.no_prompt:
-            self._grow(text)
+            self._growing.add(text)
 
     def piece(self, sample: int, text: str) -> None:
         """Some more text of a sample."""
         if sample == 0:
-            self._grow(text)
+            self._growing.add(text)
 
     def finished(self, batches: "Iterable[list[Generated]]") -> int:
         """All samples of all prompts; returns the number of tokens."""
@@ -346,18 +346,10 @@ class _Output:
             self._json(sample)
             return
         if self.live and sample.sample == 0:
-            self._write(self._held)
-            self._held = ""
+            self._growing.end()
         else:
             self._write(("" if self._settings.no_prompt else sample.prompt) + sample.text)
         self._write("\n---\n" if self._several else "\n")
-
-    def _grow(self, text: str) -> None:
-        """Write what a text goes on with. A CR at the end waits: with an LF after it, it ends a
-        line; alone it could overwrite one, and a terminal gets an escape."""
-        text = self._held + text
-        self._held = "\r" if text.endswith("\r") else ""
-        self._write(text.removesuffix("\r"))
 
     def _json(self, sample: "Generated") -> None:
         if sample.finish_reason != "interrupted":  # half a text is no result

@@ -46,6 +46,7 @@ _COMMANDS = {
     "finetune": ("finetune_command", "finetune"),
     "generate": ("generate_command", "generate"),
     "serve": ("serve_command", "serve"),
+    "chat": ("chat_command", "chat"),
     "eval": ("eval_command", "evaluate"),
     "explain": ("explain_command", "explain"),
     "plan": ("plan_command", "plan"),

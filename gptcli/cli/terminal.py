@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +50,25 @@ def write_out(text: str, *, raw: bool = False) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     _note_end(text.encode("utf-8", "replace"))
+
+
+class GrowingText:
+    """A text that `write` gets as it comes. A CR at the end of a piece waits: with an LF after it,
+    it ends a line; alone it could overwrite one, and a terminal gets an escape."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._held = write, ""
+
+    def add(self, piece: str) -> None:
+        """Write what the text goes on with."""
+        text = self._held + piece
+        self._held = "\r" if text.endswith("\r") else ""
+        self._write(text.removesuffix("\r"))
+
+    def end(self) -> None:
+        """Write what was held back."""
+        held, self._held = self._held, ""
+        self._write(held)
 
 
 def takes_colours() -> bool:

@@ -246,6 +246,16 @@ class ServeConfig(Section):
         return text
 
 
+class ChatConfig(Section):
+    """What `gpt chat` has beside the keys of `generate` about model, sampling and device."""
+
+    system: str | None = Field(default=None, description="a message that stands before all others")
+    template: str | None = Field(
+        default=None,
+        description="a Jinja file or the name of a shipped chat template; null: the model's own",
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -264,6 +274,7 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     generate: GenerateConfig = GenerateConfig()
     serve: ServeConfig = ServeConfig()
+    chat: ChatConfig = ChatConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")

@@ -32,6 +32,15 @@ _TODAY = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
+class AnswerEnd:
+    """What follows an answer: the `tokens` that the template ends it with, and the `texts` with
+    which it begins another turn, where it tells in plain text who speaks."""
+
+    tokens: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ChatTokens:
     """A conversation as tokens; `assistant` says which are those of the assistant's messages, with
     what ends each of them.
@@ -122,6 +131,29 @@ class ChatTemplate:
         if whole != _joined(parts, contents):
             raise DataError("the chat template changes the text of a message")
         return self._join(parts, messages, contents)
+
+    def answer_end(self) -> AnswerEnd:
+        """Where a model that goes on from an answer would speak for others; read off a conversation
+        of three messages, and nothing where the template refuses that."""
+        contents = ("QuestionX1E", "AnswerX2E", "QuestionX3E")
+        roles = ("user", "assistant", "user")
+        talk = [Message(role, text) for role, text in zip(roles, contents, strict=True)]
+        try:
+            rendered = self._render(talk, True)
+        except DataError:
+            return AnswerEnd()
+        parts = re.split("|".join(contents), rendered)
+        if len(parts) != len(contents) + 1:
+            return AnswerEnd()
+        behind = self._special.split(parts[2]) if self._special else [parts[2]]
+        ends = {self._tokenizer.special.ids[name] for name in behind[1:2]}
+        texts = [behind[0].rstrip()] if ends else []
+        for part in (parts[2], parts[1]):
+            plain = (self._special.split(part)[-1] if self._special else part).rstrip()
+            line = part.rstrip().rpartition("\n")[2]
+            if plain.endswith(line):  # else it has special tokens, which tell who speaks
+                texts += [plain, f"\n{line}" if "\n" in plain else plain]
+        return AnswerEnd(frozenset(ends), tuple(dict.fromkeys(filter(str.strip, texts))))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:

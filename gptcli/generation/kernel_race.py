@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +39,21 @@ _MEMORY_SHARE = 0.5  # of what is free, for the packed copies
 _SLOW_STEP_SECONDS = 0.25  # a model that takes longer has work for every thread
 
 _Shape = tuple[int, int]  # (outputs, inputs)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the races chose to decode a model with: its twin with the fastest layers, and threads
+    for `decode_threads`."""
+
+    decoder: GPT
+    threads: int
+
+    @classmethod
+    def of(cls, model: GPT, rows: int, steps: int) -> "Prepared":
+        """For `steps` steps of `rows` rows; see `packed_for` and `best_threads`."""
+        decoder = packed_for(model, rows, steps)
+        return cls(decoder, best_threads(decoder, rows, steps))
 
 
 def packed_for(model: GPT, rows: int, steps: int) -> GPT:

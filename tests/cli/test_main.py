@@ -57,7 +57,7 @@ def test_a_command_is_imported_alone():
         (["pretrain", "--bogus"], "no such option: --bogus", "gpt pretrain --help"),
         (["pretrain"], "missing argument 'CONFIG'", "gpt pretrain --help"),
         (["pretain", "small"], "Did you mean 'pretrain'?", "gpt --help"),
-        (["chat"], "no such command 'chat'", "gpt --help"),
+        (["talk"], "no such command 'talk'", "gpt --help"),
         (["pretrain", "small", "extra"], "unexpected extra argument", "gpt pretrain --help"),
         (["generate", "-n", "two", "--prompt", "x"], "'-n'", "gpt generate --help"),
         (["generate", "--beams", "5"], "no such option: --beams", "gpt generate --help"),

@@ -12,6 +12,7 @@ from gptcli.data.examples import Example
 from gptcli.data.messages import Message
 from gptcli.data.special_tokens import EOT_TEXT, SpecialTokens
 from gptcli.data.task_formats import TaskEncoder
+from gptcli.data.templates import CHAT_TEMPLATES
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError, DataError
 
@@ -198,3 +199,38 @@ def test_dates_are_the_same_on_every_day():
     template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0].content }}"
     made = chat_tokenizer(template)
     assert spelled(ChatTemplate(made).encode([Message("user", "a")]).tokens) == "26 Jul 2024|a"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "texts"),
+    [
+        (CHATML, {258}, ()),
+        (
+            CHAT_TEMPLATES["dialogue"],
+            {258},
+            ("\n\nUser:", "\nUser:", "\n\nAssistant:", "\nAssistant:"),
+        ),
+        (
+            CHAT_TEMPLATES["dialogue_zh"],
+            {258},
+            ("\n\n用户：", "\n用户：", "\n\n助手：", "\n助手："),
+        ),
+        (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}",
+            set(),
+            (" [user]", " [assistant]"),
+        ),
+        (
+            "{% for m in messages %}{{ '\\n' + m.role }}>{{ m.content }}<|endoftext|>{% endfor %}",
+            {256},
+            ("\nuser>", "\nassistant>"),
+        ),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", set(), ()),
+        ("{{ messages[0].content }}", set(), ()),
+        ("{{ raise_exception('no') }}", set(), ()),
+    ],
+)
+def test_where_an_answer_ends(template: str, tokens: set[int], texts: tuple[str, ...]):
+    """An answer that goes on with the next question, or one that is cut at a word of its own."""
+    end = ChatTemplate(chat_tokenizer(), template).answer_end()
+    assert (end.tokens, end.texts) == (tokens, texts)

@@ -385,7 +385,7 @@ def test_threads_are_set_only_while_decoding(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: two iterators in turn that leave the process with the fewer threads of one."""
-    monkeypatch.setattr("gptcli.generate.best_threads", lambda *_: 1)
+    monkeypatch.setattr("gptcli.generation.kernel_race.best_threads", lambda *_: 1)
     torch.set_num_threads(2)
     inside: list[int] = []
 
