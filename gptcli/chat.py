@@ -23,7 +23,8 @@ from gptcli.generation.kernel_race import Prepared, decode_threads
 from gptcli.generation.row import FinishReason, Generated
 from gptcli.generation.text import StopScanner
 from gptcli.runs.load import LoadedModel
-from gptcli.runs.regular import refuse_special, write_atomic
+from gptcli.runs.regular import refuse_special
+from gptcli.runs.run_dir import write_atomic
 
 log = logging.getLogger("gptcli")
 
