@@ -167,7 +167,7 @@ def for_key(key: str, section: str, keys: Iterable[str]) -> Suggestion:
         return Suggestion(f"; did you mean '{elsewhere[found[0]]}'?")
     if near := difflib.get_close_matches(plain, keys, n=1, cutoff=0.6):
         return Suggestion(f"; did you mean '{near[0]}'?")
-    return Suggestion(f"; its keys: {', '.join(keys)}" if len(keys) <= 16 else "")
+    return Suggestion(f"; its keys: {', '.join(keys)}" if len(keys) <= 20 else "")
 
 
 def for_value(value: str, choices: Iterable[str]) -> str | None:

@@ -202,14 +202,14 @@ def full_disk() -> None:
 
 def bad_disk() -> None:
     """This process can put together no checkpoint behind step 0."""
-    real = sharded._synced_hash
+    real = sharded._put_together
 
-    def synced_hash(path: Path) -> str:
+    def put_together(tensors: Any, place: Path, path: Path) -> str:
         if "step-00000000" not in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(path)
+        return real(tensors, place, path)
 
-    sharded._synced_hash = synced_hash
+    sharded._put_together = put_together
 
 
 @pytest.mark.parametrize("rank", [0, 1])
