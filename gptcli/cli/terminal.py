@@ -142,8 +142,8 @@ def end_of_open_line() -> str:
 
 def _note_end(shown: bytes) -> None:
     global _line_is_open
-    if shown and sys.stdout.isatty():
-        _line_is_open = not shown.endswith(b"\n")
+    if shown:
+        _line_is_open = sys.stdout.isatty() and not shown.endswith(b"\n")
 
 
 def settle_stdout() -> None:
