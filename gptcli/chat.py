@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptcli.config.schema import ChatConfig, GenerateConfig
+from gptcli.config.generate_schema import GenerateConfig
+from gptcli.config.schema import ChatConfig
 from gptcli.data.chat_template import ChatTemplate, published_template
 from gptcli.data.conversations import conversation_bytes, read_conversation
 from gptcli.data.json_file import bounded_bytes

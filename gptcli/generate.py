@@ -6,12 +6,15 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from gptcli import stop, world
-from gptcli.config.schema import GenerateConfig
+from gptcli.config.generate_schema import GenerateConfig
 from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import CheckpointError, ConfigError, GptError
+from gptcli.generation.constraint import Constraint, constraint_of, read_constraint
 from gptcli.generation.engine import BatchSize, Request, decode, restart_tokens
+from gptcli.generation.grammar import check_spelled
 from gptcli.generation.kernel_race import Prepared, decode_threads
 from gptcli.generation.prompt import encode_prompt, fit_prompt, replace_surrogates
 from gptcli.generation.prompt_file import read_bytes, read_prompts
@@ -20,6 +23,8 @@ from gptcli.generation.sampling import Sampling
 from gptcli.runs.load import LoadedModel
 
 log = logging.getLogger("gptcli")
+
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Prompt:
     tokens: list[int]
     data: bytes
     settings: GenerateConfig
+    where: str = ""  # in a file, as `file:line`
 
 
 def generate(
@@ -48,10 +54,13 @@ def generate(
     wait until the samples of this one are taken. `on_sample` receives each of them before, when it
     and those before it are done, but for interrupted ones. After a stop request come the texts of
     the prompt at hand ("interrupted") and those of later prompts that are done. Raises ConfigError,
-    DataError, CheckpointError.
+    DataError, CheckpointError; behind all texts ConfigError if some "failed", with a constraint
+    that nothing could go on with.
     """
     prompts = resolve_prompts(model, config)
-    return _generate(model, prompts, _requests(prompts), config, on_text, on_prompt, on_sample)
+    requests = _requests(prompts)
+    texts = _generate(model, prompts, requests, config, on_text, on_prompt, on_sample)
+    return _told_of_constraints(prompts, texts)
 
 
 def generate_dealt(model: LoadedModel, config: GenerateConfig) -> Iterator[list[Generated]]:
@@ -63,10 +72,18 @@ def generate_dealt(model: LoadedModel, config: GenerateConfig) -> Iterator[list[
     config = config.model_copy(update={"seed": seed})
     prompts = resolve_prompts(model, config)
     mine = [prompts[number] for number in here.dealt(len(prompts))]
-    texts = _generate(model, mine, _requests(mine), config, None, None) if mine else iter(())
+    requests = _requests(mine)
+    texts = _generate(model, mine, requests, config, None, None) if mine else iter(())
     everything = world.gathered([[asdict(sample) for sample in samples] for samples in texts])
+    return _told_of_constraints(prompts, _in_order(prompts, everything))
+
+
+def _in_order(
+    prompts: list[Prompt], everything: list[list[list[dict[str, Any]]]]
+) -> Iterator[list[Generated]]:
+    """The samples of each prompt, from those of the prompts that were dealt to each process."""
     for number in range(len(prompts)):
-        turn, rank = divmod(number, here.size)
+        turn, rank = divmod(number, len(everything))
         if turn < len(everything[rank]):  # else a stop came before
             yield [Generated(**sample) for sample in everything[rank][turn]]
 
@@ -85,7 +102,8 @@ def generate_bytes(model: LoadedModel, config: GenerateConfig) -> bytes:
     if settings.n > 1 or settings.stop:
         raise ConfigError("output_bytes writes one continuation: not with n above 1, nor with stop")
     data = b"" if config.no_prompt else prompts[0].data
-    for samples in _generate(model, prompts, _requests(prompts), config, None, None):
+    texts = _generate(model, prompts, _requests(prompts), config, None, None)
+    for samples in _told_of_constraints(prompts, texts):
         data += model.tokenizer.decode_bytes(samples[0].tokens)
     return data
 
@@ -95,9 +113,15 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
 
     With `output_bytes` and byte tokens, a prompt is the bytes it is made of and a prompt file holds
     one. Raises ConfigError for none or several ways, ids out of range, a file that cannot be opened
-    or has wrong rows, or a prompt that is too long with `truncate: error`; DataError for a file
-    without prompts.
+    or has wrong rows, a prompt that is too long with `truncate: error`, or a constraint that the
+    model's tokens cannot spell; DataError for a file without prompts.
     """
+    prompts = _resolved(model, read_constraint(config))
+    _check_constraints(model, prompts)
+    return prompts
+
+
+def _resolved(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
     ways = [config.prompt is not None, config.prompt_file is not None]
     ways.append(config.prompt_tokens is not None)
     if sum(ways) != 1:
@@ -115,7 +139,7 @@ def resolve_prompts(model: LoadedModel, config: GenerateConfig) -> list[Prompt]:
     for line in read_prompts(config.prompt_file, config):
         try:
             whole = _prompt(model, line.settings)
-            prompts.append(_fitted(model, whole, warn=False))
+            prompts.append(replace(_fitted(model, whole, warn=False), where=line.where))
         except GptError as error:
             raise type(error)(f"{line.where}: {error.message}", error.hint) from error
         if len(prompts[-1].tokens) < len(whole.tokens):
@@ -224,6 +248,53 @@ def _tell_of_restart(model: LoadedModel, prompt: Prompt, samples: list[Generated
     return True
 
 
+def _check_constraints(model: LoadedModel, prompts: list[Prompt]) -> None:
+    """ConfigError for one that the model's tokens cannot spell."""
+    checked = set[Constraint]()
+    for prompt in prompts:
+        constraint = constraint_of(prompt.settings)
+        if constraint is None or constraint in checked:
+            continue
+        checked.add(constraint)
+        try:
+            check_spelled(constraint, model.tokenizer, model.model.vocab_size)
+        except ConfigError as error:
+            where = f"{prompt.where}: " if prompt.where else ""
+            raise ConfigError(f"{where}{error.message}", error.hint) from error
+
+
+def _told_of_constraints(
+    prompts: list[Prompt], texts: Iterator[list[Generated]]
+) -> Iterator[list[Generated]]:
+    """`texts`; behind them, which of those with a constraint do not fulfil it: a warning for texts
+    that were cut, ConfigError for those that nothing could go on with."""
+    held = cut = 0
+    failures: dict[str, None] = {}
+    for number, samples in enumerate(texts):
+        yield samples
+        for sample in samples:
+            held += sample.complete is not None
+            if sample.finish_reason == "failed":
+                failures[_failure(prompts[number], sample)] = None
+            elif sample.complete is False and sample.finish_reason != "interrupted":
+                cut += 1
+    if cut:
+        log.warning(
+            "%d of %d texts are not complete: max_new_tokens or a stop text ended them before"
+            " their constraint was fulfilled",
+            cut,
+            held,
+        )
+    if failures:
+        raise ConfigError(list(failures)[:_MOST_PROBLEMS])
+
+
+def _failure(prompt: Prompt, sample: Generated) -> str:
+    constraint = constraint_of(prompt.settings)
+    what = "" if constraint is None else f"{constraint.shown()}: "
+    return f"{prompt.where}{': ' * bool(prompt.where)}{what}{sample.failure}"
+
+
 def _requests(prompts: list[Prompt]) -> list[Request]:
     """What the engine is asked for; a random seed is logged, so that its texts can be repeated."""
     seed = secrets.randbelow(2**32)
@@ -244,6 +315,7 @@ def sampling_of(settings: GenerateConfig, seed: int) -> Sampling:
         frequency_penalty=settings.frequency_penalty,
         stop=tuple(settings.stop),
         bad_words=tuple(settings.bad_words),
+        constraint=constraint_of(settings),
         seed=seed if settings.seed is None else settings.seed,
         max_new_tokens=settings.max_new_tokens,
         logprobs=settings.logprobs,

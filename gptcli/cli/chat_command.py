@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.generate_command import (
+from gptcli.cli.generate_command import starting
+from gptcli.cli.generate_options import (
     BadWordsOption,
     DeviceOption,
     FrequencyPenaltyOption,
@@ -23,7 +24,6 @@ from gptcli.cli.generate_command import (
     TemperatureOption,
     TopKOption,
     TopPOption,
-    starting,
 )
 from gptcli.cli.run_flags import ModelOption
 from gptcli.errors import ResourceError

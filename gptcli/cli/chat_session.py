@@ -17,7 +17,7 @@ from gptcli.config.suggest import for_value
 from gptcli.errors import CheckpointError, ConfigError, GptError, ResourceError
 
 if TYPE_CHECKING:
-    from gptcli.config.schema import GenerateConfig
+    from gptcli.config.generate_schema import GenerateConfig
 
 log = logging.getLogger("gptcli")
 

@@ -6,11 +6,44 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gptcli.cli.generate_options import (
+    AllowSpecialOption,
+    BadWordsOption,
+    ChoicesOption,
+    ConfigOption,
+    DeviceOption,
+    FrequencyPenaltyOption,
+    JsonOption,
+    JsonSchemaOption,
+    LogprobsOption,
+    MaxNewTokensOption,
+    MinPOption,
+    NoPromptOption,
+    NOption,
+    OutputBytesOption,
+    PresencePenaltyOption,
+    PromptFileOption,
+    PromptOption,
+    PromptTokensOption,
+    QuantizeOption,
+    RawOption,
+    RegexOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    SpeculateOption,
+    StdinArgument,
+    StopOption,
+    StreamOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TruncateOption,
+)
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import DevicesOption, ModelOption, launched
 from gptcli.cli.terminal import GrowingText, write_bytes, write_error, write_out
@@ -19,7 +52,7 @@ from gptcli.stop import raise_if_requested, read_to_end
 from gptcli.world import from_environment
 
 if TYPE_CHECKING:
-    from gptcli.config.schema import GenerateConfig
+    from gptcli.config.generate_schema import GenerateConfig
     from gptcli.generation.row import Generated
     from gptcli.runs.load import LoadedModel
 
@@ -27,107 +60,6 @@ log = logging.getLogger("gptcli")
 
 _MAX_STDIN_BYTES = 10_000_000  # far above any model's window; a stray `yes |` must not fill memory
 _PROMPT_KEYS = ("prompt", "prompt_file", "prompt_tokens")
-
-
-StdinArgument = Annotated[
-    str | None, typer.Argument(metavar="-", help="'-' reads the prompt from stdin.")
-]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", metavar="CONFIG", help="A YAML whose generate: section is used."),
-]
-PromptOption = Annotated[
-    str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")
-]
-PromptFileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt-file",
-        metavar="FILE",
-        help="Prompts, one a line, or JSON lines with prompt and settings; '-' is stdin.",
-    ),
-]
-PromptTokensOption = Annotated[
-    str | None,
-    typer.Option("--prompt-tokens", metavar="IDS", help="Token ids, as 0,2,1; no start is added."),
-]
-NOption = Annotated[int | None, typer.Option("-n", metavar="N", help="Texts a prompt. [1]")]
-MaxNewTokensOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest text. [200]")
-]
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option("--temperature", metavar="F", help="0 takes the likeliest token. [0.8]"),
-]
-TopKOption = Annotated[
-    int | None, typer.Option("--top-k", metavar="N", help="Only the N likeliest tokens.")
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option("--top-p", metavar="F", help="Only the likeliest, up to this sum. [0.95]"),
-]
-MinPOption = Annotated[
-    float | None,
-    typer.Option("--min-p", metavar="F", help="Only those above F times the likeliest."),
-]
-RepetitionPenaltyOption = Annotated[
-    float | None,
-    typer.Option("--repetition-penalty", metavar="F", help="Above 1: repeat less. [1]"),
-]
-PresencePenaltyOption = Annotated[
-    float | None,
-    typer.Option("--presence-penalty", metavar="F", help="Off the logits of tokens that came."),
-]
-FrequencyPenaltyOption = Annotated[
-    float | None,
-    typer.Option("--frequency-penalty", metavar="F", help="The same, for each time they came."),
-]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End before this text (may be repeated)."),
-]
-BadWordsOption = Annotated[
-    list[str] | None,
-    typer.Option("--bad-words", metavar="TEXT", help="Never this text (may be repeated)."),
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Repeat a generation. [random]")
-]
-JsonOption = Annotated[bool | None, typer.Option("--json", help="One JSON object a line.")]
-LogprobsOption = Annotated[
-    int | None,
-    typer.Option("--logprobs", metavar="K", help="With --json: the K likeliest of each token."),
-]
-StreamOption = Annotated[
-    bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. [stream]")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
-]
-QuantizeOption = Annotated[
-    str | None,
-    typer.Option("--quantize", metavar="int8|fp16|bf16", help="Smaller weights, and faster."),
-]
-SpeculateOption = Annotated[
-    str | None,
-    typer.Option("--speculate", metavar="lookup", help="Guess by what stood there before."),
-]
-NoPromptOption = Annotated[
-    bool | None, typer.Option("--no-prompt", help="Print the continuation only.")
-]
-TruncateOption = Annotated[
-    str | None, typer.Option("--truncate", metavar="left|error", help="A prompt too long. [left]")
-]
-AllowSpecialOption = Annotated[
-    bool | None, typer.Option("--allow-special", help="<|endoftext|> in prompts is a token.")
-]
-RawOption = Annotated[
-    bool | None, typer.Option("--raw", help="Control characters reach the terminal.")
-]
-OutputBytesOption = Annotated[
-    bool | None,
-    typer.Option("--output-bytes", help="Write bytes: of models trained on binary data."),
-]
 
 
 def generate(
@@ -149,6 +81,9 @@ def generate(
     frequency_penalty: FrequencyPenaltyOption = None,
     stop: StopOption = None,
     bad_words: BadWordsOption = None,
+    choices: ChoicesOption = None,
+    regex: RegexOption = None,
+    json_schema: JsonSchemaOption = None,
     seed: SeedOption = None,
     json_lines: JsonOption = None,
     logprobs: LogprobsOption = None,
@@ -173,6 +108,7 @@ def generate(
     flags: dict[str, Any] = dict(locals())  # called as the keys of the section
     del flags["context"], flags["stdin"], flags["config"], flags["devices"]
     flags["prompt_tokens"] = _token_ids(prompt_tokens)
+    flags["choices"] = _choices(choices)
     with starting():
         settings = _settings(config, flags, stdin)
         if devices is not None or from_environment().size > 1:
@@ -205,21 +141,27 @@ def starting() -> Iterator[None]:
 
 
 def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "GenerateConfig":
-    """The YAML's section and the flags as one; a prompt among the flags replaces the YAML's."""
+    """The YAML's section and the flags as one; a prompt among the flags replaces the YAML's, as
+    does a constraint, which is checked."""
     if stdin not in (None, "-"):
         raise ConfigError(
             f"unexpected argument {stdin!r}", "a prompt is given as: --prompt TEXT, or - for stdin"
         )
     given = [key for key in _PROMPT_KEYS if flags[key] is not None] + ["-"] * (stdin == "-")
-    if len(given) > 1:
-        names = " and ".join(k if k == "-" else "--" + k.replace("_", "-") for k in given)
-        raise ConfigError(f"{names} exclude each other; give one prompt")
+    _check_one(given, "prompt")
     from gptcli.cli.section_flags import with_flags
+    from gptcli.config.generate_schema import CONSTRAINTS
     from gptcli.config.load import load_config
+    from gptcli.generation.constraint import read_constraint, without_constraint
+
+    constraints = [key for key in CONSTRAINTS if flags[key] is not None]
+    _check_one(constraints, "constraint")
 
     base = load_config(config).config.generate
     if given:
         base = base.model_copy(update=dict.fromkeys(_PROMPT_KEYS))
+    if constraints:
+        base = without_constraint(base)
     settings = with_flags(base, flags)
     if settings.logprobs and not settings.json_lines:
         raise ConfigError("--logprobs needs --json, which has room for them")
@@ -235,7 +177,13 @@ def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "
             "no prompt given",
             "give one of --prompt TEXT, --prompt-file FILE, --prompt-tokens IDS, - (stdin)",
         )
-    return settings
+    return read_constraint(settings)
+
+
+def _check_one(given: list[str], what: str) -> None:
+    if len(given) > 1:
+        names = " and ".join(k if k == "-" else "--" + k.replace("_", "-") for k in given)
+        raise ConfigError(f"{names} exclude each other; give one {what}")
 
 
 def _check_bytes(settings: "GenerateConfig", flags: dict[str, Any]) -> None:
@@ -367,6 +315,17 @@ def _token_ids(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--prompt-tokens: {text!r} is not a list of ids such as 0,2,1") from None
+
+
+def _choices(text: str | None) -> list[str] | None:
+    """Those of `a,b,c`, or of a JSON list, where a choice has a comma in it."""
+    if text is None:
+        return None
+    with suppress(ValueError, RecursionError):
+        listed = json.loads(text)
+        if isinstance(listed, list) and all(isinstance(choice, str) for choice in listed):
+            return listed
+    return text.split(",")
 
 
 def read_stdin(as_bytes: bool = False) -> str:

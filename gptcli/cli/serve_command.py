@@ -6,7 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gptcli.cli.generate_command import DeviceOption, QuantizeOption, starting
+from gptcli.cli.generate_command import starting
+from gptcli.cli.generate_options import (
+    DeviceOption,
+    QuantizeOption,
+)
 from gptcli.cli.run_flags import ModelOption
 from gptcli.cli.terminal import write_out
 from gptcli.errors import ResourceError

@@ -18,8 +18,16 @@ from gptcli.config.data_schema import (
     as_sources,
 )
 from gptcli.config.finetune_schema import FinetuneConfig
+from gptcli.config.generate_schema import GenerateConfig
 from gptcli.config.model_schema import ModelConfig
-from gptcli.config.section import Fraction, NonNegative, PositiveFloat, PositiveInt, Section
+from gptcli.config.section import (
+    DeviceName,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from gptcli.config.units import parse_bytes, parse_seconds
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
@@ -32,12 +40,6 @@ def _run_name(name: str) -> str:
             "expected at most 100 letters, digits, '.', '_' or '-', starting with a letter,"
             f" digit or '_', got {name[:120]!r}"
         )
-    return name
-
-
-def _device_name(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
-        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, got {name[:60]!r}")
     return name
 
 
@@ -62,7 +64,6 @@ def _auto(description: str) -> Any:
 
 
 RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": _NAME})]
-DeviceName = Annotated[str, AfterValidator(_device_name)]
 
 
 class OptimizerConfig(Section):
@@ -177,49 +178,6 @@ class ReportConfig(Section):
     tensorboard: bool = Field(
         default=False, description="also write the figures of metrics.jsonl for TensorBoard"
     )
-
-
-class GenerateConfig(Section):
-    """The flags of `gpt generate`."""
-
-    model: str | None = None
-    prompt: str | None = None
-    prompt_file: str | None = None
-    prompt_tokens: list[Annotated[int, Field(ge=0)]] | None = None
-    n: Annotated[int, Field(gt=0, le=1_000_000)] = 1  # all are kept until they are told
-    max_new_tokens: PositiveInt = 200
-    temperature: NonNegative = 0.8
-    top_k: PositiveInt | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    min_p: Fraction = 0.0
-    repetition_penalty: PositiveFloat = 1.0
-    presence_penalty: float = Field(default=0.0, description="off the logits of generated tokens")
-    frequency_penalty: float = Field(default=0.0, description="the same, for each time they came")
-    stop: list[str] = Field(default=[])
-    bad_words: list[str] = Field(default=[], description="texts that never come")
-    seed: int | None = None
-    json_lines: bool = Field(default=False, alias="json")
-    logprobs: Annotated[int, Field(ge=0)] = 0
-    stream: bool = True
-    device: DeviceName = "auto"
-    quantize: Literal["int8", "fp16", "bf16"] | None = None
-    speculate: Literal["lookup"] | None = Field(
-        default=None, description="lookup: draft what followed the same words before"
-    )
-    no_prompt: bool = False
-    truncate: Literal["left", "error"] = "left"
-    allow_special: bool = False
-    raw: bool = False
-    output_bytes: bool = Field(
-        default=False, description="write the bytes of the tokens, of models of binary data"
-    )
-
-    @field_validator("stop", "bad_words")
-    @classmethod
-    def _no_empty_text(cls, texts: list[str]) -> list[str]:
-        if "" in texts:
-            raise ValueError("an empty text is part of every text; write at least one character")
-        return texts
 
 
 class ServeConfig(Section):

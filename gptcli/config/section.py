@@ -1,14 +1,23 @@
 """What all sections of the YAML's schema have in common."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, got {name[:60]!r}")
+    return name
+
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+DeviceName = Annotated[str, AfterValidator(_device_name)]
 
 
 @dataclass(frozen=True)

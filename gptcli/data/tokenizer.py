@@ -38,11 +38,13 @@ class Tokenizer:
     between documents; it is None for published tokenizers that have none, as `bos` is where
     documents begin without one. `ends` holds all ids that end a generated text, eot among them.
     `special` tells of more special tokens than `eot`; with `nfc` texts are normalised first.
+    `unknown` is the id that stands for characters without a token, where there is one.
     `source` is what a published folder says of its tokenizer (see `read_source`), for exports only.
     ValueError when `ranks` lack a byte or ids are shared.
     """
 
     nfc: bool = False
+    unknown: int | None = None
 
     def __init__(
         self,
@@ -233,7 +235,7 @@ class LibraryTokenizer(Tokenizer):
         self._set_special(self.KIND, special, highest)
         self._no_text = {special.ids[n] for n in special.ids.keys() - set(special.in_text)}
         unknown = raw["model"].get("unk_token")
-        self._unknown = None if unknown is None else self._library.token_to_id(unknown)
+        self.unknown = None if unknown is None else self._library.token_to_id(unknown)
 
     @property
     def original_json(self) -> bytes:
@@ -252,7 +254,7 @@ class LibraryTokenizer(Tokenizer):
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one token; U+FFFD for the unknown one, none for special and unused ids."""
-        if token == self._unknown:
+        if token == self.unknown:
             return b"\xef\xbf\xbd"
         if token < 0 or token in self._no_text:
             return b""

@@ -263,7 +263,8 @@ class Batch:
     def _admit(self) -> None:
         while self._free and (row := self._waiting()) is not None:
             row.begin(self._free.pop())
-            self._sampler.begin(row.slot, row.sampling, row.prompt_tokens, row.sample)
+            given = row.sampling, row.prompt_tokens, row.sample
+            row.matcher = self._sampler.begin(row.slot, *given)
             self._rows.append(row)
 
     def _renew(self) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 from gptcli import stop
 from gptcli.config.check import check
 from gptcli.config.fields import keys_of
+from gptcli.config.generate_schema import CONSTRAINTS, GenerateConfig
 from gptcli.config.overrides import as_node
-from gptcli.config.schema import GenerateConfig
 from gptcli.config.tree import Origin, Place
 from gptcli.errors import ConfigError, DataError
+from gptcli.generation.constraint import read_constraint, without_constraint
 from gptcli.generation.sampling import Sampling
 
 log = logging.getLogger("gptcli")
 
 # What a row may say; the rest of `GenerateConfig` is about all prompts together.
-_OWN = {"prompt", "prompt_tokens", "n", *(field.name for field in fields(Sampling))}
+_SAMPLING = {field.name for field in fields(Sampling)} - {"constraint"}
+_OWN = {"prompt", "prompt_tokens", "n", *_SAMPLING, *CONSTRAINTS}
 _ROW_NAMES = (".jsonl", ".ndjson")
 _MOST_PROBLEMS = 100
 _MOST_BYTES = 10**9  # a stray `yes |` must not fill memory
@@ -147,7 +149,12 @@ def _settings(
         problems.append(f"{place}: logprobs needs --json, which has room for them")
     given: dict[str, Any] = {"prompt": None, "prompt_tokens": None, "prompt_file": None}
     given |= {key: getattr(own, key) for key in row}
-    return defaults.model_copy(update=given), problems
+    if not set(CONSTRAINTS) & row.keys():
+        return defaults.model_copy(update=given), problems
+    try:
+        return read_constraint(without_constraint(defaults).model_copy(update=given)), problems
+    except ConfigError as error:
+        return defaults, [*problems, *(f"{place}: {problem}" for problem in error.problems)]
 
 
 def _where(place: Place) -> str:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptcli.data.tokenizer import Tokenizer
+from gptcli.generation.grammar import Matcher
 from gptcli.generation.lookup import Lookup
 from gptcli.generation.sampling import Sampling
 from gptcli.generation.text import StopScanner, Utf8Stream
 
-FinishReason = Literal["length", "stop", "eot", "interrupted"]
+FinishReason = Literal["length", "stop", "eot", "interrupted", "failed"]
 OnText = Callable[[int, str], None]
 
 
@@ -19,7 +20,9 @@ class Generated:
     """One continuation of one prompt.
 
     `text` ends before a stop text; `tokens` holds the generated ids that it takes to spell `text`,
-    none of the tokenizer's `ends` among them: finish_reason "eot" stands for whichever it was.
+    none of the tokenizer's `ends` among them: finish_reason "eot" stands for whichever it was. With
+    a constraint it is "stop" where nothing could follow, and "failed" where no token can go on with
+    it, for which `failure` says why; `complete` tells whether `text` fulfils it, None without one.
     `logprobs` has one entry a token, `{"token", "text", "logprob", "top"}`, natural logarithms
     under the model's own distribution; `top` holds [id, text, logprob], likeliest first. Of
     `drafted` tokens that speculation guessed, `accepted` were right.
@@ -34,10 +37,12 @@ class Generated:
     logprobs: list[dict[str, Any]] | None
     drafted: int = 0
     accepted: int = 0
+    complete: bool | None = None
+    failure: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `gpt generate --json` prints; `logprobs` only when asked for, the counts
-        of speculation only where there are any."""
+        of speculation only where there are any, `complete` only with a constraint."""
         row: dict[str, Any] = {
             "prompt": self.prompt,
             "text": self.text,
@@ -50,6 +55,8 @@ class Generated:
             row["logprobs"] = self.logprobs
         if self.drafted:
             row |= {"drafted": self.drafted, "accepted": self.accepted}
+        if self.complete is not None:
+            row["complete"] = self.complete
         return row
 
 
@@ -82,7 +89,8 @@ class Row:
         self.prompt_tokens, self.context = prompt_tokens, list(prompt_tokens)
         self.tokens: list[int] = []
         self.begun, self.unread = False, True
-        self.slot = 0  # of the sampler
+        self.slot = 0  # of the sampler, which moves the matcher on with each token
+        self.matcher: Matcher | None = None
         self.draft: list[int] = []
         self.drafted = self.accepted = 0
         self.finish_reason: FinishReason | None = None
@@ -94,6 +102,7 @@ class Row:
         self._told = 0  # characters of the pieces
         self._decoded = [0]  # characters complete after 0, 1, ... tokens
         self._logprobs: list[dict[str, Any]] = []
+        self._failure: str | None = None
 
     def begin(self, slot: int) -> None:
         """Enter a batch, with `slot` of its sampler."""
@@ -115,7 +124,7 @@ class Row:
     def accept(self, token: int, report: Report | None) -> None:
         """Take the next token; sets `finish_reason` if it is the last. -1: there is none."""
         if token < 0 or token in self._tokenizer.ends:
-            self.finish("stop" if token < 0 else "eot")
+            self.finish("eot" if token >= 0 else self._without_a_token())
             return
         self.tokens.append(token)
         self.context.append(token)
@@ -126,8 +135,10 @@ class Row:
         piece = self._utf8.feed(self._tokenizer.token_bytes(token))
         self._decoded.append(self._decoded[-1] + len(piece))
         self._emit(self._scanner.feed(piece))
-        if self._scanner.stopped:
+        if self._scanner.stopped or (self.matcher is not None and self.matcher.done):
             self.finish("stop")
+        elif self.matcher is not None and self.matcher.problem is not None:
+            self.finish(self._without_a_token())
         elif not self.left:
             self.finish("length")
 
@@ -160,7 +171,24 @@ class Row:
             logprobs=self._logprobs if self.sampling.logprobs else None,
             drafted=self.drafted,
             accepted=self.accepted,
+            complete=self._complete(),
+            failure=self._failure,
         )
+
+    def _without_a_token(self) -> FinishReason:
+        """How a text ends that no token goes on with."""
+        if self.matcher is None or self.matcher.accepting:
+            return "stop"
+        self._failure = self.matcher.stuck()
+        return "failed"
+
+    def _complete(self) -> bool | None:
+        """Whether the text fulfils its constraint."""
+        if self.matcher is None:
+            return None
+        if self._scanner.stopped:
+            return self.matcher.fulfilled_by("".join(self._pieces))
+        return self.matcher.accepting
 
     def _emit(self, piece: str) -> None:
         if piece:

@@ -16,7 +16,9 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.generation import filters
 from gptcli.generation.bad_words import BadWords, Vocabulary
+from gptcli.generation.constraint import Constraint
 from gptcli.generation.draw import invert_cdf, stream, uniforms
+from gptcli.generation.grammar import Matcher, vocabulary_of
 
 _MOST_BATCHES = 256  # whose settings are kept ready: a few KB each
 
@@ -28,9 +30,10 @@ class Sampling:
     `temperature` 0 takes the likeliest token. `repetition_penalty` divides the logits of tokens
     that prompt or continuation have; `presence_penalty` (once) and `frequency_penalty` (each time)
     are taken off the logits of those that the continuation has. A continuation has none of the
-    `bad_words` in it. `logprobs` is the number of alternatives reported for each token. Generation
-    ends at eot or another of the tokenizer's `ends`, at the first of the `stop` texts, or after
-    `max_new_tokens`.
+    `bad_words` in it, and fulfils the `constraint` unless it is cut. `logprobs` is the number of
+    alternatives reported for each token, with the model's own probabilities. Generation ends at eot
+    or another of the tokenizer's `ends`, at the first of the `stop` texts, where a constraint lets
+    nothing follow, or after `max_new_tokens`.
     """
 
     temperature: float = 1.0
@@ -42,6 +45,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
     seed: int = 0
     max_new_tokens: int = 200
     logprobs: int = 0
@@ -81,13 +85,15 @@ class Sampler:
         self._vocabulary: Vocabulary | None = None
         self._bad_words: dict[int, BadWords] = {}  # by slot
         self._pending = [b""] * slots  # see BadWords
+        self._matchers: dict[int, Matcher] = {}  # by slot
         self._rows: dict[bytes, _Rows] = {}  # by the slots of a batch, since the last `begin`
 
     def begin(
         self, slot: int, sampling: Sampling, prompt_tokens: Sequence[int], sample: int
-    ) -> None:
+    ) -> Matcher | None:
         """A new text has the slot: number `sample` of the continuations of `prompt_tokens`.
 
+        Returns how it stands with its constraint, if it has one, after each token that is chosen.
         ValueError for an empty bad word.
         """
         self._settings[slot] = sampling
@@ -107,6 +113,11 @@ class Sampler:
         self._pending[slot] = b""
         if sampling.bad_words:
             self._bad_words[slot] = self._shared_bad_words(sampling.bad_words)
+        self._matchers.pop(slot, None)
+        if sampling.constraint is not None:
+            vocabulary = vocabulary_of(self._tokenizer, self._vocab_size)
+            self._matchers[slot] = vocabulary.matcher(sampling.constraint)
+        return self._matchers.get(slot)
 
     def choose(
         self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
@@ -114,11 +125,11 @@ class Sampler:
         """Token ids (R,) int64; row r of `logits` (R, V) fp32 is for the text in `slots[r]`.
 
         The id becomes token number `positions[r]` of that text (0 is the first after the prompt)
-        and counts from now on for its penalties and bad words. -1 (ids are on the CPU) stands where
-        the bad words leave no token: there the text is over.
+        and counts from now on for its penalties, bad words and constraint. -1 (ids are on the CPU)
+        stands where these leave no token: there the text is over.
         """
         rows = self._rows_in(slots)
-        logits, dead = self._without_bad_words(self._penalised(logits, rows), rows)
+        logits, dead = self._without_banned(self._penalised(logits, rows), rows)
         ids = torch.from_numpy(_pick(logits, rows, uniforms(self._streams[slots], positions)))
         if dead:
             ids[dead] = -1
@@ -159,16 +170,21 @@ class Sampler:
             logits = logits.index_put(at, values)
         return logits
 
-    def _without_bad_words(self, logits: Tensor, rows: "_Rows") -> tuple[Tensor, list[int]]:
-        """Logits, -inf for what would complete a bad word; the rows in which nothing is left."""
+    def _without_banned(self, logits: Tensor, rows: "_Rows") -> tuple[Tensor, list[int]]:
+        """Logits, -inf for what would complete a bad word and for what a constraint does not allow;
+        the rows in which nothing is left."""
         dead: list[int] = []
-        if not rows.banning:
+        if not rows.banning and not rows.constrained:
             return logits, dead
         logits = logits.clone()
+        for row in rows.constrained:
+            banned = torch.from_numpy(self._matchers[int(rows.slots[row])].banned)
+            logits[row].masked_fill_(banned.to(self._device), -math.inf)
         for row in rows.banning:
             slot = int(rows.slots[row])
-            banned = self._bad_words[slot].banned(self._pending[slot])
-            logits[row, banned.to(self._device)] = -math.inf
+            ids = self._bad_words[slot].banned(self._pending[slot])
+            logits[row, ids.to(self._device)] = -math.inf
+        for row in {*rows.constrained, *rows.banning}:
             if float(logits[row].amax()) == -math.inf:
                 logits[row] = 0.0  # anything that can be drawn from
                 dead.append(row)
@@ -186,6 +202,8 @@ class Sampler:
             slot = int(rows.slots[row])
             words = self._bad_words[slot]
             self._pending[slot] = words.advance(self._pending[slot], int(ids[row]))
+        for row in rows.constrained:
+            self._matchers[int(rows.slots[row])].advance(int(ids[row]))
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,7 @@ class _Rows:
     presence: Tensor  # (Q,)
     frequency: Tensor  # (Q,)
     banning: list[int]  # rows with bad words
+    constrained: list[int]  # rows with a constraint
     drawn: Tensor  # (D,) rows that are not greedy
     temperature: Tensor  # (D, 1)
     top_k: NDArray[np.int64]  # (D,) V for all
@@ -238,6 +257,7 @@ def _rows_of(
         presence=column([s.presence_penalty for s in counting]),
         frequency=column([s.frequency_penalty for s in counting]),
         banning=[i for i, s in enumerate(settings) if s.bad_words],
+        constrained=[i for i, s in enumerate(settings) if s.constraint is not None],
         drawn=rows([s.temperature > 0.0 for s in settings]),
         temperature=column([s.temperature for s in drawn])[:, None],
         top_k=np.array(top_k, dtype=np.int64),

@@ -14,7 +14,8 @@ _REASONS: dict[FinishReason, str] = {
     "length": "length",
     "stop": "stop",
     "eot": "stop",
-    "interrupted": "length",  # OpenAI has no word for it; `interrupted` stands beside it
+    "interrupted": "length",  # OpenAI has no word for these two; theirs stands beside it
+    "failed": "length",
 }
 
 
@@ -132,5 +133,5 @@ _OPEN: dict[str, Any] = {"logprobs": None, "finish_reason": None}
 def _ended(reason: FinishReason | None) -> dict[str, Any]:
     if reason is None:
         return {"finish_reason": None}
-    cut = {"interrupted": True} if reason == "interrupted" else {}
+    cut: dict[str, Any] = {reason: True} if reason in ("interrupted", "failed") else {}
     return {"finish_reason": _REASONS[reason], **cut}
