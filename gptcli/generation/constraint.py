@@ -6,6 +6,7 @@ Its language is that of llguidance, which refuses what it cannot keep and never 
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,9 +49,11 @@ class Constraint:
     @classmethod
     def regex(cls, pattern: str, where: str = "regex") -> "Constraint":
         """A text that `pattern` matches from its beginning to its end, in the syntax of Rust's
-        crate regex: close to Python's, without look-around and references back. ConfigError."""
+        crate regex: close to Python's, without look-around and references back, and with the digits
+        0 to 9 alone as \\d. ConfigError."""
         if not pattern:
             raise ConfigError(f"{where}: an empty pattern matches nothing but the empty text")
+        _json(pattern, where)
         return _checked(cls("regex", pattern), where)
 
     @classmethod
@@ -75,7 +78,7 @@ class Constraint:
         if self.kind == "json_schema":
             return f"{_ALL_TOKENS}start: %json {_json(_with_white_space(json.loads(self.text)))}"
         pattern = self.text if self.kind == "regex" else "|".join(map(_literal, self.texts))
-        return f"{_ALL_TOKENS}start: /{library().regex_to_lark(pattern)}/"
+        return f"{_ALL_TOKENS}start: /{library().regex_to_lark(pattern, 'd')}/"
 
     @property
     def texts(self) -> list[str]:
@@ -138,9 +141,12 @@ def first_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     text = told[0] if told else (lines or ["refused by llguidance"])[0]
-    for marker in ("failed to compile JSON schema: ", '" (in regex): '):
-        text = text.rpartition(marker)[2]
-    return text[:300]
+    text = re.sub(
+        r'^at \d+\(\d+\): (failed to compile JSON schema: |invalid regex ".*" \(in regex\): )?',
+        "",
+        text,
+    )
+    return text.replace("Unimplemented keys:", "keywords that cannot be kept:")[:300]
 
 
 def _file_text(path: str) -> str:
@@ -183,7 +189,7 @@ def _problem(constraint: Constraint) -> str:
     check = library().LLMatcher.validate_grammar_with_warnings
     try:
         failed, messages = check(constraint.grammar, None, limits=limits())
-    except (ValueError, UnicodeError) as error:  # half a character
+    except ValueError as error:
         return first_line(str(error))
     return first_line("\n".join(messages)) if failed else ""
 

@@ -18,6 +18,7 @@ from gptcli.errors import ConfigError
 from gptcli.generation.constraint import Constraint, first_line, library, limits
 
 _MOST_KEPT = 64  # grammars of a tokenizer that are ready; large ones take megabytes
+_NOTHING_FITS = "none of the model's tokens goes on with it"
 _NEVER_IN_UTF8 = b"\xff"  # as a token's first byte it marks one that is no text
 
 
@@ -127,13 +128,18 @@ class _Grammar:
         if not state.is_error():
             state.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if state.is_error():
-            return nothing, False, False, f"too complex to go on: {first_line(state.get_error())}"
+            told = first_line(state.get_error())
+            known = told.startswith("NoExtension")
+            return (
+                nothing,
+                False,
+                False,
+                _NOTHING_FITS if known else f"too complex to go on: {told}",
+            )
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")
         banned = bits[:size] == 0
         going_on, accepting = not banned.all(), bool(bits[size])
-        problem = None
-        if not going_on and not accepting:
-            problem = "none of the model's tokens goes on with it"
+        problem = None if going_on or accepting else _NOTHING_FITS
         if accepting and len(self.vocabulary.ends):
             banned[self.vocabulary.ends] = False
         return banned, accepting, accepting and not going_on, problem

@@ -19,6 +19,13 @@ FITTING: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(["temperature", "top_p", "min_p"], st.one_of(st.floats(0, 1), st.floats(0))),
     **dict.fromkeys(["repetition_penalty", "presence_penalty", "frequency_penalty"], st.floats()),
     **dict.fromkeys(["stop", "bad_words"], st.lists(st.one_of(TEXTS, st.text("0123")), max_size=3)),
+    "choices": st.lists(TEXTS, max_size=3),
+    "regex": st.one_of(TEXTS, st.text("ab(|)[]*+?{2,}.^$", max_size=12)),
+    "json_schema": st.one_of(
+        TREES,
+        st.sampled_from(["text.txt", "nope.json", ".", "/dev/null", '{"type": "null"}', "{}"]),
+        st.fixed_dictionaries({"type": st.sampled_from(["string", "array", "object", "number"])}),
+    ),
     "prompt": TEXTS,
     "prompt_file": st.sampled_from(["text.txt", "nope.txt", ".", "/dev/null", "fuzzed.yaml"]),
     "prompt_tokens": st.lists(st.one_of(st.integers(0, 256), st.integers(0)), max_size=5),
