@@ -19,7 +19,6 @@ from gptcli.generation.constraint import Constraint, first_line, library, limits
 
 _MOST_KEPT = 64  # grammars of a tokenizer that are ready; large ones take megabytes
 _NOTHING_FITS = "none of the model's tokens goes on with it"
-_NEVER_IN_UTF8 = b"\xff"  # as a token's first byte it marks one that is no text
 
 
 class Matcher:
@@ -162,8 +161,7 @@ class _Wrapper:
 def _spelled(tokenizer: Tokenizer, token: int) -> bytes:
     if token in tokenizer.ends or token == tokenizer.unknown:
         return b""
-    text = tokenizer.token_bytes(token)
-    return b"" if text.startswith(_NEVER_IN_UTF8) else text
+    return tokenizer.token_bytes(token)
 
 
 def _is_spelled(text: bytes, tokens: set[bytes], longest: int) -> bool:

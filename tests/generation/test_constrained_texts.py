@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Callable[[], Constraint], Callable[[str], Any]]] = {
     "choices": (lambda: Constraint.choices(WORDS), WORDS.__contains__),
     "date": (
         lambda: Constraint.regex(r"\d{4}-[01]\d\n?"),
-        lambda text: re.fullmatch(r"\d{4}-[01]\d\n?", text),
+        lambda text: re.fullmatch(r"[0-9]{4}-[01][0-9]\n?", text),
     ),
     "words": (lambda: Constraint.regex(LINES), lambda text: re.fullmatch(LINES, text)),
     "person": (lambda: Constraint.json_schema(PERSON), is_person),
@@ -397,7 +397,7 @@ def test_what_cannot_be_spelled_is_told_before() -> None:
 
 def test_tokens_that_are_no_text(tmp_path: Path) -> None:
     """Guards: the unknown token, which shows as U+FFFD, and special ones, whose names are text, as
-    ways to spell either; a byte that marks special tokens in the library taken for text."""
+    ways to spell either; bytes that UTF-8 never has taken for text."""
     tokenizer = published(characters(), tmp_path)
     names = Constraint.regex("(<unk>|</s>|<s>|\ufffd|.)")
     banned = vocabulary_of(tokenizer, tokenizer.vocab_size).matcher(names).banned
