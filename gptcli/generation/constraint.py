@@ -21,7 +21,12 @@ MOST_CHARACTERS = 2**18
 # Levels of a schema that its references may lead through, one below the other. llguidance descends
 # by recursion: at about 1,500 the stack of 8 MiB ends, and with it the process.
 _MOST_LEVELS = 1000
-_MOST_PARTS = 5_000  # objects and lists of a schema: compiling takes half a second then
+_MOST_PARTS = 5_000  # objects, lists and required names of a schema: half a second to compile
+_MOST_PATTERNS = 50  # of a schema; it compares those of property names in pairs: 600 take a minute
+_MOST_JOINED = 10  # patterns that must hold together: time doubles with each, 20 take minutes
+_REFERRING = ("$ref", "$dynamicRef", "anyOf", "oneOf", "allOf")  # joined with what is beside them
+_LABELS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id"}
+_LABELS |= {"$comment", "$defs", "definitions", "discriminator", "x-guidance"}
 _MOST_STATES = 50_000  # of its lexer, 1 to 2 KB each
 # Masks must allow every token that fits, not only those that the tokenizer itself would choose.
 _ALL_TOKENS = '%llguidance {"no_forcing": true}\n'
@@ -226,24 +231,45 @@ def _with_white_space(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _check_size(schema: Any, where: str) -> None:
     """ConfigError for a schema that would take the library's stack or seconds."""
-    parts, deepest, references = 0, 0, set[str]()
+    parts = patterns = formats = deepest = 0
+    references, joined = set[str](), False
     waiting = [(schema, 1)]
     while waiting:
         part, level = waiting.pop()
         parts, deepest = parts + 1, max(deepest, level)
         if isinstance(part, dict):
             references |= {str(part[key]) for key in ("$ref", "$dynamicRef") if key in part}
+            patterns += _count(part.get("patternProperties")) + ("pattern" in part)
+            formats += "format" in part  # patterns, but none that are compared in pairs
+            parts += _count(part.get("required"))
+            joined = joined or _joins(part)
         inner = part.values() if isinstance(part, dict) else part
         waiting += [(value, level + 1) for value in inner if isinstance(value, dict | list)]
-    if parts > _MOST_PARTS:
-        raise ConfigError(
-            f"{where}: {parts:,} objects and lists; at most {_MOST_PARTS:,} are taken"
-        )
+    most_patterns = _MOST_JOINED if joined else _MOST_PATTERNS
+    patterns += formats if joined else 0
+    for what, count, most in (
+        ("parts", parts, _MOST_PARTS),
+        ("patterns and formats", patterns, most_patterns),
+    ):
+        if count > most:
+            told = " where some hold together (allOf)" if most == _MOST_JOINED else ""
+            raise ConfigError(f"{where}: {count:,} {what}; at most {most:,} are taken{told}")
     if deepest * (1 + len(references)) > _MOST_LEVELS and references:
         raise ConfigError(
             f"{where}: {len(references)} references in a schema of {deepest} levels may lead"
             f" through more than {_MOST_LEVELS:,}; write some out where they are used"
         )
+
+
+def _joins(part: dict[str, Any]) -> bool:
+    """Whether several schemas must hold together there."""
+    beside = part.keys() - _LABELS
+    several = any(key in part for key in _REFERRING) and len(beside) > 1
+    return several or _count(part.get("allOf")) > 1
+
+
+def _count(value: Any) -> int:
+    return len(value) if isinstance(value, dict | list) else 0
 
 
 def _literal(text: str) -> str:

@@ -77,6 +77,15 @@ def chain(count: int, link: str = "prefixItems") -> dict[str, Any]:
         ("json_schema", {"$ref": "file:///etc/passwd"}, "does not fetch"),
         ("json_schema", {"x-guidance": 3}, "invalid type"),
         ("json_schema", {"properties": {f"p{i}": {} for i in range(9000)}}, "at most 5,000"),
+        ("json_schema", {"required": [f"p{i}" for i in range(20_000)]}, "at most 5,000"),
+        ("json_schema", {"patternProperties": {f"^a{i}x": {} for i in range(600)}}, "at most 50"),
+        ("json_schema", {"allOf": [{"pattern": f".*{i}.*a"} for i in range(20)]}, "at most 10"),
+        (
+            "json_schema",
+            {"$ref": "#/$defs/a", "type": "string", "$defs": {"a": {"pattern": "a"}}}
+            | {"properties": {f"p{i}": {"pattern": f"{i}.*a"} for i in range(20)}},
+            "at most 10",
+        ),
         ("json_schema", chain(2000), "at most 5,000|more than 1,000"),
         ("json_schema", chain(400), "401 references in a schema of 5 levels"),
     ],
@@ -93,6 +102,18 @@ def test_what_cannot_be_kept_is_refused(kind: str, given: Any, told: str) -> Non
     assert time.monotonic() - began < 2
     with pytest.raises(ConfigError, match=r"^response_format: "):
         getattr(Constraint, kind)(given, "response_format")
+
+
+def test_patterns_that_hold_alone_may_be_many() -> None:
+    """Guards: the bound of patterns that hold together, which few need, on those that do not."""
+    names = {f"p{i}": {"pattern": f"^a{i}", "title": "x"} for i in range(40)}
+    dates = {f"d{i}": {"allOf": [{"format": "date"}], "title": "x"} for i in range(99)}
+    whole = {"properties": {**names, **dates}}
+    Constraint.json_schema({"$ref": "#/$defs/a", "title": "x", "$defs": {"a": whole}})
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="determine"):
+        Constraint.json_schema({"allOf": [{"pattern": f".*a{i}.*b{i}"} for i in range(10)]})
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("link", ["prefixItems", "allOf", "anyOf"])
