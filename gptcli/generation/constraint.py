@@ -27,7 +27,7 @@ _MOST_JOINED = 10  # patterns that must hold together: time doubles with each, 2
 _REFERRING = ("$ref", "$dynamicRef", "anyOf", "oneOf", "allOf")  # joined with what is beside them
 _LABELS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id"}
 _LABELS |= {"$comment", "$defs", "definitions", "discriminator", "x-guidance"}
-_MOST_STATES = 50_000  # of its lexer, 1 to 2 KB each
+_MOST_STATES = 50_000  # of its lexer: 300 MB at worst
 # Masks must allow every token that fits, not only those that the tokenizer itself would choose.
 _ALL_TOKENS = '%llguidance {"no_forcing": true}\n'
 # JSON may be written in one line or indented, but not with white space for ever.
@@ -38,10 +38,15 @@ Kind = Literal["choices", "regex", "json_schema"]
 
 @dataclass(frozen=True)
 class Constraint:
-    """Made by the functions below. `text` is a JSON list of choices, a pattern or a JSON schema."""
+    """Made by the functions below. `text` is a JSON list of choices, a pattern or a JSON schema.
+
+    Texts share the states of the library's lexer, about 6 KB each. Where they come to need more
+    than `most_states`, they end as "failed".
+    """
 
     kind: Kind
     text: str
+    most_states: int = _MOST_STATES
 
     @classmethod
     def choices(cls, texts: Sequence[str], where: str = "choices") -> "Constraint":
@@ -135,10 +140,10 @@ def library() -> Any:
         ) from error
 
 
-@lru_cache(maxsize=1)
-def limits() -> Any:
+@lru_cache
+def limits(most_states: int) -> Any:
     """How much a grammar may take to compile and to follow; the rest as the library has it."""
-    return library().LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
+    return library().LLParserLimits(max_lexer_states=most_states, verbose_errors=False)
 
 
 def first_line(message: str) -> str:
@@ -193,7 +198,7 @@ def _problem(constraint: Constraint) -> str:
     check: Callable[..., tuple[bool, list[str]]]
     check = library().LLMatcher.validate_grammar_with_warnings
     try:
-        failed, messages = check(constraint.grammar, None, limits=limits())
+        failed, messages = check(constraint.grammar, None, limits=limits(constraint.most_states))
     except ValueError as error:
         return first_line(str(error))
     return first_line("\n".join(messages)) if failed else ""

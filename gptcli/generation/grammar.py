@@ -17,7 +17,7 @@ from gptcli.data.tokenizer import Tokenizer
 from gptcli.errors import ConfigError
 from gptcli.generation.constraint import Constraint, first_line, library, limits
 
-_MOST_KEPT = 64  # grammars of a tokenizer that are ready; large ones take megabytes
+_MOST_KEPT = 16  # grammars of a tokenizer that are ready; hard ones take megabytes
 _NOTHING_FITS = "none of the model's tokens goes on with it"
 
 
@@ -68,7 +68,9 @@ class Vocabulary:
 
     def matcher(self, constraint: Constraint) -> Matcher:
         """For a new text. Where it cannot even begin, `problem` says so."""
-        grammar = self._grammars.pop(constraint, None) or _Grammar(self, constraint)
+        grammar = self._grammars.pop(constraint, None)
+        if grammar is None or grammar.spent:
+            grammar = _Grammar(self, constraint)
         self._grammars[constraint] = grammar
         if len(self._grammars) > _MOST_KEPT:
             self._grammars.popitem(last=False)
@@ -115,9 +117,13 @@ class _Grammar:
 
     def __init__(self, vocabulary: Vocabulary, constraint: Constraint) -> None:
         self.vocabulary, self.ends = vocabulary, frozenset(vocabulary.ends.tolist())
+        self.spent = False  # its texts share a lexer, which grew too large
         self._mask = np.zeros((vocabulary.size + 1 + 31) // 32, dtype=np.int32)
         self.start = library().LLMatcher(
-            vocabulary.library, constraint.grammar, log_level=0, limits=limits()
+            vocabulary.library,
+            constraint.grammar,
+            log_level=0,
+            limits=limits(constraint.most_states),
         )
         self.banned, self.accepting, self.done, self.problem = self.standing(self.start)
 
@@ -128,13 +134,10 @@ class _Grammar:
             state.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if state.is_error():
             told = first_line(state.get_error())
-            known = told.startswith("NoExtension")
-            return (
-                nothing,
-                False,
-                False,
-                _NOTHING_FITS if known else f"too complex to go on: {told}",
-            )
+            if told.startswith("NoExtension"):
+                return nothing, False, False, _NOTHING_FITS
+            self.spent = True
+            return nothing, False, False, f"too complex to go on: {told}"
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")
         banned = bits[:size] == 0
         going_on, accepting = not banned.all(), bool(bits[size])

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from gptcli.serve.answers import Answer
 from gptcli.serve.asked import Served, asked, check_model, parse
+from gptcli.serve.constrained import takes_time
 from gptcli.serve.guard import Door
 from gptcli.serve.refusals import RefusedError
 from gptcli.serve.responses import JobResponse
@@ -42,7 +43,7 @@ def build_app(served: Served, worker: Worker, door: Door, max_body_bytes: int) -
     async def decoded(request: Request, chat: bool) -> Response:
         with _counted(request, door) as large:
             data = await _body(request, max_body_bytes)
-            if large:
+            if large or takes_time(data):
                 found = await asyncio.to_thread(lambda: asked(parse(data), chat, served))
             else:
                 found = asked(parse(data), chat, served)

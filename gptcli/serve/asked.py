@@ -14,10 +14,12 @@ from gptcli.config.section import Fraction, NonNegative, PositiveFloat, Positive
 from gptcli.data.chat_template import ChatTemplate
 from gptcli.data.messages import Message
 from gptcli.errors import GptError
+from gptcli.generation.constraint import Constraint
 from gptcli.generation.engine import Request
 from gptcli.generation.prompt import encode_prompt
 from gptcli.generation.sampling import Sampling
 from gptcli.runs.load import LoadedModel
+from gptcli.serve.constrained import asked_constraint
 from gptcli.serve.refusals import RefusedError, wrong
 
 MOST_STOPS, MOST_STOP_LENGTH = 16, 256  # each is looked for in every piece of text
@@ -26,7 +28,7 @@ _COMPLETION_TOKENS = 16  # as OpenAI has it, where a completion does not say
 # Fields of OpenAI's that ask for what is not here, with the values by which they ask for nothing;
 # null, an empty list or object, and false do in all of them.
 _UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "completion": {"logit_bias": (), "suffix": ("",), "response_format": ({"type": "text"},)},
+    "completion": {"logit_bias": (), "suffix": ("",)},
     "chat": {
         "audio": (),
         "function_call": ("none", "auto"),
@@ -36,7 +38,6 @@ _UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "parallel_tool_calls": (True,),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (),
         "tool_choice": ("none", "auto"),
@@ -102,6 +103,9 @@ class _Common(Section):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    response_format: Any = None
+    choices: list[str] | None = None
+    regex: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -154,8 +158,9 @@ def asked(body: dict[str, Any], chat: bool, served: Served) -> Asked:
         prompts = [_prompt(served.loaded, one) for one in given]
     seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
     logprobs = _logprobs(fields)
+    held = asked_constraint(fields.response_format, fields.choices, fields.regex, served.loaded)
     requests = [
-        Request(text, ids, _sampling(fields, seed, logprobs, _room(served, fields, ids)), n)
+        Request(text, ids, _sampling(fields, seed, logprobs, held, _room(served, fields, ids)), n)
         for text, ids in prompts
     ]
     options = fields.stream_options
@@ -196,7 +201,13 @@ def _checked(body: dict[str, Any], kind: Literal["completion", "chat"]) -> _Comp
         raise wrong(param, message[:1].lower() + message[1:]) from None
 
 
-def _sampling(fields: _Common, seed: int, logprobs: int | None, max_new_tokens: int) -> Sampling:
+def _sampling(
+    fields: _Common,
+    seed: int,
+    logprobs: int | None,
+    held: Constraint | None,
+    max_new_tokens: int,
+) -> Sampling:
     return Sampling(
         temperature=_or(fields.temperature, 1.0),
         top_k=fields.top_k if fields.top_k is not None and fields.top_k > 0 else None,
@@ -206,6 +217,7 @@ def _sampling(fields: _Common, seed: int, logprobs: int | None, max_new_tokens: 
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
         stop=_stops(fields.stop),
+        constraint=held,
         seed=seed,
         max_new_tokens=max_new_tokens,
         logprobs=0 if logprobs is None else max(1, logprobs),

@@ -161,6 +161,26 @@ def test_catastrophic_patterns_are_bounded(pattern: str) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_text_that_takes_all_states_spoils_no_later_one() -> None:
+    """Guards: a lexer that grew too large, which all later texts of the constraint are given."""
+    from dataclasses import replace
+
+    from gptcli.generation.grammar import vocabulary_of
+
+    vocabulary = vocabulary_of(Tokenizer.of_bytes(), 257)
+    hard = replace(Constraint.regex("((a|b)*a(a|b){100}x?)*"), most_states=300)
+    rng = np.random.default_rng(1)
+    lengths = []
+    for _ in range(2):
+        matcher = vocabulary.matcher(hard)
+        lengths.append(0)
+        while matcher.problem is None:
+            matcher.advance(int(rng.choice([97, 98])))
+            lengths[-1] += 1
+        assert matcher.problem.startswith("too complex to go on: ")
+    assert min(lengths) > 20
+
+
 def test_equal_constraints_are_one() -> None:
     """Guards: a grammar compiled again for each text of a batch, for which it is looked up."""
     one, other = (Constraint.choices(["a", "b", "a"]) for _ in range(2))

@@ -84,7 +84,27 @@ def test_a_field_at_fault_is_named(server: Server, asked: dict[str, Any], param:
         ),
         ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, "messages[0].name"),
         ({"tools": [{}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"if": {}}},
+                }
+            },
+            "response_format",
+        ),
+        ({"choices": []}, "choices"),
+        ({"choices": [3]}, "choices.0"),
+        ({"regex": "("}, "regex"),
+        ({"regex": "a", "choices": ["a"]}, "regex"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
