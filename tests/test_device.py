@@ -1,6 +1,7 @@
 """Device, memory and processors: what this process may use."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from gptcli.device import (
     Device,
     allowed_cpus,
+    computed_aside,
     faster_precision,
     free_memory_bytes,
     is_out_of_memory,
@@ -98,3 +100,28 @@ def test_bf16_must_win_clearly() -> None:
     """Bug: two fresh runs choose differently because two figures are nearly the same."""
     assert faster_precision({"fp32": 1.0, "bf16": 0.9}) == "fp32"
     assert faster_precision({"fp32": 1.0, "bf16": 0.5}) == "bf16"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_threads_of_work_done_aside_end_with_it() -> None:
+    """Guards: a server whose OpenMP threads, more than processors, sleep after each operation."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def work() -> int:
+        torch.set_num_threads(3)
+        torch.ones(2**22).exp_()
+        return threads()
+
+    before, chosen = threads(), torch.get_num_threads()
+    try:
+        assert computed_aside(work) == before + 3
+    finally:
+        torch.set_num_threads(chosen)
+    end = time.monotonic() + 5.0  # they end behind the thread that they belong to
+    while threads() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threads() == before
+    with pytest.raises(ZeroDivisionError):
+        computed_aside(lambda: 1 // 0)

@@ -91,11 +91,13 @@ def serve(
                 "whoever reaches %s may use the model: no token is set (GPT_SERVE_TOKEN)",
                 server.address_of(bound),
             )
-        from gptcli.device import resolve_device
+        from gptcli.device import computed_aside, resolve_device
         from gptcli.runs.load import load_model
 
         device_here = resolve_device(settings.device).torch
-        loaded = load_model(settings.model, device_here, quantize=settings.quantize)
+        loaded = computed_aside(
+            lambda: load_model(settings.model, device_here, quantize=settings.quantize)
+        )
 
     def ready() -> None:
         log.info("serving %s; Ctrl-C ends it", loaded.path)

@@ -18,6 +18,7 @@ from gptcli import stop
 from gptcli.config.schema import ServeConfig
 from gptcli.config.units import parse_bytes
 from gptcli.data.chat_template import ChatTemplate
+from gptcli.device import computed_aside
 from gptcli.errors import ConfigError, ResourceError
 from gptcli.runs.load import LoadedModel
 from gptcli.serve.app import build_app
@@ -98,7 +99,7 @@ async def _serve(
     def tell(jobs: Iterable[Job]) -> None:
         loop.call_soon_threadsafe(_call_all, [job.on_change for job in jobs])
 
-    worker = Worker(loaded, config.max_queue, config.max_tokens, tell)
+    worker = computed_aside(lambda: Worker(loaded, config.max_queue, config.max_tokens, tell))
     door = Door()
     served = Served(loaded, loaded.name, _template(loaded), config.max_tokens, config.max_n)
     app = build_app(served, worker, door, parse_bytes(config.max_body))
