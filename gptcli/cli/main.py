@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from gptcli import __version__, stop
-from gptcli.cli import signals
+from gptcli.cli import completion, signals
 from gptcli.cli.display import Display
 from gptcli.cli.invocation import Invocation, invocation
 from gptcli.cli.terminal import (
@@ -53,6 +53,7 @@ _COMMANDS = {
     "export": ("export_command", "export_model"),
     "import": ("import_command", "import_model"),
     "doctor": ("doctor_command", "doctor"),
+    "completion": ("completion_command", "completion"),
 }
 _GROUPS = {
     "runs": ("runs_command", "runs_app"),
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             prepare_streams()
             end_with_launcher()
             call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
+            if completion.VARIABLE in os.environ:
+                return _complete(call.arguments)
             code = _command(call.arguments).main(
                 call.arguments, prog_name="gpt", standalone_mode=False, obj=call
             )
@@ -165,6 +168,15 @@ def _command(arguments: list[str]) -> Any:
         command.params.extend(shared)
         pending.extend(getattr(command, "commands", {}).values())
     return group
+
+
+def _complete(arguments: list[str]) -> int:
+    """Print what can end the command line that a shell's completion gives."""
+    names = [*_COMMANDS, *_GROUPS]
+    shell, line = os.environ[completion.VARIABLE], " ".join(arguments)
+    found = completion.candidates(line, shell, names, _command)
+    write_out("".join(f"{word}\n" for word in found))
+    return 0
 
 
 def _decodable(arguments: list[str]) -> list[str]:
