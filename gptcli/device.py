@@ -11,6 +11,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ def _product_seconds(dtype: torch.dtype, give_up: float) -> float:
 
 def autocast(device: Device, precision: str) -> torch.autocast:
     """Mixed precision for forward passes: matrix products in `precision`, weights in fp32."""
+    # RMSNorm's weights in fp32 are meant: torch then computes it in fp32, and says so once.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     dtype = DTYPES[precision]
     enabled = dtype != torch.float32
     return torch.autocast(device.kind, dtype if enabled else torch.bfloat16, enabled=enabled)

@@ -1,5 +1,6 @@
 """`gpt config`: the shipped configs, and what a config resolves to."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,9 @@ def copy_config(
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
         raise ConfigError(f"{target}: exists already", "name another DEST") from None
+    except FileNotFoundError:
+        folder = shlex.quote(str(target.parent))
+        raise ConfigError(f"{target}: no such folder", f"mkdir -p {folder}") from None
     except OSError as error:
         raise ConfigError(f"{target}: cannot write it: {error.strerror}") from None
     write_out(f"{target}\n")

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -140,14 +141,15 @@ def starting() -> Iterator[None]:
         gc.enable()
 
 
-def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "GenerateConfig":
+def _settings(
+    config: str | None, flags: dict[str, Any], stdin: list[str] | None
+) -> "GenerateConfig":
     """The YAML's section and the flags as one; a prompt among the flags replaces the YAML's, as
     does a constraint, which is checked."""
-    if stdin not in (None, "-"):
-        raise ConfigError(
-            f"unexpected argument {stdin!r}", "a prompt is given as: --prompt TEXT, or - for stdin"
-        )
-    given = [key for key in _PROMPT_KEYS if flags[key] is not None] + ["-"] * (stdin == "-")
+    if stdin not in (None, [], ["-"]):
+        text = shlex.quote(" ".join(stdin or []))
+        raise ConfigError(f"unexpected argument {text}", f"gpt generate --prompt {text}")
+    given = [key for key in _PROMPT_KEYS if flags[key] is not None] + ["-"] * bool(stdin)
     _check_one(given, "prompt")
     from gptcli.cli.section_flags import with_flags
     from gptcli.config.generate_schema import CONSTRAINTS
@@ -167,7 +169,7 @@ def _settings(config: str | None, flags: dict[str, Any], stdin: str | None) -> "
         raise ConfigError("--logprobs needs --json, which has room for them")
     if settings.output_bytes:
         _check_bytes(settings, flags)
-    if stdin == "-":
+    if stdin:
         prompt = read_stdin(settings.output_bytes)
         settings = settings.model_copy(update={"prompt": prompt})
     if settings.prompt_file == "-":

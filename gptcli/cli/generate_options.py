@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 StdinArgument = Annotated[
-    str | None, typer.Argument(metavar="-", help="'-' reads the prompt from stdin.")
+    list[str] | None, typer.Argument(metavar="-", help="'-' reads the prompt from stdin.")
 ]
 ConfigOption = Annotated[
     str | None,

@@ -8,6 +8,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ _EXHAUSTED = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
 )
+
+_UNPARSED = re.compile(r"Input should be a valid (?:number|integer), unable to parse .*")
 
 # Each command's function in its module, or group of commands; in the order of `gpt --help`.
 _COMMANDS = {
@@ -222,8 +225,8 @@ def _translated(error: BaseException) -> GptError | None:
     if hasattr(error, "format_message"):
         message = error.format_message().rstrip(".")
         context = getattr(error, "ctx", None)
-        hint = f"{context.command_path} --help" if context else "gpt --help"
-        return ConfigError(message[:1].lower() + message[1:], hint)
+        message = _UNPARSED.sub("expected a number", message)
+        return ConfigError(message[:1].lower() + message[1:], _usage_hint(message, context))
     if isinstance(error, OSError) and error.errno in _EXHAUSTED:
         where = f"{error.filename}: " if error.filename else ""
         return ResourceError(f"{where}{error.strerror}")
@@ -233,6 +236,20 @@ def _translated(error: BaseException) -> GptError | None:
             "a smaller training.micro_batch_size, model.block_size or model needs less",
         )
     return None
+
+
+def _usage_hint(message: str, context: Any) -> str:
+    """A command that helps: of an option that is a key of the config, how that is set."""
+    if context is None:
+        return "gpt --help"
+    unknown = re.match(r"No such option:? '?--([\w-]+)", message)
+    if unknown and any("--set" in param.opts for param in context.command.params):
+        from gptcli.config.suggest import key_of_option
+
+        key = key_of_option(unknown[1])
+        if key is not None:
+            return f"it is a key of the config: --set {key}=VALUE"
+    return f"{context.command_path} --help"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,9 @@
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from gptcli.config.check import LIMITS
 from gptcli.config.section import Section
 from gptcli.errors import ConfigError
 
@@ -21,14 +23,18 @@ def with_flags(section: S, flags: dict[str, Any]) -> S:
     try:
         return type(section).model_validate({**section.model_dump(), **given})
     except ValidationError as error:
-        raise ConfigError(
-            [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
-        ) from None
+        raise ConfigError([_problem(e) for e in error.errors(include_url=False)]) from None
 
 
-def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    key = str(location[0])
+def _problem(error: ErrorDetails) -> str:
+    key, kind, message = str(error["loc"][0]), error["type"], error["msg"]
     flag = _FLAGS.get(key, "--" + key.replace("_", "-"))
     if kind == "value_error":  # the schema's own words, which say all there is to say
         return f"{flag}: {message.removeprefix('Value error, ')}"
+    value, about = error["input"], error.get("ctx", {})
+    if kind in LIMITS:
+        name, words = LIMITS[kind]
+        return f"{flag}: {words} {about[name]}, got {value}"
+    if kind == "literal_error":
+        return f"{flag}: expected {about['expected']}, got {value!r}"
     return f"{flag}: {message[:1].lower()}{message[1:]}, not {value!r}"

@@ -16,8 +16,8 @@ from gptcli.config.scalars import Scalar, Unreadable, fit, shown
 from gptcli.config.schema import Config
 from gptcli.config.tree import Entry, Node, Place, Problem
 
-# pydantic's error -> the limit's name in its context, and our words.
-_LIMITS = {
+# pydantic's error -> the limit's name in its context, and our words. For flags too.
+LIMITS = {
     "greater_than": ("gt", "must be above"),
     "greater_than_equal": ("ge", "must be at least"),
     "less_than": ("lt", "must be below"),
@@ -218,8 +218,8 @@ def _message(errors: list[ErrorDetails], want: Wanted, node: Node) -> str:
             return error["input"].problem
     for error in errors:
         kind, value = error["type"], error["input"]
-        if kind in _LIMITS:
-            name, words = _LIMITS[kind]
+        if kind in LIMITS:
+            name, words = LIMITS[kind]
             got = len(value) if isinstance(value, list) else _written(node, value)
             limit = error["ctx"][name]
             return f"{words} {f'{limit:g}' if isinstance(limit, float) else limit}, got {got}"

@@ -131,6 +131,18 @@ _OTHER_VALUES = {
     "false": "off",
     "no": "off",
 }
+# Sections and keys that pretraining and finetuning read, which take --set.
+_TRAINED = (
+    "training",
+    "optimizer",
+    "schedule",
+    "model",
+    "data",
+    "tokenizer",
+    "finetune",
+    "seed",
+    "name",
+)
 _LONGEST = 64  # difflib takes quadratic time; no key is longer
 
 
@@ -168,6 +180,18 @@ def for_key(key: str, section: str, keys: Iterable[str]) -> Suggestion:
     if near := difflib.get_close_matches(plain, keys, n=1, cutoff=0.6):
         return Suggestion(f"; did you mean '{near[0]}'?")
     return Suggestion(f"; its keys: {', '.join(keys)}" if len(keys) <= 20 else "")
+
+
+def key_of_option(name: str) -> str | None:
+    """The key that a command's unknown option `--name` has as its own, as `training.max_steps`."""
+    plain = _plain(name)
+    homes = [f"{section}.{plain}" for section in _homes(plain) if section in all_sections()]
+    targets = homes or _TARGETS.get(plain, []) or ([plain] if plain in keys_of(Config) else [])
+    near = next((t for t in targets if t.partition(".")[0] in _TRAINED), None)
+    keys = [f"{s}.{k}" for s in _TRAINED if s in all_sections() for k in keys_of(all_sections()[s])]
+    names = {key.partition(".")[2]: key for key in reversed(keys)}
+    found = difflib.get_close_matches(plain[:_LONGEST], names, n=1, cutoff=0.85)
+    return near or (names[found[0]] if found else None)
 
 
 def for_value(value: str, choices: Iterable[str]) -> str | None:

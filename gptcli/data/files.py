@@ -162,12 +162,18 @@ def damaged_hint(file: SourceFile, more: str = "") -> str:
     return "\n".join([*lines, "download or copy it again, or leave it out of data.train"])
 
 
+def text_field_hint(file: SourceFile) -> str:
+    """What to do where rows have their text in another field."""
+    return f"name the text's field: add --set data.train[{file.number}].text_field=FIELD"
+
+
 def _look_hint(problem: str) -> str | None:
     """A command that shows what is there instead; None for what is not of this machine."""
     path = Path(os.path.expanduser(problem.partition(": ")[0]))
     if "://" in problem or problem.startswith("hub:"):
         return None
-    folder = next(p for p in path.absolute().parents if p.is_dir() and not glob.has_magic(str(p)))
+    places = [path.absolute(), *path.absolute().parents]
+    folder = next(p for p in places if os.path.isdir(p) and not glob.has_magic(str(p)))
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     return f"what is there: ls {shlex.quote(shown)}"
 

@@ -12,7 +12,7 @@ from gptcli import stop
 from gptcli.data.builtin import builtin_rows
 from gptcli.data.cleaned import cleaned
 from gptcli.data.cleaning import CleaningReport
-from gptcli.data.files import SourceFile
+from gptcli.data.files import SourceFile, text_field_hint
 from gptcli.data.lines import LineDocument, json_rows, line_documents
 from gptcli.data.opening import open_utf8
 from gptcli.data.pretokenised import read_tokens
@@ -310,8 +310,7 @@ def _row_text(shard: Shard, number: int, row: dict[str, Any], problems: Problems
     problem = problem or _not_text(value, name, row)
     if problem is None:
         return str(value)
-    hint = "set text_field of the source to the text's field"
-    bad_row(problem, shard.file, number, problems, hint)
+    bad_row(problem, shard.file, number, problems, text_field_hint(shard.file))
     return None
 
 

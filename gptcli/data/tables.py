@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptcli import stop
-from gptcli.data.files import SourceFile, damaged_hint
+from gptcli.data.files import SourceFile, damaged_hint, text_field_hint
 from gptcli.data.lines import skip_line, too_long
 from gptcli.data.opening import open_stored, open_utf8
 from gptcli.data.shards import (
@@ -278,7 +278,7 @@ def _needed(schema: pa.Schema, shard: Shard) -> list[str] | None:
     if shard.fields is not None:
         return None
     name = shard.file.source.text_field
-    path, hint = shard.file.path, "set text_field of the source to the text's field"
+    path, hint = shard.file.path, text_field_hint(shard.file)
     steps = [name] if name in schema.names else name.split(".")
     fields, kind = {field.name: field.type for field in schema}, None
     for i, step in enumerate(steps):

@@ -64,7 +64,7 @@ def locate(reference: str | None, *, allow_pickle: bool = False) -> ModelPlace:
     raise CheckpointError(
         f"{path} is not a run or a checkpoint (no {MANIFEST}), nor a Hugging Face folder"
         f" (no {HF_CONFIG})",
-        hint=_pickle_hint(path) if pickled else whole_hint(path),
+        hint=_pickle_hint(path) if pickled else whole_hint(path) or "gpt runs list",
     )
 
 

@@ -134,7 +134,7 @@ def test_commands(talk: Talk, run_dir: Path, tmp_path: Path):
         ("/undo", 2, "nothing was asked yet"),
         ("/retry", 2, "nothing was asked yet"),
         ("/seed x", 2, "/seed: 'x' is no number"),
-        ("/temperature -1", 2, "/temperature: input should be greater than or equal to 0"),
+        ("/temperature -1", 2, "/temperature: must be at least 0"),
         ("/temperature nan", 2, "/temperature: input should be a finite number"),
         ("/save", 2, "/save needs the name of a file\nhint: as: /save talk.jsonl"),
         ("/save x", 2, "nothing was said yet"),

@@ -26,7 +26,7 @@ FLAGS = dict.fromkeys(GenerateConfig.model_fields)
         (["--prompt-tokens", "-1"], "--prompt-tokens: "),
         (["--prompt-file", "f"], "--prompt and --prompt-file exclude each other"),
         (["--logprobs", "2"], "--logprobs needs --json"),
-        (["word"], "unexpected argument 'word'"),
+        (["word"], "unexpected argument word"),
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
 )
@@ -82,7 +82,7 @@ def stdin(monkeypatch):
 def test_prompt_from_stdin(stdin):
     """`echo` ends its line; a prompt with that newline continues on another line."""
     stdin(b"Once upon\na time\n")
-    assert _settings(None, FLAGS, "-").prompt == "Once upon\na time"
+    assert _settings(None, FLAGS, ["-"]).prompt == "Once upon\na time"
 
 
 def test_prompts_from_stdin(tmp_path):
@@ -92,7 +92,7 @@ def test_prompts_from_stdin(tmp_path):
 
 def test_stdin_that_is_no_utf8(stdin, capsys):
     stdin(b"caf\xe9\n")
-    assert _settings(None, FLAGS, "-").prompt == "caf\ufffd"
+    assert _settings(None, FLAGS, ["-"]).prompt == "caf\ufffd"
     assert "warning: stdin is not valid UTF-8" in capsys.readouterr().err
 
 

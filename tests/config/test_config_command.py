@@ -93,7 +93,7 @@ def test_copy_overwrites_nothing(
     assert mine.read_text() == "seed: 3\n"
     run("copy", name, "other.yaml")
     assert (tmp_path / "other.yaml").exists()
-    with pytest.raises(ConfigError, match="cannot write it"):
+    with pytest.raises(ConfigError, match="no such folder"):
         run("copy", name, "no/such/folder/x.yaml")
 
 
