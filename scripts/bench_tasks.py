@@ -3,7 +3,7 @@
 
     python scripts/bench_tasks.py --case sentiment-en sentiment_en.jsonl runs/en
     python scripts/bench_tasks.py --case sentiment-zh sentiment_zh.jsonl runs/zh \\
-        --set finetune.method=head --write README.md
+        --set finetune.method=head --write docs/finetune.md
 
 A case is a recipe, its rows as JSON lines, and the model to start from; it may be given more than
 once. The protocol is fixed: rows whose text came before are dropped; of the rest every tenth (index

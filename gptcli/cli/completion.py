@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-VARIABLE = "GPT_COMPLETE"
 SCRIPTS = {
     "bash": """_gpt_completion() {
     local IFS=$'\\n'

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from gptcli import __version__, stop
-from gptcli.cli import completion, signals
+from gptcli.cli import signals
 from gptcli.cli.display import Display
 from gptcli.cli.invocation import Invocation, invocation
 from gptcli.cli.terminal import (
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
             prepare_streams()
             end_with_launcher()
             call.arguments = _decodable(sys.argv[1:] if argv is None else argv)
-            if completion.VARIABLE in os.environ:
-                return _complete(call.arguments)
+            if "GPT_COMPLETE" in os.environ:
+                return _complete(call.arguments, os.environ["GPT_COMPLETE"])
             code = _command(call.arguments).main(
                 call.arguments, prog_name="gpt", standalone_mode=False, obj=call
             )
@@ -173,11 +173,11 @@ def _command(arguments: list[str]) -> Any:
     return group
 
 
-def _complete(arguments: list[str]) -> int:
+def _complete(arguments: list[str], shell: str) -> int:
     """Print what can end the command line that a shell's completion gives."""
-    names = [*_COMMANDS, *_GROUPS]
-    shell, line = os.environ[completion.VARIABLE], " ".join(arguments)
-    found = completion.candidates(line, shell, names, _command)
+    from gptcli.cli.completion import candidates
+
+    found = candidates(" ".join(arguments), shell, [*_COMMANDS, *_GROUPS], _command)
     write_out("".join(f"{word}\n" for word in found))
     return 0
 
