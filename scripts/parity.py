@@ -2,7 +2,7 @@
 """Every preset beside its twin in transformers, as a Markdown table: parameters, difference.
 
     python scripts/parity.py                            # print, seconds: every preset made small
-    python scripts/parity.py --full --write docs/models.md   # minutes, 4 GB: full size where it fits
+    python scripts/parity.py --full --write docs/models.md  # minutes, 4 GB: full size if it fits
 
 Both get the same random weights (norms and biases too, logits of standard deviation about 1) and
 read the same random tokens, in fp32 on the CPU. The twin is made of the config and the tensors

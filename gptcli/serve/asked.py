@@ -53,13 +53,14 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 @dataclass(frozen=True)
 class Served:
     """The model that is served, and what one request may ask of it. Without a `template` that
-    works, no chats."""
+    works, no chats; their answers end before one of `answer_stops`."""
 
     loaded: LoadedModel
     name: str
     template: ChatTemplate | None
     max_tokens: int
     max_n: int
+    answer_stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,14 @@ def asked(body: dict[str, Any], chat: bool, served: Served) -> Asked:
     seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
     logprobs = _logprobs(fields)
     held = asked_constraint(fields.response_format, fields.choices, fields.regex, served.loaded)
+    stops = (*_stops(fields.stop), *(served.answer_stops if chat else ()))
     requests = [
-        Request(text, ids, _sampling(fields, seed, logprobs, held, _room(served, fields, ids)), n)
+        Request(
+            text,
+            ids,
+            _sampling(fields, seed, logprobs, held, stops, _room(served, fields, ids)),
+            n,
+        )
         for text, ids in prompts
     ]
     options = fields.stream_options
@@ -206,6 +213,7 @@ def _sampling(
     seed: int,
     logprobs: int | None,
     held: Constraint | None,
+    stops: tuple[str, ...],
     max_new_tokens: int,
 ) -> Sampling:
     return Sampling(
@@ -216,7 +224,7 @@ def _sampling(
         repetition_penalty=_or(fields.repetition_penalty, 1.0),
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        stop=_stops(fields.stop),
+        stop=stops,
         constraint=held,
         seed=seed,
         max_new_tokens=max_new_tokens,

@@ -101,7 +101,9 @@ async def _serve(
 
     worker = computed_aside(lambda: Worker(loaded, config.max_queue, config.max_tokens, tell))
     door = Door()
-    served = Served(loaded, loaded.name, _template(loaded), config.max_tokens, config.max_n)
+    template = _template(loaded)
+    ends = template.answer_end().texts if template else ()
+    served = Served(loaded, loaded.name, template, config.max_tokens, config.max_n, ends)
     app = build_app(served, worker, door, parse_bytes(config.max_body))
     server = _server(app, Guard(app, door, token, is_loopback(bound)))
     worker.start()
