@@ -79,9 +79,10 @@ def chat(
     raw: RawOption = None,
     save: SaveOption = None,
 ) -> int:
-    """Talk with a model: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+    """Talk with a model.
 
-    From a pipe each line is a message, and stdout gets the answers alone.
+    /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. From a pipe each line is a
+    message, and stdout gets the answers alone.
     """
     flags: dict[str, Any] = dict(locals())  # called as the keys of the section
     for name in ("config", "system", "template", "save"):

@@ -34,10 +34,11 @@ def compare_runs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report.")] = False,
 ) -> int:
-    """Compare models on the same documents: a paired test, their settings and what they cost.
+    """Compare models on the same documents, by a paired test.
 
-    Bits per byte compare models of different tokenizers too. Several models are ranked, and each
-    is tested against the best, with intervals that allow for the choice of the best.
+    Their settings and what they cost are shown too. Bits per byte compare models of different
+    tokenizers too. Several models are ranked, and each is tested against the best, with intervals
+    that allow for the choice of the best.
     """
     if len(models) < 2:
         raise ConfigError(

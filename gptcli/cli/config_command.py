@@ -19,7 +19,7 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 @config_app.command("list")
 def list_configs() -> int:
-    """List the shipped configs, each with the first line of its comment."""
+    """List the shipped configs, each with what it is for."""
     names = shipped_names()
     if not names:
         write_error("no configs are shipped with this installation")
@@ -30,7 +30,10 @@ def list_configs() -> int:
 
 @config_app.command("presets")
 def list_presets() -> int:
-    """List the model presets (--set model.preset=NAME) with their sizes."""
+    """List the model presets with their sizes.
+
+    --set model.preset=NAME takes one.
+    """
     from gptcli.config.model_schema import ModelConfig
     from gptcli.config.presets import PRESETS
 
@@ -44,7 +47,10 @@ def list_presets() -> int:
 
 @config_app.command("show")
 def show_config(config: ConfigArgument, overrides: SetOption = None) -> int:
-    """Print the whole resolved config as YAML: every key, defaults and preset filled in."""
+    """Print the whole resolved config as YAML.
+
+    Every key is there, defaults and preset filled in.
+    """
     from gptcli.config.load import dump_config, load_config
 
     write_out(dump_config(load_config(config, overrides or []).config, loadable=True))

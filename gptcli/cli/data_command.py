@@ -58,7 +58,7 @@ def check(
         typer.Option("--max-bytes", metavar="SIZE", help="Read only the beginning, as 100MB."),
     ] = None,
 ) -> int:
-    """Read the training text and report what it holds and what is wrong with it.
+    """Say what the training text holds and what is wrong with it.
 
     Sizes, scripts, duplicates, overlap with the validation text, damaged characters, personal data;
     each finding says what to do. Of personal data only counts and places are shown.
@@ -93,7 +93,7 @@ def show(
     overrides: SetOption = None,
     rows: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many rows.")] = 4,
     step: Annotated[
-        int, typer.Option("--step", metavar="K", min=0, help="Of this optimizer step, from 0.")
+        int, typer.Option("--step", metavar="K", min=0, help="Those of this step, from 0.")
     ] = 0,
     model: Annotated[
         str | None,
@@ -109,7 +109,9 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> int:
-    """Show rows of a batch as the model sees them: tokens, separators, positions, loss mask."""
+    """Show rows of a batch as the model sees them.
+
+    Tokens, separators, positions, loss mask."""
     start = [f"init={model}"] if model is not None else []  # so init's rules hold for --model too
     loaded = load_run_config("data show", config, [*(overrides or []), *start], None)
     check_page(html)

@@ -14,7 +14,7 @@ _ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
 def doctor() -> int:
-    """Show versions, devices, memory and disk, and which tokenizers are at hand."""
+    """Show versions, devices, memory, disk, tokenizers at hand."""
     rows = [
         ["gptcli", __version__],
         ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],

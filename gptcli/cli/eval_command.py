@@ -136,9 +136,10 @@ def evaluate(
     devices: DevicesOption = None,
     nodes: NodesOption = None,
 ) -> int:
-    """Score a model: loss, perplexity, bits per byte, accuracy; with --task what it answers, with
-    --lm-eval tasks of the lm-evaluation-harness, with --memorization what it knows by heart, with
-    --pairs which of two sentences it finds likelier.
+    """Score a model: loss, perplexity, bits per byte, accuracy.
+
+    With --task what it answers, with --lm-eval tasks of the lm-evaluation-harness, with
+    --memorization what it knows by heart, with --pairs which of two sentences it finds likelier.
 
     Without --data the model's own held-out part is scored. Reports, and with --task all
     predictions, go below the model's run directory; bits per byte compare across tokenizers.

@@ -82,14 +82,14 @@ def explain(
     html: HtmlOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> int:
-    """Show how much each token of a text surprises a model, in bits, and what it held likelier.
+    """Show how much each token of a text surprises a model.
 
-    A terminal gets the text in colours and the most surprising tokens, a pipe or file a line a
-    token. A surprise of n bits is a probability of 2^-n; together they are the loss of gpt eval.
-    With --token: the bits that the token's probability loses without each token before it. With
-    --layer: the tokens that get the most attention. A text longer than the model's block_size is
-    read in windows of that many tokens, each of which begins with nothing before it, as gpt eval
-    does.
+    In bits, and with what it held likelier. A terminal gets the text in colours and the most
+    surprising tokens, a pipe or file a line a token. A surprise of n bits is a probability of 2^-n;
+    together they are the loss of gpt eval. With --token: the bits that the token's probability
+    loses without each token before it. With --layer: the tokens that get the most attention. A text
+    longer than the model's block_size is read in windows of that many tokens, each of which begins
+    with nothing before it, as gpt eval does.
     """
     if head is not None and layer is None:
         raise ConfigError("--head needs --layer", "as: --layer 0 --head 0")

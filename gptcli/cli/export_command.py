@@ -41,11 +41,12 @@ def export_model(
         typer.Option("--merge", help="An adapter and its base as one model that needs neither."),
     ] = False,
 ) -> int:
-    """Write a model so that transformers (hf) or llama.cpp (gguf) runs it, with no code of ours.
+    """Write a model for transformers (hf) or llama.cpp (gguf).
 
-    hf writes weights, config, tokenizer and a model card into a new folder. --quantize int8 writes
-    a checkpoint that gpt generate and gpt eval load faster. Adapters are merged into their base,
-    but for --to peft; --merge alone writes that as a checkpoint. The path is printed.
+    They run it with no code of ours. hf writes weights, config, tokenizer and a model card into a
+    new folder. --quantize int8 writes a checkpoint that gpt generate and gpt eval load faster.
+    Adapters are merged into their base, but for --to peft; --merge alone writes that as a
+    checkpoint. The path is printed.
     """
     from gptcli.export import export
 

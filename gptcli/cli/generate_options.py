@@ -26,9 +26,9 @@ PromptTokensOption = Annotated[
     str | None,
     typer.Option("--prompt-tokens", metavar="IDS", help="Token ids, as 0,2,1; no start is added."),
 ]
-NOption = Annotated[int | None, typer.Option("-n", metavar="N", help="Texts a prompt. [1]")]
+NOption = Annotated[int | None, typer.Option("-n", metavar="N", help="Texts for each prompt. [1]")]
 MaxNewTokensOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest text. [200]")
+    int | None, typer.Option("--max-new-tokens", metavar="N", help="Most new tokens. [200]")
 ]
 TemperatureOption = Annotated[
     float | None,
@@ -43,7 +43,7 @@ TopPOption = Annotated[
 ]
 MinPOption = Annotated[
     float | None,
-    typer.Option("--min-p", metavar="F", help="Only those above F times the likeliest."),
+    typer.Option("--min-p", metavar="F", help="Only tokens above F times the likeliest."),
 ]
 RepetitionPenaltyOption = Annotated[
     float | None,
@@ -55,7 +55,7 @@ PresencePenaltyOption = Annotated[
 ]
 FrequencyPenaltyOption = Annotated[
     float | None,
-    typer.Option("--frequency-penalty", metavar="F", help="The same, for each time they came."),
+    typer.Option("--frequency-penalty", metavar="F", help="Off them for each time they came."),
 ]
 StopOption = Annotated[
     list[str] | None,
@@ -92,7 +92,7 @@ DeviceOption = Annotated[
 ]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option("--quantize", metavar="int8|fp16|bf16", help="Smaller weights, and faster."),
+    typer.Option("--quantize", metavar="int8|fp16|bf16", help="Smaller weights, often faster."),
 ]
 SpeculateOption = Annotated[
     str | None,
@@ -102,7 +102,8 @@ NoPromptOption = Annotated[
     bool | None, typer.Option("--no-prompt", help="Print the continuation only.")
 ]
 TruncateOption = Annotated[
-    str | None, typer.Option("--truncate", metavar="left|error", help="A prompt too long. [left]")
+    str | None,
+    typer.Option("--truncate", metavar="left|error", help="Of a prompt too long. [left]"),
 ]
 AllowSpecialOption = Annotated[
     bool | None, typer.Option("--allow-special", help="<|endoftext|> in prompts is a token.")

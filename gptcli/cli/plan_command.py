@@ -35,25 +35,25 @@ def plan(
     ] = None,
     vocab: Annotated[
         int | None,
-        typer.Option("--vocab", metavar="N", min=1, help="Tokens, instead of the tokenizer's."),
+        typer.Option("--vocab", metavar="N", min=1, help="Vocabulary size."),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option("--price-per-hour", metavar="F", min=0.0, help="Of the machine: adds a cost."),
+        typer.Option("--price-per-hour", metavar="F", min=0.0, help="Say also what it costs."),
     ] = None,
     max_time: MaxTimeOption = None,
     run_dir: RunDirOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     devices: Annotated[
         int | None,
-        typer.Option("--devices", metavar="N", min=1, help="On N GPUs that are not here."),
+        typer.Option("--devices", metavar="N", min=1, help="Plan for N GPUs that are not here."),
     ] = None,
     device_kind: Annotated[
         str | None,
-        typer.Option("--device-kind", metavar="KIND", help="Of this kind, as h100."),
+        typer.Option("--device-kind", metavar="KIND", help="Kind of those GPUs, as h100."),
     ] = None,
 ) -> int:
-    """Say what a run will take, before it: parameters, memory, disk, time, cost.
+    """Say beforehand what a run takes: memory, disk, time, cost.
 
     With --devices and --device-kind on many GPUs: sharding, memory of each, exchange, time. Exit
     code 6 when it does not fit, with what to change.

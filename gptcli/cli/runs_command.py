@@ -35,9 +35,10 @@ runs_app = typer.Typer(
 
 @runs_app.command("list")
 def list_runs() -> int:
-    """List the runs under runs/ (GPT_RUNS chooses another directory), the oldest first.
+    """List the runs, the oldest first.
 
-    A run that says it is running but that no process works in was killed.
+    Those under runs/; GPT_RUNS chooses another directory. A run that says it is running but that no
+    process works in was killed.
     """
     from gptcli.reports.runs_table import RIGHT, runs_rows
     from gptcli.runs import listing
@@ -52,7 +53,7 @@ def list_runs() -> int:
 
 @runs_app.command("show")
 def show_run(run: RunArgument = None) -> int:
-    """Show one run: how it was made, how far it is and how fast, its scores and its loss."""
+    """Show one run: how far it is and how fast, its scores and loss."""
     from gptcli.reports.runs_table import run_facts
     from gptcli.reports.terminal_plot import loss_plot
     from gptcli.runs.listing import summarise
@@ -93,7 +94,7 @@ def tail_run(
         int, typer.Option("-n", min=0, metavar="N", help="Begin with this many lines.")
     ] = 10,
 ) -> int:
-    """Follow the log of a run that another process trains, until the run ends.
+    """Follow the log of a run that another process trains.
 
     A run that is stopped or killed meanwhile is waited for half a minute, and followed on where it
     is resumed. Ctrl-C ends the following, not the run.
@@ -120,7 +121,7 @@ def stop_run(
         ),
     ] = True,
 ) -> int:
-    """Ask the process that trains a run to save and stop, and wait for that.
+    """Ask the process that trains a run to save and stop.
 
     The process must be one of this machine. Ctrl-C ends the waiting; the run stops all the same.
     """
@@ -145,7 +146,7 @@ def prune_runs(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
 ) -> int:
-    """List what of the runs can be removed, and how much disk that frees; with --yes remove it.
+    """List what can be removed, and what that frees; --yes does it.
 
     That is: runs that --overwrite moved aside, runs that failed before their first logged step, and
     checkpoints but for a run's best, its last and the last before the decay. A run that is in use
@@ -180,8 +181,10 @@ def verify_runs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a finding.")] = False,
 ) -> int:
-    """Check that nothing of a run is lost or damaged: every file of its checkpoints by its hash,
-    every model by loading it, the log by its steps. Changes nothing; exit code 4 if something is.
+    """Check that nothing of a run is lost or damaged.
+
+    Every file of its checkpoints by its hash, every model by loading it, the log by its steps.
+    Changes nothing; exit code 4 if something is.
     """
     from gptcli.runs.run_dir import json_bytes
     from gptcli.verify import Finding, mending, verify_run

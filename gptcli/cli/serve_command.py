@@ -50,11 +50,11 @@ MaxNOption = Annotated[
     int | None, typer.Option("--max-n", metavar="N", help="Texts of one request. [16]")
 ]
 MaxBodyOption = Annotated[
-    str | None, typer.Option("--max-body", metavar="SIZE", help="Of a request's JSON. [1MB]")
+    str | None, typer.Option("--max-body", metavar="SIZE", help="Most bytes of a request. [1MB]")
 ]
 GraceOption = Annotated[
     float | None,
-    typer.Option("--grace", metavar="SECONDS", help="For texts to finish at a stop. [10]"),
+    typer.Option("--grace", metavar="SECONDS", help="To let texts finish at a stop. [10]"),
 ]
 
 
@@ -72,10 +72,10 @@ def serve(
     device: DeviceOption = None,
     quantize: QuantizeOption = None,
 ) -> int:
-    """Answer OpenAI's clients: completions and chats, many at a time, and a page to try prompts.
+    """Answer OpenAI's clients, and a page to try prompts.
 
-    The address is printed on stdout when clients may come. Ctrl-C and SIGTERM let texts finish;
-    a second one ends them as they are.
+    Completions and chats, many at a time. The address is printed on stdout when clients may come.
+    Ctrl-C and SIGTERM let texts finish; a second one ends them as they are.
     """
     flags: dict[str, Any] = dict(locals())  # called as the keys of the section
     del flags["config"], flags["token"]

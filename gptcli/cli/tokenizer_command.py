@@ -45,9 +45,9 @@ def train(
     ] = "100MB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Learn a byte-level BPE from whole documents and save it in tiktoken's format.
+    """Learn a byte-level BPE and save it in tiktoken's format.
 
-    Use it with --set tokenizer.kind=file --set tokenizer.path=DIR.
+    From whole documents. Use it with --set tokenizer.kind=file --set tokenizer.path=DIR.
     """
     from gptcli.config.data_schema import SourceConfig
     from gptcli.config.units import parse_bytes
@@ -89,7 +89,7 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Compare tokenizers on a text: vocabulary, tokens, bytes and characters per token."""
+    """Compare tokenizers on a text: vocabulary, tokens, their length."""
     if text is not None and file is not None:
         raise ConfigError("--text and --file exclude each other; give one text")
     from gptcli.compare_tokenizers import compare_tokenizers, read_text

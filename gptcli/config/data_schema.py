@@ -11,7 +11,10 @@ from gptcli.config.units import parse_bytes
 class TokenizerConfig(Section):
     """Which tokenizer; `bpe` is trained on the training documents."""
 
-    kind: Literal["bpe", "bytes", "tiktoken", "file"] = "bpe"
+    kind: Literal["bpe", "bytes", "tiktoken", "file"] = Field(
+        default="bpe",
+        description="bpe: of data.train; bytes: a token each; tiktoken: by name; file: by path",
+    )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
         default=2048, description="bpe: with the eot token"
     )
@@ -22,7 +25,9 @@ class TokenizerConfig(Section):
     train_bytes: str = Field(
         default="100MB", description="bpe: at most this much text to learn from"
     )
-    name: Literal["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"] = "gpt2"
+    name: Literal["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"] = Field(
+        default="gpt2", description="tiktoken: which published encoding"
+    )
     path: str | None = Field(
         default=None,
         description="file: a saved tokenizer directory, a .tiktoken or a tokenizer.json",
@@ -90,7 +95,7 @@ class FiltersConfig(Section):
 class SourceConfig(Section):
     """One corpus: `path` is a file, glob, directory, `hub:NAME` or `builtin:NAME`."""
 
-    path: str
+    path: str = Field(description="a file, glob, directory, hub:NAME or builtin:NAME")
     text_field: str = Field(default="text", description="may be dotted: article.body")
     split: str | None = Field(default=None, description="hub: train, validation, ...")
     weight: PositiveFloat | None = Field(
@@ -99,12 +104,20 @@ class SourceConfig(Section):
     limit: PositiveInt | None = Field(
         default=None, description="at most this many documents, the first ones"
     )
-    document: Literal["file", "line", "paragraph"] = "file"
+    document: Literal["file", "line", "paragraph"] = Field(
+        default="file", description="of plain text files, what one document is"
+    )
     encoding: str = Field(
         default="utf-8", description="or binary: bytes as they are, for tokenizer.kind bytes"
     )
-    on_bad_text: Literal["replace", "error"] = "replace"
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_text: Literal["replace", "error"] = Field(
+        default="replace",
+        description="bytes that are no text: replaced by U+FFFD, or an error that names the place",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="rows that cannot be read: an error with the line, or left out and counted",
+    )
     filters: FiltersConfig = FiltersConfig()
 
 
@@ -123,7 +136,9 @@ class CanariesConfig(Section):
         description="a canary's text, a document of its own; {secret} becomes a random number",
     )
     digits: Annotated[int, Field(ge=2, le=18)] = Field(default=9, description="of a secret")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="of the secrets, which are the same for the same seed"
+    )
 
     @model_validator(mode="after")
     def _can_be_made(self) -> "CanariesConfig":
@@ -152,11 +167,21 @@ class DataConfig(Section):
     """Where text comes from and how it is held out and shuffled."""
 
     train: list[SourceConfig] = Field(
-        default_factory=lambda: [SourceConfig(path="builtin:web-bible")]
+        default_factory=lambda: [SourceConfig(path="builtin:web-bible")],
+        description="corpora to train on: a source, or a list of them",
     )
-    val: list[SourceConfig] | None = None
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
-    shuffle_window: Annotated[int, Field(ge=0)] = 10000
+    val: list[SourceConfig] | None = Field(
+        default=None,
+        description="corpora to validate on; null: val_fraction of the training documents",
+    )
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.02,
+        description="share of the training documents held out for validation, where val is null",
+    )
+    shuffle_window: Annotated[int, Field(ge=0)] = Field(
+        default=10000,
+        description="documents among which the next is drawn at random; 0: in their order",
+    )
     packing: Literal["concat", "best_fit"] = Field(
         default="concat",
         description="concat: documents one after the other; best_fit: whole ones, rows padded",

@@ -45,11 +45,17 @@ CONTINUED_TASKS: tuple[Task, ...] = ("continuation", "cloze", "last_word")
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021): W x + (alpha / rank) B A x, of which A and B learn."""
 
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rank: PositiveInt = Field(default=8, description="columns of A and B: the adapters' size")
+    alpha: PositiveFloat = Field(
+        default=16.0, description="strength: an adapter's output is multiplied by alpha / rank"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="share of an adapter's inputs that are zeroed in training"
+    )
     layers: list[Literal["attn.qkv", "attn.proj", "mlp.up", "mlp.proj"]] = Field(
-        default=["attn.qkv", "attn.proj", "mlp.up", "mlp.proj"], min_length=1
+        default=["attn.qkv", "attn.proj", "mlp.up", "mlp.proj"],
+        min_length=1,
+        description="matrices of each block that get adapters",
     )
     quantize: Literal["int8"] | None = Field(
         default=None, description="the frozen matrices of the blocks in a quarter of the memory"
@@ -59,7 +65,9 @@ class LoraConfig(Section):
 class FinetuneConfig(Section):
     """Supervised finetuning: what the rows are, what of the model learns, how it is scored."""
 
-    task: Task = "completion"
+    task: Task = Field(
+        default="completion", description="what the rows are, and with it their fields and scores"
+    )
     fields: dict[str, str] = Field(
         default={}, description="names in the rows: {prompt: question, response: answer}"
     )
@@ -67,7 +75,10 @@ class FinetuneConfig(Section):
         default=None,
         description="Jinja, from the row's fields to the prompt, or the name of a shipped template",
     )
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: Literal["response", "all"] = Field(
+        default="response",
+        description="tokens that are learned: those of the answers, or the prompts too",
+    )
     packing: bool = Field(default=True, description="several examples in a row of block_size")
     too_long: Literal["truncate", "skip"] = Field(
         default="truncate", description="what becomes of rows whose prompt does not fit the block"
@@ -76,7 +87,9 @@ class FinetuneConfig(Section):
         default="full", description="what learns: all weights, adapters, or the task head alone"
     )
     lora: LoraConfig = LoraConfig()
-    freeze_embeddings: bool = False
+    freeze_embeddings: bool = Field(
+        default=False, description="token and position embeddings do not learn"
+    )
     freeze_layers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="blocks, counted from the embeddings, that do not learn"
     )
@@ -91,9 +104,17 @@ class FinetuneConfig(Section):
     pair_order: Literal["one", "both"] = Field(
         default="one", description="both: a head reads two texts in either order, for similarity"
     )
-    class_weights: Literal["none", "balanced"] = "none"
-    max_train_rows_per_label: PositiveInt | None = None
-    dpo_beta: PositiveFloat = 0.1
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none",
+        description="balanced: rare labels count as much as frequent ones, with a head",
+    )
+    max_train_rows_per_label: PositiveInt | None = Field(
+        default=None, description="train on at most so many rows of each label; null: on all"
+    )
+    dpo_beta: PositiveFloat = Field(
+        default=0.1,
+        description="preference: how strongly the model is held to the one it started from",
+    )
     patience: PositiveInt | None = Field(
         default=None, description="evaluations without a better task score that end the run"
     )
@@ -112,7 +133,9 @@ class FinetuneConfig(Section):
     reference: str | None = Field(
         default=None, description="a text on which perplexity is taken before and after"
     )
-    reference_tokens: PositiveInt = 20_000
+    reference_tokens: PositiveInt = Field(
+        default=20_000, description="tokens of reference that are scored"
+    )
 
     @property
     def names(self) -> dict[str, str]:

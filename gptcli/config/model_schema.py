@@ -28,17 +28,33 @@ class RopeScaling(Section):
     Grattafiori et al. 2024. All as transformers computes them.
     """
 
-    kind: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: Annotated[float, Field(ge=1.0)]
+    kind: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
+        description="how positions are stretched"
+    )
+    factor: Annotated[float, Field(ge=1.0)] = Field(
+        description="how many times longer texts may get"
+    )
     original_block_size: PositiveInt | None = Field(
         default=None, description="the block size of the training (not used by linear)"
     )
-    low_freq_factor: PositiveFloat = Field(default=1.0, description="llama3")
-    high_freq_factor: PositiveFloat = Field(default=4.0, description="llama3")
-    beta_fast: PositiveFloat = Field(default=32.0, description="yarn")
-    beta_slow: PositiveFloat = Field(default=1.0, description="yarn")
+    low_freq_factor: PositiveFloat = Field(
+        default=1.0,
+        description="llama3: waves longer than original_block_size / this are stretched in full",
+    )
+    high_freq_factor: PositiveFloat = Field(
+        default=4.0,
+        description="llama3: waves shorter than original_block_size / this stay as they are",
+    )
+    beta_fast: PositiveFloat = Field(
+        default=32.0,
+        description="yarn: dimensions that turn more often than this in original_block_size stay",
+    )
+    beta_slow: PositiveFloat = Field(
+        default=1.0,
+        description="yarn: dimensions that turn less often than this are stretched in full",
+    )
     attention_factor: PositiveFloat | None = Field(
-        default=None, description="yarn; null: 0.1 ln(factor) + 1"
+        default=None, description="yarn: multiplies the rotations; null: 0.1 ln(factor) + 1"
     )
 
     @model_validator(mode="after")
@@ -63,31 +79,62 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The decoder's sizes and switches. `preset` fills the keys that are not given."""
 
-    preset: str = Field(default="modern", json_schema_extra={"enum": [*PRESETS]})
-    n_layer: PositiveInt = 4
-    n_head: PositiveInt = 4
+    preset: str = Field(
+        default="modern",
+        json_schema_extra={"enum": [*PRESETS]},
+        description="a published combination that fills the keys not given: gpt config presets",
+    )
+    n_layer: PositiveInt = Field(default=4, description="decoder blocks")
+    n_head: PositiveInt = Field(default=4, description="attention heads (of the queries)")
     n_kv_head: PositiveInt | None = Field(
-        default=None, description="null: n_head (no grouped queries)"
+        default=None, description="heads of keys and values, a divisor of n_head; null: n_head"
     )
-    n_embd: PositiveInt = 256
-    head_dim: PositiveInt | None = Field(default=None, description="null: n_embd / n_head")
+    n_embd: PositiveInt = Field(default=256, description="width of the residual stream")
+    head_dim: PositiveInt | None = Field(
+        default=None, description="width of a head; null: n_embd / n_head"
+    )
     n_inner: PositiveInt | None = Field(
-        default=None, description="null: 4 n_embd, gated about 8/3 n_embd"
+        default=None,
+        description="width inside the feed-forward layer; null: 4 n_embd, gated about 8/3 n_embd",
     )
-    block_size: PositiveInt = 128
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_eps: PositiveFloat = 1e-6
-    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
-    gated: bool = True
-    bias: bool = False
-    qkv_bias: bool | None = Field(default=None, description="null: as bias")
-    tie_embeddings: bool = False
-    qk_norm: bool = True
+    block_size: PositiveInt = Field(default=128, description="tokens of context")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="share of activations zeroed in training"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field(
+        default="rmsnorm", description="normalisation of the blocks' inputs"
+    )
+    norm_position: Literal["pre", "post"] = Field(
+        default="pre",
+        description="pre: before attention and feed-forward; post: after the sum, as GPT-1",
+    )
+    norm_eps: PositiveFloat = Field(
+        default=1e-6, description="added to the variance before its root"
+    )
+    position: Literal["learned", "sinusoidal", "rope", "none"] = Field(
+        default="rope", description="how the model knows a token's position"
+    )
+    rope_theta: PositiveFloat = Field(default=10000.0, description="rope: base of the wavelengths")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="null: positions as they are"
+    )
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = Field(
+        default="silu", description="of the feed-forward layer; relu2: squared ReLU"
+    )
+    gated: bool = Field(
+        default=True, description="feed-forward layer with a gate (with silu: SwiGLU)"
+    )
+    bias: bool = Field(default=False, description="biases in linear layers and layernorm")
+    qkv_bias: bool | None = Field(
+        default=None,
+        description="biases of the projections to queries, keys and values; null: as bias",
+    )
+    tie_embeddings: bool = Field(
+        default=False, description="the output head is the token embedding"
+    )
+    qk_norm: bool = Field(
+        default=True, description="normalise queries and keys, for stable training"
+    )
     window: Annotated[list[Annotated[int, Field(ge=0)]], OneOrMore()] | None = Field(
         default=None,
         min_length=1,

@@ -23,9 +23,11 @@ from gptcli.config.model_schema import ModelConfig
 from gptcli.config.section import (
     DeviceName,
     Fraction,
+    ModelName,
     NonNegative,
     PositiveFloat,
     PositiveInt,
+    Quantize,
     Section,
 )
 from gptcli.config.units import parse_bytes, parse_seconds
@@ -73,48 +75,82 @@ class OptimizerConfig(Section):
     and with it every finetuning) gets a tenth of the rates for a new one, by its own size.
     """
 
-    kind: Literal["muon", "adamw"] = "muon"
-    lr: AutoRate = _auto("auto: by n_embd; a tenth with init")
-    adamw_lr: AutoRate = _auto("muon: of norms and head")
-    embedding_lr: AutoRate = _auto("muon: of the embeddings")
-    weight_decay: AutoDecay = _auto("auto: by kind")
-    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
-        default=[0.9, 0.95], min_length=2, max_length=2
+    kind: Literal["muon", "adamw"] = Field(
+        default="muon",
+        description="muon: Muon for hidden matrices, AdamW for the rest; adamw: AdamW for all",
     )
-    eps: PositiveFloat = 1e-10
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    lr: AutoRate = _auto(
+        "peak learning rate (muon: of hidden matrices); auto: by n_embd, a tenth with init"
+    )
+    adamw_lr: AutoRate = _auto("muon: peak learning rate of norms and head; auto as lr")
+    embedding_lr: AutoRate = _auto("muon: peak learning rate of the embeddings; auto as lr")
+    weight_decay: AutoDecay = _auto("decoupled, of matrices alone; auto: by kind")
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default=[0.9, 0.95],
+        min_length=2,
+        max_length=2,
+        description="AdamW: decay of the means of gradients and of their squares",
+    )
+    eps: PositiveFloat = Field(
+        default=1e-10, description="AdamW: added to the root of the squares' mean"
+    )
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.95, description="muon: decay of the mean of gradients"
+    )
 
 
 class ScheduleConfig(Section):
     """Learning-rate schedule: linear warmup by step, then by progress through the run."""
 
-    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    kind: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        default="wsd", description="after the warmup; wsd: constant, then decay; constant: no decay"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=40, description="updates in which the rate rises to its peak"
+    )
     decay_ratio: Fraction = Field(default=0.5, description="wsd: share of the run that decays")
-    min_lr_ratio: Fraction = 0.0
+    min_lr_ratio: Fraction = Field(default=0.0, description="the last rate, as a share of the peak")
 
 
 class TrainingConfig(Section):
     """The loop: limits (the first reached ends the run), batch, precision, cadence."""
 
-    max_steps: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
-    max_epochs: PositiveFloat | None = None
-    max_time: str | None = Field(default=None, description="such as 8h or 10m")
-    tokens_per_step: AutoTokens = _auto("auto: by the model's size; a multiple of block_size")
-    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
-    clip_norm: NonNegative = Field(default=1.0, description="0: no clipping")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    max_steps: PositiveInt | None = Field(default=None, description="limit in optimizer updates")
+    max_tokens: PositiveInt | None = Field(default=None, description="limit in tokens trained on")
+    max_epochs: PositiveFloat | None = Field(
+        default=None, description="limit in passes over the training data"
+    )
+    max_time: str | None = Field(
+        default=None, description="limit in time, all resumes together, such as 8h or 10m"
+    )
+    tokens_per_step: AutoTokens = _auto(
+        "of one update, a multiple of block_size; auto: by the model's size"
+    )
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="rows computed at once; auto: by memory and speed"
+    )
+    clip_norm: NonNegative = Field(
+        default=1.0, description="largest norm of a gradient; 0: no clipping"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="of matrix products; auto: bf16 where that is faster"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="torch.compile; auto: for runs that earn its time back"
+    )
     activation_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="compute activations again in the backward pass, to save memory"
     )
     device: DeviceName = "auto"
-    log_every: PositiveInt = 10
-    eval_every: PositiveInt = 100
-    save_every: PositiveInt = 100
-    save_minutes: PositiveFloat | None = Field(default=15.0, description="also save this often")
-    keep_last: Annotated[int, Field(ge=2)] = 2
+    log_every: PositiveInt = Field(default=10, description="steps between lines of the log")
+    eval_every: PositiveInt = Field(default=100, description="steps between evaluations")
+    save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
+    save_minutes: PositiveFloat | None = Field(
+        default=15.0, description="minutes between checkpoints; null: by steps alone"
+    )
+    keep_last: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="newest checkpoints that are kept, beside the best"
+    )
     spike: Literal["off", "warn", "skip", "rollback"] = Field(
         default="warn", description="what to do about a step whose loss or gradient jumps"
     )
@@ -151,10 +187,14 @@ class DistributedConfig(Section):
 class EvalConfig(Section):
     """`gpt eval` and the evaluations during training."""
 
-    model: str | None = None
-    data: list[SourceConfig] | None = None
-    max_tokens: PositiveInt | None = None
-    stride: PositiveInt | None = Field(default=None, description="null: block_size, no overlap")
+    model: ModelName = None
+    data: list[SourceConfig] | None = Field(
+        default=None, description="null: the model's own held-out part"
+    )
+    max_tokens: PositiveInt | None = Field(default=None, description="scored at most; null: all")
+    stride: PositiveInt | None = Field(
+        default=None, description="tokens between windows; null: block_size, no overlap"
+    )
     quantize: Literal["int8", "fp16", "bf16"] | None = Field(
         default=None, description="gpt eval: score with smaller weights too, and compare"
     )
@@ -167,9 +207,11 @@ class EvalConfig(Section):
 class SamplesConfig(Section):
     """Texts generated along the way."""
 
-    prompts: list[str] = Field(default=["Once upon a time"])
-    n: PositiveInt = 2
-    max_new_tokens: PositiveInt = 80
+    prompts: list[str] = Field(
+        default=["Once upon a time"], description="texts that are continued at each evaluation"
+    )
+    n: PositiveInt = Field(default=2, description="texts for each prompt")
+    max_new_tokens: PositiveInt = Field(default=80, description="tokens of a text at most")
 
 
 class ReportConfig(Section):
@@ -183,9 +225,11 @@ class ReportConfig(Section):
 class ServeConfig(Section):
     """The flags of `gpt serve`, but for --token: a config is written into runs, a secret is not."""
 
-    model: str | None = None
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="0: any free")
+    model: ModelName = None
+    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0: all")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="port to listen at; 0: any free"
+    )
     max_queue: Annotated[int, Field(ge=0)] = Field(
         default=256, description="texts that may wait for a place beside those that grow"
     )
@@ -194,7 +238,7 @@ class ServeConfig(Section):
     max_body: str = Field(default="1MB", description="size of one request's JSON")
     grace: NonNegative = Field(default=10.0, description="seconds for texts to finish at a stop")
     device: DeviceName = "auto"
-    quantize: Literal["int8", "fp16", "bf16"] | None = None
+    quantize: Quantize = None
 
     @field_validator("max_body")
     @classmethod
@@ -217,9 +261,17 @@ class ChatConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: RunName = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
-    init: str | None = None
+    name: RunName = Field(
+        default="run", description="of the run, whose directory is NAME-DATE-TIME under runs/"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=1337,
+        description="of weights, order of the data and dropout; the same seed repeats a run",
+    )
+    init: str | None = Field(
+        default=None,
+        description="a model to go on from: a run, checkpoint, Hugging Face folder or hub name",
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

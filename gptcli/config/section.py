@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -17,7 +17,17 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-DeviceName = Annotated[str, AfterValidator(_device_name)]
+DeviceName = Annotated[
+    str, AfterValidator(_device_name), Field(description="auto, cpu, cuda, cuda:N or mps")
+]
+ModelName = Annotated[
+    str | None,
+    Field(description="a run, checkpoint, Hugging Face folder or hub name; null: the newest run"),
+]
+Quantize = Annotated[
+    Literal["int8", "fp16", "bf16"] | None,
+    Field(description="smaller weights: less memory, and faster where memory bounds the speed"),
+]
 
 
 @dataclass(frozen=True)
