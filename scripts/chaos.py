@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  a second, which every optimizer would take
 from chaos_faults import FAULTS, Run, undisturbed, verified
 
 import gptcli.pretrain

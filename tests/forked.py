@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  a second, which the first optimizer of each child would take
-
 from gptcli.cli.main import main
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from update_hook import UpdateHook
 
 from gptcli import stop
 from gptcli.config.schema import Config
@@ -131,7 +131,7 @@ def interrupted(updates: int, where: Where = "update") -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.addHandler(listener)
     hooks = [
-        register_optimizer_step_post_hook(after_update),
+        UpdateHook(after_update),
         register_module_forward_pre_hook(before_forward),
     ]
     try:
@@ -190,7 +190,7 @@ def killing(updates: int) -> Callable[[], None]:
             if done == updates:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        register_optimizer_step_post_hook(kill)
+        UpdateHook(kill)
 
     return install
 

@@ -29,6 +29,7 @@ FLOORS = [
         "plan_devices",
         "prove_resume",
         "verify",
+        "doctor",
         "compare",
         "inspect_data",
         "train_tokenizer",

@@ -1,5 +1,7 @@
 """`gpt config`: the shipped configs, and what a config resolves to."""
 
+import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +12,13 @@ from gptcli.cli.run_flags import ConfigArgument, SetOption
 from gptcli.cli.terminal import columns, write_error, write_out
 from gptcli.config.shipped import shipped_config, shipped_names
 from gptcli.errors import ConfigError
+from gptcli.runs.regular import refuse_special
+from gptcli.runs.run_dir import write_atomic
 
 config_app = typer.Typer(
     name="config", help="List, show, copy and check configs.", rich_markup_mode=None
 )
+SCHEMA_FILE = "gpt-config.schema.json"
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 
@@ -64,22 +69,35 @@ def copy_config(
         Path | None,
         typer.Argument(metavar="DEST", help="A new file, or a directory. [./NAME.yaml]"),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DEST where it is a file already.")
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(help="Write the schema for editors beside it, and name it in the first line."),
+    ] = True,
 ) -> int:
-    """Copy a shipped config, to change it. Overwrites nothing."""
+    """Copy a shipped config with its comments, to change it.
+
+    Editors that know the YAML language server then complete keys and mark mistakes.
+    """
     source = _shipped(name)
     target = destination or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise ConfigError(f"{target}: exists already", "name another DEST") from None
-    except FileNotFoundError:
+    text = source.read_text(encoding="utf-8")
+    if os.path.lexists(target):
+        refuse_special(target)
+        if not overwrite:
+            hint = "name another DEST, or replace it: --overwrite"
+            raise ConfigError(f"{target}: exists already", hint)
+    if not target.parent.is_dir():
         folder = shlex.quote(str(target.parent))
-        raise ConfigError(f"{target}: no such folder", f"mkdir -p {folder}") from None
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot write it: {error.strerror}") from None
+        raise ConfigError(f"{target}: no such folder", f"mkdir -p {folder}")
+    if schema:
+        _write_schema(target.parent / SCHEMA_FILE)
+        text = f"# yaml-language-server: $schema={SCHEMA_FILE}\n{text}"
+    write_atomic(target, text.encode())
     write_out(f"{target}\n")
     return 0
 
@@ -100,6 +118,22 @@ def print_schema() -> int:
 
     write_out(config_schema() + "\n")
     return 0
+
+
+def _write_schema(path: Path) -> None:
+    """The schema of this version; one of another version is replaced, what is none of ours not."""
+    from gptcli.config.load import SCHEMA_TITLE, config_schema
+
+    if os.path.lexists(path):
+        refuse_special(path)
+        try:
+            ours = json.loads(path.read_text(encoding="utf-8")).get("title") == SCHEMA_TITLE
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            hint = "move it away, or leave the schema out: --no-schema"
+            raise ConfigError(f"{path}: exists already and is no schema of gpt's", hint)
+    write_atomic(path, config_schema().encode() + b"\n")
 
 
 def _shipped(name: str) -> Path:

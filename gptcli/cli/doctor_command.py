@@ -1,89 +1,50 @@
-"""`gpt doctor`: what this machine has, what will be used, what is missing."""
+"""`gpt doctor`: what this machine has, what will be used, what is missing and what to do."""
 
-import os
-import platform
-import shutil
-from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
-from gptcli import __version__
+import typer
+
 from gptcli.cli.terminal import columns, write_out
-from gptcli.errors import DataError
+from gptcli.errors import ResourceError
 
-_PACKAGES = ("torch", "datasets", "tokenizers", "tiktoken", "safetensors", "transformers")
-_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
-
-
-def doctor() -> int:
-    """Show versions, devices, memory, disk, tokenizers at hand."""
-    rows = [
-        ["gptcli", __version__],
-        ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
-        *([name, _version(name)] for name in _PACKAGES),
-        *_device_rows(),
-        ["memory", _memory()],
-        ["free disk", _disk()],
-        ["token cache", _cache()],
-        *([f"tokenizer {name}", _table(name)] for name in _ENCODINGS),
-    ]
-    write_out(columns(rows))
-    return 0
+if TYPE_CHECKING:
+    from gptcli.doctor import Examination
 
 
-def _version(package: str) -> str:
-    import importlib.metadata
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> int:
+    """Show versions, devices, memory, disk and extras, and each problem with what to do.
 
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    Exit code 6 if something is broken without which no model can be trained here.
+    """
+    from gptcli.doctor import examine
 
-
-def _device_rows() -> Iterator[list[str]]:
-    import torch
-
-    from gptcli.device import choose_precision, resolve_device
-
-    yield ["cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"]
-    for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        yield [f"cuda:{index}", f"{about.name}, {_size(about.total_memory)}"]
-    if torch.backends.mps.is_available():
-        yield ["mps", "available"]
-    device = resolve_device("auto")
-    yield ["auto uses", f"{device.torch} in {choose_precision('auto', device)}"]
+    found = examine()
+    write_out(_json(found) if as_json else _page(found))
+    return 0 if found.works else ResourceError.exit_code
 
 
-def _memory() -> str:
-    from gptcli.device import memory_bytes
+def _json(found: "Examination") -> str:
+    import json
 
-    total = memory_bytes()
-    return "unknown" if total is None else _size(total)
-
-
-def _disk() -> str:
-    from gptcli.runs.run_dir import runs_root
-
-    root = runs_root().absolute()
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    return f"{_size(shutil.disk_usage(existing).free)} for {root}"
+    extras = [{**asdict(extra), "install": extra.install} for extra in found.extras]
+    return json.dumps({"works": found.works, **asdict(found), "extras": extras}, indent=2) + "\n"
 
 
-def _cache() -> str:
-    from gptcli.data.cache_folder import cache_root
-    from gptcli.data.store import store_sizes
-
-    sizes = [store.size_bytes for store in store_sizes()]
-    return f"{len(sizes)} corpora, {_size(sum(sizes))} in {cache_root()}"
-
-
-def _table(name: str) -> str:
-    from gptcli.data.tiktoken_tables import named_encoding
-
-    try:
-        return f"found, {len(named_encoding(name).ranks):,} tokens"
-    except DataError as error:
-        return f"missing; {error.hint}" if error.hint else "missing"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _page(found: "Examination") -> str:
+    facts = [[name, value] for name, value in found.facts.items()]
+    parts = [columns(facts)] if facts else []
+    if found.extras:
+        rows = [
+            [extra.name, "missing" if extra.missing else "installed", extra.adds]
+            for extra in found.extras
+        ]
+        parts.append("extras, each by: pip install 'gptcli[NAME]'\n" + columns(rows))
+    if not found.problems:
+        parts.append("no problems found\n")
+    for number, problem in enumerate(found.problems, 1):
+        weight = "problem" if problem.essential else "warning"
+        parts.append(f"{number}. {weight}: {problem.what}\n   to do: {problem.do}\n")
+    return "\n".join(parts)

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -103,7 +104,9 @@ def root(
 ) -> None:
     """Pretrain, finetune, generate with and evaluate GPT language models from YAML configs."""
     if context.invoked_subcommand is None:
-        write_out(context.get_help() + "\n")
+        from gptcli.cli.welcome import next_steps
+
+        write_out(next_steps(Path()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +144,7 @@ def _only_rank_0_speaks(display: Display) -> Iterator[None]:
 
 def _command(arguments: list[str]) -> Any:
     """The command tree in which every command also takes the global flags; of the first level, the
-    one command that `arguments` name, or all."""
+    one command that `arguments` name, or all; without arguments none."""
     app = typer.Typer(
         name="gpt",
         add_completion=False,
@@ -153,10 +156,11 @@ def _command(arguments: list[str]) -> Any:
         callback=root,
     )
     name = next((word for word in arguments if not word.startswith("-")), None)
-    known = name in _COMMANDS or name in _GROUPS
-    for place, (module, attribute) in (_COMMANDS | _GROUPS).items():
-        if known and place != name:
-            continue
+    places = _COMMANDS | _GROUPS
+    alone = name is None and not {"-h", "--help"} & {*arguments}
+    wanted = () if alone else (name,) if name in places else tuple(places)
+    for place in wanted:
+        module, attribute = places[place]
         found = getattr(importlib.import_module(f"gptcli.cli.{module}"), attribute)
         if place in _COMMANDS:
             app.command(place)(found)

@@ -25,6 +25,7 @@ from gptcli.errors import ConfigError
 
 log = logging.getLogger("gptcli")
 
+SCHEMA_TITLE = "config of gptcli"
 _MOST_PROBLEMS = 100
 
 
@@ -144,7 +145,8 @@ def unused_keys(config: Config) -> dict[str, str]:
 def config_schema() -> str:
     """The JSON schema of the YAML, for editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps(schema | Config.model_json_schema(), indent=2, ensure_ascii=False)
+    whole = schema | Config.model_json_schema() | {"title": SCHEMA_TITLE}
+    return json.dumps(whole, indent=2, ensure_ascii=False)
 
 
 def _find(reference: str) -> Path:

@@ -82,6 +82,7 @@ _NAMED = {
     "cl100k_base": (_CL100K, GPT4_PATTERN, 100257),
     "o200k_base": (_O200K, O200K_PATTERN, 199999),
 }
+ENCODINGS = tuple(_NAMED)
 
 
 def named_encoding(name: str) -> NamedEncoding:

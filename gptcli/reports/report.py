@@ -13,7 +13,7 @@ from gptcli.reports.curves import best, curve, lines_of
 from gptcli.reports.text import finite
 from gptcli.runs.metrics import read_metrics, read_samples
 from gptcli.runs.regular import refuse_special
-from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, write_atomic
+from gptcli.runs.run_dir import is_run_dir, json_bytes, read_run_json, resume_line, write_atomic
 
 # Keys that readers of report.json rely on: always there, null where unknown.
 SCORE_KEYS = (
@@ -253,11 +253,8 @@ def _commands(run_dir: Path, job: str) -> dict[str, str]:
     """Shell lines that repeat and continue the run, from where the report was asked for."""
     whole = run_dir.resolve()
     here = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else run_dir
-    config, directory = shlex.quote(str(here / "config.yaml")), shlex.quote(str(here))
-    return {
-        "reproduce": f"gpt {job} {config}",
-        "resume": f"gpt {job} {config} --run-dir {directory} --resume",
-    }
+    config = shlex.quote(str(here / "config.yaml"))
+    return {"reproduce": f"gpt {job} {config}", "resume": resume_line(job, here)}
 
 
 def _strict(report: dict[str, Any]) -> dict[str, Any]:

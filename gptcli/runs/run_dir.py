@@ -125,9 +125,20 @@ class RunLock:
             self._descriptor = -1
 
 
+def runs_by_age(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The runs under `root` with their run.json, the oldest first; none that were moved aside."""
+    found = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if is_run_dir(path) and not MOVED_ASIDE.search(path.name):
+            about = read_run_json(path)
+            found.append((created(about), path, about))
+    for _, path, about in sorted(found, key=lambda item: item[0]):
+        yield path, about
+
+
 def newest_run(root: Path, *, having_checkpoint: bool = True) -> Path | None:
     """The run under `root` that was created last, by run.json; runs moved aside do not count."""
-    runs = [run for run, _ in _runs(root) if not having_checkpoint or has_checkpoint(run)]
+    runs = [run for run, _ in runs_by_age(root) if not having_checkpoint or has_checkpoint(run)]
     return runs[-1] if runs else None
 
 
@@ -135,10 +146,17 @@ def newest_unfinished(root: Path, name: str) -> Path | None:
     """The last created run of config `name` that has a checkpoint and is not finished."""
     runs = [
         run
-        for run, about in _runs(root)
+        for run, about in runs_by_age(root)
         if about.get("name") == name and about.get("status") != "finished" and has_checkpoint(run)
     ]
     return runs[-1] if runs else None
+
+
+def resume_line(job: str, run_dir: Path, processes: int = 1) -> str:
+    """The command line that continues the run, made by `gpt JOB`."""
+    directory, config = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / "config.yaml"))
+    devices = f" --devices {processes}" if processes > 1 else ""
+    return f"gpt {job} {config} --run-dir {directory}{devices} --resume"
 
 
 def is_run_dir(path: Path) -> bool:
@@ -362,17 +380,6 @@ def _free_name(path: Path) -> Path:
     while os.path.lexists(candidate):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
-
-
-def _runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Runs with their run.json, the oldest first."""
-    found = []
-    for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if is_run_dir(path) and not MOVED_ASIDE.search(path.name):
-            about = read_run_json(path)
-            found.append((created(about), path, about))
-    for _, path, about in sorted(found, key=lambda item: item[0]):
-        yield path, about
 
 
 def created(about: dict[str, Any]) -> datetime:

@@ -10,6 +10,7 @@ from gptcli.config.schema import Config, OptimizerConfig
 from gptcli.errors import CheckpointError
 from gptcli.model.gpt import GPT, Block
 from gptcli.runs.tensors import local
+from gptcli.training.adamw import AdamW, Group
 from gptcli.training.exchange import Exchange
 from gptcli.training.parallel import like
 
@@ -54,23 +55,17 @@ class Optimizer:
         else:
             groups = [(named, config.adamw_lr if config.kind == "muon" else config.lr)]
         self._named = named
-        self._groups = []
+        adamw_groups = []
         for parameters, peak in groups:
             # Decay acts on matrices only, never on norms and biases.
             for decays in (True, False):
                 chosen = [p for p in parameters.values() if (p.ndim >= 2) == decays]
                 decay = config.weight_decay if decays else 0.0
                 if chosen:
-                    self._groups.append(
-                        {"params": chosen, "peak": peak, "lr": peak, "weight_decay": decay}
-                    )
+                    adamw_groups.append(Group(chosen, peak, decay))
         self._fused = next(iter(named.values())).device.type in _FUSED
-        self._adamw = torch.optim.AdamW(
-            self._groups,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            fused=self._fused,
-        )
+        betas = (config.betas[0], config.betas[1])
+        self._adamw = AdamW(adamw_groups, betas, config.eps, fused=self._fused)
 
     def step(self, ratio: float, apply: Tensor | None = None) -> None:
         """One update with every learning rate at `ratio` of its peak.
@@ -78,15 +73,12 @@ class Optimizer:
         Where `apply`, a bool scalar on the device, is false, weights and state stay as they are,
         whatever the gradients; the host does not wait to learn which it is.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = group["peak"] * ratio
         for name, parameter in self._whole.items():
             if parameter is not self._named[name] and parameter.grad is not None:
                 self._named[name].grad = local(parameter.grad)
                 parameter.grad = None
         # The fused kernels leave out an update as they do for a gradient scaler.
-        self._adamw.found_inf = None if apply is None else (~apply).float()  # type: ignore[attr-defined]
-        self._adamw.step()
+        self._adamw.step(ratio, None if apply is None else (~apply).float())
         if self._muon is not None:
             self._muon.step(ratio, apply)
 
@@ -122,8 +114,8 @@ class Optimizer:
         """
         if self._muon is not None:
             self._muon.load_state_dict(state)
-        for group in self._adamw.param_groups:
-            for parameter in group["params"]:
+        for group in self._adamw.groups:
+            for parameter in group.params:
                 name = next(n for n, p in self._named.items() if p is parameter)
                 if entry := self._taken_entry(state, name, parameter):
                     self._adamw.state[parameter] = entry

@@ -168,10 +168,11 @@ def sharded(model: GPT) -> bool:
 
 def like(share: Tensor, whole: Tensor) -> Tensor:
     """`share` as the share of a tensor that is cut as `whole` is; where that is not cut, itself."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(whole, DTensor) or share.ndim == 0:
+    if not hasattr(whole, "to_local") or share.ndim == 0:
         return share
+    from torch.distributed.tensor import DTensor  # half a second, which most runs do without
+
+    assert isinstance(whole, DTensor)
     return DTensor.from_local(
         share,
         whole.device_mesh,

@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from gptcli.runs.run_dir import (
     new_run_dir,
     newest_unfinished,
     read_run_json,
+    resume_line,
     runs_root,
     update_run_json,
     write_atomic,
@@ -264,10 +264,7 @@ def _note_failure(directory: Path, error: Exception, state: TrainState) -> None:
 
 def resume_command(job: str, directory: Path) -> str:
     """The command line that continues the run."""
-    quoted = shlex.quote(str(directory))
-    config = shlex.quote(str(directory / "config.yaml"))
-    devices = f" --devices {here.size}" if (here := world.current()).size > 1 else ""
-    return f"gpt {job} {config} --run-dir {quoted}{devices} --resume"
+    return resume_line(job, directory, world.current().size)
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from forked import Forked
 from outcome import errors, hints, warnings
 from processes import logged, training, until
 from small import TINY, working_in
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from update_hook import UpdateHook
 
 from gptcli import stop
 from gptcli.cli.main import main
@@ -502,7 +502,7 @@ def stopped_after(updates: int) -> Iterator[None]:
         if done == updates:
             stop.request(signal.SIGTERM)
 
-    handle = register_optimizer_step_post_hook(count)
+    handle = UpdateHook(count)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from update_hook import UpdateHook
 
 from gptcli import stop
 from gptcli.config.data_schema import DataConfig, SourceConfig
@@ -109,7 +109,7 @@ def stop_after(updates: int) -> Any:
         if done == updates:
             stop.request(signal.SIGTERM)
 
-    return register_optimizer_step_post_hook(count)
+    return UpdateHook(count)
 
 
 @pytest.mark.parametrize("key", ["train", "val"])
@@ -623,7 +623,7 @@ def test_d16_a_network_that_goes_away(
             hub.drop_after, hub.drops = 10, 10**6
 
     monkeypatch.setattr(remote, "_CACHE", remote._Cache())
-    handle = register_optimizer_step_post_hook(network_goes)
+    handle = UpdateHook(network_goes)
     try:
         code, out, err = gpt("pretrain", "tiny.yaml", *REMOTE, "--run-dir=r")
     finally:
@@ -662,7 +662,7 @@ def test_d16_a_network_that_stutters(
         if updates in (3, 12):
             hub.drop_after, hub.drops = 100, hub.drops + 2
 
-    handle = register_optimizer_step_post_hook(stutter)
+    handle = UpdateHook(stutter)
     try:
         code, _, err = gpt("pretrain", "tiny.yaml", *short, "--run-dir=r")
     finally:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sealing import reseal
 from small import PROSE, working_in
 from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from update_hook import UpdateHook
 
 from gptcli.cli.main import main
 from gptcli.config.schema import Config
@@ -32,6 +32,7 @@ from gptcli.runs import checkpoint
 from gptcli.runs.metrics import read_metrics
 from gptcli.runs.run_dir import read_run_json
 from gptcli.training import choices, recovery, stability
+from gptcli.training.adamw import AdamW
 from gptcli.training.choices import Choices
 from gptcli.training.readings import Reading
 from gptcli.training.recovery import settle
@@ -185,13 +186,13 @@ def test_n03_weights(gpt: Gpt, folder: Path) -> None:
     before is whole and newest."""
     updates = 0
 
-    def spoil(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def spoil(optimizer: AdamW) -> None:
         nonlocal updates
         updates += 1
         if updates == 2:
-            optimizer.param_groups[0]["params"][0].data[0, 0] = math.nan
+            optimizer.groups[0].params[0].data[0, 0] = math.nan
 
-    handle = register_optimizer_step_post_hook(spoil)
+    handle = UpdateHook(spoil)
     try:
         code, out, err = gpt(*TRAIN, SAVE_ALL)
     finally:

@@ -276,7 +276,7 @@ def test_the_rate_that_is_shown(kind: str, method: str) -> None:
     )
     made = GPT(config.model, 16)
     as_finetuned(made, config.finetune)
-    rates = {group["peak"] for group in Optimizer(made, config.optimizer)._groups}
+    rates = {group.peak for group in Optimizer(made, config.optimizer)._adamw.groups}
     if kind == "muon" and method == "full":
         rates = {0.5}  # of the hidden matrices, which are in no group of AdamW
     assert rates == {peak_rate(config)}
