@@ -12,10 +12,11 @@ from gptcli.errors import ConfigError
 def completion(
     shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
 ) -> int:
-    """Print a script for a shell: commands, configs, runs and --set keys by the tab key.
+    """Print a script by which a shell completes gpt.
 
-    bash: eval "$(gpt completion bash)" in ~/.bashrc. zsh: the same with zsh, behind compinit, in
-    ~/.zshrc. fish: gpt completion fish > ~/.config/fish/completions/gpt.fish
+    Commands, configs, runs and --set keys come by the tab key. bash: eval "$(gpt completion bash)"
+    in ~/.bashrc. zsh: the same with zsh, behind compinit, in ~/.zshrc. fish: gpt completion fish >
+    ~/.config/fish/completions/gpt.fish
     """
     if shell not in SCRIPTS:
         raise ConfigError(f"{shell!r} is none of {', '.join(SCRIPTS)}", "gpt completion bash")

@@ -119,4 +119,4 @@ def test_into_a_directory_and_into_none(gpt, folder):
     assert problems(Path("mine/tiny.yaml")) == []
     code, out, err = gpt("config", "copy", "tiny", "nowhere/tiny.yaml")
     assert (code, out) == (2, "")
-    assert err == "error: nowhere/tiny.yaml: cannot write it: there is no directory nowhere\n"
+    assert err == "error: nowhere/tiny.yaml: no such folder\nhint: mkdir -p nowhere\n"
