@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> int:
-    """Show versions, devices, memory, disk and extras, and each problem with what to do.
+    """Show what this machine has, and what is broken.
 
-    Exit code 6 if something is broken without which no model can be trained here.
+    Versions, devices, memory, disk and extras, and each problem with what to do about it. Exit code 6 if something is broken without which no model can be trained here.
     """
     from gptcli.doctor import examine
 
