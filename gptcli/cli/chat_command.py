@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.generate_command import starting
 from gptcli.cli.generate_options import (
     BadWordsOption,
     DeviceOption,
@@ -26,6 +25,7 @@ from gptcli.cli.generate_options import (
     TopPOption,
 )
 from gptcli.cli.run_flags import ModelOption
+from gptcli.cli.starting import starting
 from gptcli.errors import ResourceError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from gptcli.cli.run_flags import (
     NodesOption,
     launched,
 )
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import write_out
 from gptcli.errors import ConfigError
 from gptcli.world import from_environment
@@ -251,11 +252,13 @@ def _evaluated(
 
         return evaluate_pairs(settings, what, **given)
     if way == "--task":
-        from gptcli.evaluate_task import evaluate_task
+        with starting():
+            from gptcli.evaluate_task import evaluate_task
 
         allow_code = bool(given.pop("allow_code_execution"))
         return evaluate_task(None if own_task else settings, allow_code=allow_code, **given)
-    from gptcli.evaluate import evaluate as evaluate_text
+    with starting():
+        from gptcli.evaluate import evaluate as evaluate_text
 
     given = {name: given[name] for name in ("data", "run_dir", "command")}  # the rest is in eval:
     return evaluate_text(settings, **given)

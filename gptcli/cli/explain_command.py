@@ -11,6 +11,7 @@ import typer
 from gptcli.cli.generate_command import read_stdin
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import ModelOption
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import check_page, columns, styled, takes_colours, write_out, write_page
 from gptcli.errors import ConfigError
 from gptcli.reports.text import decimals, number, percent, visible
@@ -95,8 +96,9 @@ def explain(
         raise ConfigError("--head needs --layer", "as: --layer 0 --head 0")
     check_page(html)
     given = _text(stdin, text, file)
-    from gptcli.config.load import load_config
-    from gptcli.explain import explain as run
+    with starting():
+        from gptcli.config.load import load_config
+        from gptcli.explain import explain as run
 
     with invocation(context).display.live():
         found = run(

@@ -23,6 +23,7 @@ from gptcli.cli.run_flags import (
     launched,
     load_run_config,
 )
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import write_out
 
 
@@ -57,8 +58,9 @@ def finetune(
     flags = RunFlags(run_dir, resume, auto_resume, overwrite, allow_data_change)
     start = [f"init={model}"] if model is not None else []  # so init's rules hold for --model too
     loaded = load_run_config("finetune", config, [*(overrides or []), *start], max_time)
-    from gptcli.finetune import describe
-    from gptcli.finetune import finetune as run
+    with starting():
+        from gptcli.finetune import describe
+        from gptcli.finetune import finetune as run
 
     if dry_run:
         write_out(describe(loaded.config))

@@ -1,13 +1,12 @@
 """`gpt generate`: continue prompts. Texts go to stdout, everything else to stderr."""
 
-import gc
 import json
 import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -47,6 +46,7 @@ from gptcli.cli.generate_options import (
 )
 from gptcli.cli.invocation import invocation
 from gptcli.cli.run_flags import DevicesOption, ModelOption, launched
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import GrowingText, write_bytes, write_error, write_out
 from gptcli.errors import ConfigError
 from gptcli.stop import raise_if_requested, read_to_end
@@ -124,21 +124,6 @@ def generate(
     _run(loaded, settings)
     raise_if_requested()
     return 0
-
-
-@contextmanager
-def starting() -> Iterator[None]:
-    """Inside, nothing looks for garbage, and what there is at the end is never looked at again.
-
-    Importing torch makes 150,000 objects that stay; to go through them again and again would take
-    a tenth of a second.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _settings(

@@ -15,6 +15,7 @@ from gptcli.cli.run_flags import (
     SetOption,
     load_run_config,
 )
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import columns, write_out
 from gptcli.errors import ConfigError, ResourceError
 
@@ -63,7 +64,8 @@ def plan(
     _check_flags(loaded, vocab, price_per_hour)
     if devices is not None or device_kind is not None:
         return _on_devices(loaded, vocab, devices or 1, device_kind, as_json)
-    from gptcli.plan import plan as run
+    with starting():
+        from gptcli.plan import plan as run
 
     found = run(
         loaded,

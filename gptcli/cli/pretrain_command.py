@@ -30,6 +30,7 @@ from gptcli.cli.run_flags import (
     load_run_config,
     text_overrides,
 )
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import write_out
 from gptcli.errors import CheckpointError, ConfigError
 
@@ -92,7 +93,8 @@ def pretrain(
 
 
 def _train(settings: "Config", flags: RunFlags, call: Invocation, began: float) -> int:
-    from gptcli.pretrain import pretrain as run
+    with starting():
+        from gptcli.pretrain import pretrain as run
 
     with call.display.live():
         result = run(
@@ -147,7 +149,8 @@ def _for_text(
             config = load_config(str(found / "config.yaml"), overrides).config
             _check_same_text(config, text, found)
             return config, replace(flags, run_dir=found), []
-    from gptcli.text_recipe import plan_text
+    with starting():
+        from gptcli.text_recipe import plan_text
 
     plan = plan_text(asked, given, began)
     return plan.config, flags, plan.lines

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gptcli import stop
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import columns, write_error, write_out
 from gptcli.errors import ConfigError
 from gptcli.world import from_environment
@@ -194,7 +195,8 @@ def is_text(reference: str) -> bool:
         return not has_config and shipped_config(reference) is None
     if not ending:
         return False
-    from gptcli.data.files import is_text_name  # imports what takes seconds
+    with starting():
+        from gptcli.data.files import is_text_name  # imports what takes seconds
 
     return is_text_name(reference)
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from gptcli.cli.generate_command import starting
 from gptcli.cli.generate_options import (
     DeviceOption,
     QuantizeOption,
 )
 from gptcli.cli.run_flags import ModelOption
+from gptcli.cli.starting import starting
 from gptcli.cli.terminal import write_out
 from gptcli.errors import ResourceError
 from gptcli.stop import raise_if_requested

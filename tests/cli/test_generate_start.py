@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gptcli.cli import generate_command
+from gptcli.cli.starting import starting
 from gptcli.errors import ConfigError
 
 # Each takes a second or more, and no text needs it.
@@ -49,10 +49,17 @@ def test_nothing_is_imported_that_is_not_needed(shell, tmp_path):
 
 def test_garbage_is_collected_again_after_the_start():
     """A process that never collects grows for as long as it runs."""
-    with generate_command.starting():
+    with starting():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ConfigError), generate_command.starting():
+    with pytest.raises(ConfigError), starting():
         raise ConfigError("no")
     assert gc.isenabled()
-    gc.unfreeze()
+
+
+def test_garbage_of_a_long_life_is_no_start():
+    """Who calls `main` often, as these tests do, would keep all garbage for ever."""
+    before = gc.get_freeze_count()
+    with starting():
+        pass
+    assert gc.get_freeze_count() == before
