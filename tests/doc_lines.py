@@ -28,6 +28,8 @@ NOT_RUN = {
     r"--prove-resume": "minutes; tests/test_prove_resume.py",
     r"^python scripts/(chaos|fuzz)\.py": "minutes; tests/test_chaos.py, tests/test_fuzz.py",
 }
+# What runs in the slow suite alone, and is parsed in the other.
+SLOW_LINES = {r"^gpt plan (?!.*--device-kind)": "seconds: it times the steps of the run"}
 # What stands for something of the reader's, or for what takes long -> what there is here. The first
 # that fits a line counts where two do: a run of a task, before any run.
 MEANT = {
@@ -49,10 +51,10 @@ _SMALL = (
     " samples.n=1 samples.max_new_tokens=4"
 )
 _SHAPE = (
-    "tokenizer.kind=bytes model.n_layer=1 model.n_head=2 model.n_embd=16 model.block_size=128"
+    "tokenizer.kind=bytes model.n_layer=1 model.n_head=2 model.n_embd=16 model.block_size=256"
     " data.train=book.txt"
 )
-_TASK = "model.block_size=128 finetune.score_rows=4 finetune.max_new_tokens=4"
+_TASK = "model.block_size=256 finetune.score_rows=4 finetune.max_new_tokens=4"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Line:
     def reason(self) -> str | None:
         """Why it is not run; None for one that is."""
         return next((why for what, why in NOT_RUN.items() if re.search(what, self.text)), None)
+
+    @property
+    def slow(self) -> bool:
+        """Whether it runs in the slow suite alone."""
+        return any(re.search(what, self.text) for what in SLOW_LINES)
 
     def here(self, new: str) -> str:
         """The same with what there is here; `new` is a name that is free."""

@@ -1,6 +1,7 @@
 """Every shell line of README.md and docs/*.md runs here, at a small size, or is listed with the
 reason in doc_lines.py; then its command, flags and keys must be there all the same."""
 
+import importlib
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import doc_lines
 import pytest
 import torch
-from doc_lines import MEANT, NOT_RUN, ROOT, Line
+from doc_lines import MEANT, NOT_RUN, ROOT, SLOW_LINES, Line
 from forked import Forked
 from serving import Server, make_model, serving
 
@@ -22,28 +23,33 @@ from gptcli.cli.main import _command
 from gptcli.config.fields import wanted_at
 from gptcli.config.load import load_config
 from gptcli.config.shipped import shipped_config
+from gptcli.data.unicode_scripts import language_of
 
 LINES = doc_lines.lines()
 GPT = [line for line in LINES if re.match(r"gpt( |$)", line.text)]
 SERVE = [line for line in GPT if line.text.startswith("gpt serve") and not line.reason]
 RUN = [line for line in GPT if not line.reason and line not in SERVE]
 CURL = [line for line in LINES if line.text.startswith("curl ")]
+SLOW = [line for line in RUN if line.slow]
 LISTED = [line for line in LINES if line.reason]
+# What a fork of this process then need not load again; some come with extras.
+LOADED = [
+    *(f"gptcli.{job}" for job in ("pretrain", "finetune", "generate", "evaluate", "chat")),
+    *("gptcli.evaluate_task", "gptcli.export", "matplotlib.pyplot", "datasets"),
+]
 TINY = """\
 name: my
-tokenizer: {kind: bytes}
 data: {train: book.txt}
 training: {max_steps: 2, tokens_per_step: 256, micro_batch_size: 1, precision: fp32, compile: off,
            device: cpu}
 schedule: {warmup_steps: 1}
 samples: {n: 1, max_new_tokens: 4}
 """
-SHAPE = "model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 128}\n"
+OWN = "tokenizer: {kind: bytes}\nmodel: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 256}\n"
 ROWS = "data: {train: reviews.jsonl}\nfinetune: {task: classification}\n"
 FILES = {
-    "book.txt a.txt questions.txt": "".join(
-        f"On day {i} a cat sat on mat {i}.\n" for i in range(9)
-    ),
+    "book.txt a.txt": "".join(f"On day {i} a cat sat on mat {i}.\n" for i in range(90)),
+    "questions.txt": "What is a cat?\nWhere is the mat?\n",
     "b.jsonl": '{"text": "A cat sat on the mat."}\n' * 4,
     "prompts.jsonl": '{"prompt": "To be", "max_new_tokens": 8}\n{"prompt": "A cat"}\n',
     "pairs.jsonl": '{"a": "A cat sat.", "b": "A dog sat.", "group": "animals"}\n' * 4,
@@ -55,12 +61,13 @@ FILES = {
     "rows.jsonl": "".join(
         f'{{"instruction": "Count to {i}.", "input": "", "output": "{i}"}}\n' for i in range(40)
     ),
-    "hellaswag.jsonl": "".join(
+    "hellaswag.jsonl endings.jsonl": "".join(
         f'{{"prompt": "Cat {i} sat", "choices": [" down.", " blue."], "label": 0}}\n'
         for i in range(40)
     ),
+    "said.md": "Hello\n/help\n",
     "my.yaml": TINY,
-    "tiny.yaml": TINY + SHAPE,
+    "tiny.yaml": TINY + OWN,
     "rows.yaml": ROWS,
 }
 
@@ -82,6 +89,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     model. Reports, whose plots take a second, are left out."""
     folder = tmp_path_factory.mktemp("reader")
     torch.set_num_threads(1)
+    for module in LOADED:
+        importlib.import_module(module)
+    language_of("A cat sat on the mat.")  # reads its tables
     for names, text in FILES.items():
         for name in names.split():
             (folder / name).write_text(text)
@@ -114,13 +124,17 @@ def reads(path: str, runs: str):
     return before
 
 
-@pytest.mark.parametrize("line", RUN, ids=name_of)
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=[pytest.mark.slow] * line.slow) for line in RUN],
+    ids=name_of,
+)
 def test_a_line_of_gpt(line: Line, place: Path) -> None:
     """Guards that what a page tells the reader to type works, and ends well."""
     number = RUN.index(line)
     here = line.here(f"new-{number}")
     stdin = re.search(r"(?<!<)<\s*([\w./-]+)", here)
-    source = stdin[1] if stdin else "questions.txt" if " chat" in here else os.devnull
+    source = stdin[1] if stdin else "said.md" if " chat" in here else os.devnull
     for words in doc_lines.words_of(here):
         trains = words[0] in ("pretrain", "finetune")
         runs = f"trained-{number}" if trains else "runs"
@@ -159,9 +173,9 @@ def test_a_line_of_curl(line: Line, server: Server) -> None:
     assert re.search(r'"(text|delta|data|status)"', done.stdout), done.stdout
 
 
-@pytest.mark.parametrize("line", LISTED, ids=name_of)
+@pytest.mark.parametrize("line", [*LISTED, *SLOW], ids=name_of)
 def test_a_listed_line_is_well_formed(line: Line) -> None:
-    """Guards the lines that nobody runs against flags, configs, keys, scripts that are gone."""
+    """Guards the lines that this suite does not run against flags, configs, keys, scripts that are gone."""
     for path in re.findall(r"\bscripts/[\w./-]+|\bconfigs/[\w./-]+", line.text):
         assert (ROOT / path).is_file(), path
     for extra in re.findall(r"gptcli\[([\w,]+)\]", line.text):
@@ -219,5 +233,5 @@ def test_every_line_is_run_or_listed() -> None:
     unknown = [name_of(line) for line in LINES if line not in known]
     assert unknown == [], "neither run nor in NOT_RUN of tests/doc_lines.py"
     texts = [line.text for line in LINES]
-    for pattern in (*NOT_RUN, *MEANT):
+    for pattern in (*NOT_RUN, *SLOW_LINES, *MEANT):
         assert any(re.search(pattern, text) for text in texts), f"no line has {pattern!r}"
