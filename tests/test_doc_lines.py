@@ -175,7 +175,7 @@ def test_a_line_of_curl(line: Line, server: Server) -> None:
 
 @pytest.mark.parametrize("line", [*LISTED, *SLOW], ids=name_of)
 def test_a_listed_line_is_well_formed(line: Line) -> None:
-    """Guards the lines that this suite does not run against flags, configs, keys, scripts that are gone."""
+    """Guards what this suite does not run against flags, configs, keys, scripts that are gone."""
     for path in re.findall(r"\bscripts/[\w./-]+|\bconfigs/[\w./-]+", line.text):
         assert (ROOT / path).is_file(), path
     for extra in re.findall(r"gptcli\[([\w,]+)\]", line.text):
