@@ -2,6 +2,7 @@
 `gpt` that only says what it was told; the slow ones train, in two processes on the CPU."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doc_lines import lines
 from faults.processes import logged, until
 from faults.small import working_in
 from interrupting import outcome
@@ -386,30 +388,30 @@ def test_a_spot_machine_trains_and_goes_on_elsewhere(
     assert outcome(Path("runs/tiny")) == outcome(Path("runs/straight"))
 
 
-def readme_lines() -> list[str]:
-    """The commands of the README's section."""
-    section = (ROOT / "README.md").read_text().split("## GPU boxes\n")[1].split("```")[1]
-    return [line.partition("   #")[0].strip() for line in section.strip().splitlines()]
+def box_lines() -> list[str]:
+    """The commands of the pages that need GPUs, those that train first."""
+    found = [line.text for line in lines() if "GPUs;" in (line.reason or "")]
+    found = [line for line in dict.fromkeys(found) if not line.startswith("@reboot")]
+    return sorted(found, key=lambda line: " eval " in line)
 
 
 @pytest.mark.slow
-def test_the_lines_of_the_readme(trains: Box) -> None:
-    """Guards every line that the README gives, with a small config and two processes on the CPU."""
+def test_the_lines_of_the_pages(trains: Box) -> None:
+    """Guards every line that README and docs give, with a small config and two processes on the CPU."""
     trains.slurm(2)
-    trains.program("aws", 'cp -r "$3" copied')
+    trains.program("aws", 'for word; do [ ! -d "$word" ] || cp -r "$word" copied; done')
     steps = "--set training.max_steps=20 --set training.device=cpu"
-    lines = readme_lines()
-    assert len(lines) == 7
-    for number, line in enumerate(lines):
+    for number, line in enumerate(box_lines()):
         for given, here in (
             ("gpt2-124m", "tiny.yaml"),
             (" 8 ", " 2 "),
             ("node01", "127.0.0.1"),
+            ("10.0.0.1", "127.0.0.1"),
             ("MODEL", "runs/trained"),
             ("book.txt", "text.txt"),
-            ("sbatch --nodes=4", "bash"),
         ):
             line = f"{line} ".replace(given, here).strip()
+        line = re.sub(r"^sbatch( --\S+)*", "bash", line)
         if " eval " not in line:
             line += f" {steps}"
         boxes = 2 if "NODES=" in line else 1
