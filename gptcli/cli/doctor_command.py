@@ -17,7 +17,8 @@ def doctor(
 ) -> int:
     """Show what this machine has, and what is broken.
 
-    Versions, devices, memory, disk and extras, and each problem with what to do about it. Exit code 6 if something is broken without which no model can be trained here.
+    Versions, devices, memory, disk and extras, and each problem with what to do about it. Exit code
+    6 if something is broken without which no model can be trained here.
     """
     from gptcli.doctor import examine
 
