@@ -21,9 +21,11 @@ _BLOCK = re.compile(
 
 # What no test can run, or another one does: a pattern of its lines -> why. These are only parsed.
 NOT_RUN = {
-    r"^pip install|^\. \.venv": "installs, or belongs to an installation",
-    r"^bash scripts/quickstart\.sh|^bash scripts/test\.sh": "minutes; tests/cli/test_scripts.py",
+    r"^pip install|^\. \.venv|^git clone|^cd ": "installs, or belongs to an installation",
+    r"^(\w+=\S+ )?bash scripts/(quickstart|test|check|release)\.sh": "minutes; tests/cli/test_scripts.py",
     r"--devices \d|^torchrun|scripts/(gpu_box|spot|slurm)\.sh": "GPUs; tests/test_gpu_boxes.py",
+    r"^python scripts/fault_table\.py": "tests/faults/test_fault_table.py runs it",
+    r"^python scripts/wrong_inputs\.py": "tests/test_wrong_inputs.py runs it",
     r"--lm-eval": "an extra, which asks the hub; tests/test_evaluate_lm_eval.py",
     r"--prove-resume": "minutes; tests/test_prove_resume.py",
     r"^python scripts/(chaos|fuzz)\.py": "minutes; tests/test_chaos.py, tests/test_fuzz.py",
@@ -36,6 +38,8 @@ MEANT = {
     r"(eval --task.*--model) runs/\S+": r"\1 tuned/task",
     r"--model runs/\S+( --to peft)": r"--model tuned/lora\1",
     r"--model (runs/\S*\.\.\.\S*|MODEL|DIR|path/to/\S+)": "--model runs/A",
+    r"--model ADAPTERS": "--model tuned/lora",
+    r"config copy small my\.yaml": "config copy small {new}.yaml",
     r"\bSOURCE\b": "gpt2",
     r"\bOUT\b": "{new}",
     r"(finetune configs/finetune\.yaml)": (

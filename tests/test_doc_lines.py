@@ -136,7 +136,7 @@ def test_a_line_of_gpt(line: Line, place: Path) -> None:
     stdin = re.search(r"(?<!<)<\s*([\w./-]+)", here)
     source = stdin[1] if stdin else "said.md" if " chat" in here else os.devnull
     for words in doc_lines.words_of(here):
-        trains = words[0] in ("pretrain", "finetune")
+        trains = words[0] in ("pretrain", "finetune") and "--dry-run" not in words
         runs = f"trained-{number}" if trains else "runs"
         run(*doc_lines.small(words), before=reads(source, runs))
         assert not trains or len(list(Path(runs).glob("*/checkpoints/step-*"))) > 0
