@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GENERATED = ("cli.md", "config.md", "faults.md")  # by scripts/reference.py and fault_table.py
 _SHELLS = ("sh", "bash", "shell", "console", "zsh", "fish")
-_COMMANDS = "gpt|bash|sh|pip|curl|python3?|torchrun|sbatch|git|cd|source|export|uv|pipx|eval"
+_COMMANDS = "gpt|bash|sh|pip|curl|python3?|torchrun|sbatch|git|cd|source|export|uv|eval|cat|echo"
 _COMMAND = re.compile(rf"^(@reboot |\. |(\w+=('[^']*'|\S*)\s+)*({_COMMANDS})( |$))")
 _BLOCK = re.compile(
     r"^(?P<margin> *)```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=margin)```", re.S | re.M
@@ -22,7 +22,9 @@ _BLOCK = re.compile(
 # What no test can run, or another one does: a pattern of its lines -> why. These are only parsed.
 NOT_RUN = {
     r"^pip install|^\. \.venv|^git clone|^cd ": "installs, or belongs to an installation",
-    r"^(\w+=\S+ )?bash scripts/(quickstart|test|check|release)\.sh": "minutes; tests/cli/test_scripts.py",
+    r"^(\w+=\S+ )?bash scripts/(quickstart|test|check|release)\.sh": (
+        "minutes; tests/cli/test_scripts.py"
+    ),
     r"--devices \d|^torchrun|scripts/(gpu_box|spot|slurm)\.sh": "GPUs; tests/test_gpu_boxes.py",
     r"^python scripts/fault_table\.py": "tests/faults/test_fault_table.py runs it",
     r"^python scripts/wrong_inputs\.py": "tests/test_wrong_inputs.py runs it",
@@ -72,6 +74,19 @@ class Line:
     def reason(self) -> str | None:
         """Why it is not run; None for one that is."""
         return next((why for what, why in NOT_RUN.items() if re.search(what, self.text)), None)
+
+    @property
+    def gpt(self) -> bool:
+        """Whether it is a command of `gpt`, behind a pipe perhaps."""
+        return bool(re.search(r"^((\w+=\S*|.*(\||&&)) +)?gpt( |$)", self.text))
+
+    @property
+    def stdin(self) -> str | None:
+        """The file that it reads; of what a pipe or a person says there is one, said.md."""
+        match = re.search(r"(?<!<)<\s*([\w./-]+)", self.text)
+        if match:
+            return match[1]
+        return "said.md" if re.search(r"gpt chat|\| *gpt", self.text) else None
 
     @property
     def slow(self) -> bool:
@@ -125,8 +140,8 @@ def yamls() -> list[tuple[str, str]]:
 
 def words_of(text: str) -> list[list[str]]:
     """The arguments of each `gpt` in a shell line, as a shell passes them: quotes, $'...'."""
-    tell = r'gpt() { printf "%s\0" "$@" >&9; printf "\n\0" >&9; }; '
-    run = "set -- ; exec 9>&1 >/dev/null; "
+    tell = r'gpt() { for w; do printf "%s\0" "$w" >&9; done; printf "\n\0" >&9; }; '
+    run = "exec 9>&1 >/dev/null; "
     plain = re.sub(r"(?<![<>])[<>]{1,2}\s*[\w./-]+", "", text)  # files are not for this
     told = subprocess.run(
         ["bash", "-c", tell + run + plain], capture_output=True, text=True, timeout=20, check=True
@@ -137,12 +152,12 @@ def words_of(text: str) -> list[list[str]]:
             found.append([])
         else:
             found[-1].append(word)
-    return [words for words in found if words]
+    return found[:-1]
 
 
 def small(words: list[str]) -> list[str]:
     """The same command at a small size."""
-    if words[0] not in ("pretrain", "finetune", "plan"):
+    if not words or words[0] not in ("pretrain", "finetune", "plan"):
         return words
     sizes = _SMALL
     if words[0] == "finetune":

@@ -26,7 +26,7 @@ from gptcli.config.shipped import shipped_config
 from gptcli.data.unicode_scripts import language_of
 
 LINES = doc_lines.lines()
-GPT = [line for line in LINES if re.match(r"gpt( |$)", line.text)]
+GPT = [line for line in LINES if line.gpt]
 SERVE = [line for line in GPT if line.text.startswith("gpt serve") and not line.reason]
 RUN = [line for line in GPT if not line.reason and line not in SERVE]
 CURL = [line for line in LINES if line.text.startswith("curl ")]
@@ -133,10 +133,11 @@ def test_a_line_of_gpt(line: Line, place: Path) -> None:
     """Guards that what a page tells the reader to type works, and ends well."""
     number = RUN.index(line)
     here = line.here(f"new-{number}")
-    stdin = re.search(r"(?<!<)<\s*([\w./-]+)", here)
-    source = stdin[1] if stdin else "said.md" if " chat" in here else os.devnull
-    for words in doc_lines.words_of(here):
-        trains = words[0] in ("pretrain", "finetune") and "--dry-run" not in words
+    source = line.stdin or os.devnull
+    commands = doc_lines.words_of(here)
+    assert commands, "no command of gpt in it"
+    for words in commands:
+        trains = words[:1] in (["pretrain"], ["finetune"]) and "--dry-run" not in words
         runs = f"trained-{number}" if trains else "runs"
         run(*doc_lines.small(words), before=reads(source, runs))
         assert not trains or len(list(Path(runs).glob("*/checkpoints/step-*"))) > 0

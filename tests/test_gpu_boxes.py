@@ -397,7 +397,7 @@ def box_lines() -> list[str]:
 
 @pytest.mark.slow
 def test_the_lines_of_the_pages(trains: Box) -> None:
-    """Guards each line of README and docs, with a small config and two processes on the CPU."""
+    """Guards every line that the pages give, with a small config and two processes on the CPU."""
     trains.slurm(2)
     trains.program("aws", 'for word; do [ ! -d "$word" ] || cp -r "$word" copied; done')
     steps = "--set training.max_steps=20 --set training.device=cpu"

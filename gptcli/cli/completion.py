@@ -4,11 +4,11 @@
 one argument and the shell's name in GPT_COMPLETE. What a parameter takes is told by its metavar.
 """
 
-import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 SCRIPTS = {
@@ -85,6 +85,11 @@ def _of_command(command: Any, before: list[str], incomplete: str) -> Iterator[st
             arguments.append(word)
     if option is not None:
         return _values(str(option.metavar or ""), incomplete)
+    name, given, value = incomplete.partition("=")
+    if given and name.startswith("--"):
+        option = _option(command, name)
+        found = _values(str(option.metavar or "") if option is not None else "", value)
+        return (f"{name}={word}" for word in found)
     if incomplete.startswith("-"):
         return (name for param in _options(command) for name in param.opts if name[:2] == "--")
     if hasattr(command, "commands"):
@@ -113,6 +118,7 @@ def _values(metavar: str, incomplete: str) -> Iterator[str]:
         yield from _paths(incomplete, _CONFIGS)
     elif kind in ("MODEL", "SOURCE"):
         yield from _runs(paths=True)
+        yield from _checkpoints(incomplete)
     elif kind in ("RUN", "A B [C"):
         yield from _runs(paths=False)
     elif kind == "NAME":
@@ -155,42 +161,46 @@ def _runs(paths: bool) -> Iterator[str]:
     yield from (str(run) if paths else run.name for run in runs)
 
 
+def _checkpoints(incomplete: str) -> Iterator[str]:
+    """Those of the run that is written out up to its `/`, the newest first."""
+    from gptcli.runs.listing import checkpoint_names
+    from gptcli.runs.run_dir import CHECKPOINTS, is_run_dir
+
+    parts = Path(incomplete + "x").parts  # so that what ends in / has a last part
+    for depth in range(len(parts) - 1, 0, -1):
+        run = Path(*parts[:depth])
+        if is_run_dir(run):
+            names = reversed(checkpoint_names(run))
+            yield from (str(run / CHECKPOINTS / name) for name in names)
+
+
 def _settings(incomplete: str) -> Iterator[str]:
     """`KEY=` of all keys; behind one's `=`, its values."""
-    from gptcli.config.load import config_schema
+    from gptcli.config.fields import wanted_at
     from gptcli.config.presets import PRESETS
+    from gptcli.config.schema import Config
 
-    schema = json.loads(config_schema())
-    keys = dict(_keys(schema, schema["$defs"], ""))
     key, given, _ = incomplete.partition("=")
     if not given:
-        yield from (f"{name}=" for name in keys)
+        yield from (f"{name}=" for name in _keys(Config, ""))
         return
-    values = PRESETS if key == "model.preset" else _allowed(keys.get(key, {}), schema["$defs"])
+    if key == "model.preset":
+        values: Iterable[str] = PRESETS
+    else:
+        want = wanted_at(key.split("."))
+        values = () if want is None else want.choices
+        values = (*values, *(("true", "false") if want is not None and want.switch else ()))
+        values = (*values, *(("null",) if want is not None and want.null else ()))
     yield from (f"{key}={value}" for value in values)
 
 
-def _keys(part: dict[str, Any], defs: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in part.get("properties", {}).items():
-        inner = [p for p in _alternatives(value, defs) if "properties" in p]
-        if inner:
-            yield from _keys(inner[0], defs, f"{prefix}{name}.")
+def _keys(section: Any, prefix: str) -> Iterator[str]:
+    from gptcli.config.data_schema import SourceConfig
+    from gptcli.config.fields import keys_of, wanted
+
+    for name, field in keys_of(section).items():
+        inner = wanted(field.annotation).section
+        if inner is None or inner is SourceConfig:
+            yield f"{prefix}{name}"
         else:
-            yield f"{prefix}{name}", value
-
-
-def _alternatives(part: dict[str, Any], defs: dict[str, Any]) -> list[dict[str, Any]]:
-    if "$ref" in part:
-        return _alternatives(defs[part["$ref"].rpartition("/")[2]], defs)
-    several = part.get("anyOf") or part.get("allOf") or []
-    return [one for each in several for one in _alternatives(each, defs)] if several else [part]
-
-
-def _allowed(part: dict[str, Any], defs: dict[str, Any]) -> list[str]:
-    values: list[str] = []
-    for one in _alternatives(part, defs):
-        values += map(str, one.get("enum", []))
-        values += [str(one["const"])] if "const" in one else []
-        values += ["true", "false"] if one.get("type") == "boolean" else []
-        values += ["null"] if one.get("type") == "null" else []
-    return values
+            yield from _keys(inner, f"{prefix}{name}.")

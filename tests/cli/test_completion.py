@@ -19,6 +19,7 @@ def offered(gpt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("runs/small-1", "runs/notes", "texts"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "runs/small-1/run.json").write_text("{}")
+    (tmp_path / "runs/small-1/checkpoints/step-00000010").mkdir(parents=True)
     (tmp_path / "mine.yaml").write_text("name: mine\n")
     (tmp_path / "book.txt").write_text("a\n")
     monkeypatch.chdir(tmp_path)
@@ -50,6 +51,9 @@ def offered(gpt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("gpt generate --quantize ", ["int8", "fp16", "bf16"]),
         ("gpt generate --model ", ["runs/small-1"]),
         ("gpt generate --model runs/small-1 --trunc", ["--truncate"]),
+        ("gpt generate --model=runs/sm", ["--model=runs/small-1"]),
+        ("gpt generate --quantize=f", ["--quantize=fp16"]),
+        ("gpt generate --model runs/small-1/", ["runs/small-1/checkpoints/step-00000010"]),
         ("gpt runs sho", ["show"]),
         ("gpt runs show ", ["small-1"]),
         ("gpt runs compare small-1 ", ["small-1"]),
