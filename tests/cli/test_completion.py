@@ -19,7 +19,9 @@ def offered(gpt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("runs/small-1", "runs/notes", "texts"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "runs/small-1/run.json").write_text("{}")
-    (tmp_path / "runs/small-1/checkpoints/step-00000010").mkdir(parents=True)
+    checkpoint = tmp_path / "runs/small-1/checkpoints/step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
     (tmp_path / "mine.yaml").write_text("name: mine\n")
     (tmp_path / "book.txt").write_text("a\n")
     monkeypatch.chdir(tmp_path)
