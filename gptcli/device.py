@@ -8,8 +8,6 @@ import math
 import os
 import platform
 import re
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from gptcli import portable
 from gptcli.errors import ResourceError
 from gptcli.world import from_environment
 
@@ -183,10 +182,7 @@ def give_back_freed_memory() -> None:
 
 def memory_bytes() -> int | None:
     """Physical memory of this machine, None where it cannot be told."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return portable.physical_bytes()
 
 
 def free_memory_bytes(device: Device) -> int | None:
@@ -211,8 +207,7 @@ def peak_memory_bytes(device: Device) -> int:
     that was resident."""
     if device.kind == "cuda":
         return int(torch.cuda.max_memory_allocated(device.torch))
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return portable.peak_bytes()
 
 
 def usable_memory_bytes(device: Device, held_bytes: int = 0) -> int | None:
@@ -312,15 +307,11 @@ def _available_bytes() -> int | None:
 
 
 def _address_space_bytes() -> int | None:
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limit = portable.address_space_limit()
     pages = _words(Path("/proc/self/statm"))
-    if limit == resource.RLIM_INFINITY or not pages:
+    if limit is None or not pages:
         return None
-    return max(0, limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, limit - int(pages[0]) * portable.page_bytes())
 
 
 def _lines(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gptcli import portable
 from gptcli.config.load import load_resolved
 from gptcli.config.model_schema import ModelConfig
 from gptcli.config.schema import Config
@@ -394,4 +395,4 @@ def _resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return pages * portable.page_bytes()

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from gptcli import stop
+from gptcli import portable, stop
 from gptcli.config.load import dump_config
 from gptcli.config.schema import Config
 from gptcli.errors import ConfigError, GptError, ResourceError
@@ -202,7 +201,7 @@ def _train(
         process.kill()
         code = process.wait()
     stop.raise_if_requested()
-    if where is not None and code == -signal.SIGKILL:
+    if where is not None and code in (-portable.KILL, portable.KILL):
         return where
     if code != 0:
         raise _failure(code, said.read_text(encoding="utf-8", errors="replace"))

@@ -1,12 +1,15 @@
 """The stop flag: signal handlers (installed by `cli/`) only set it; every loop polls it."""
 
 import os
-import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+from gptcli import portable
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if portable.HANG_UP is not None:
+    EXIT_CODES[portable.HANG_UP] = 129
 _POLL_SECONDS = 0.2
 _CHUNK_BYTES = 2**20
 
@@ -83,7 +86,7 @@ def read_to_end(descriptor: int, most_bytes: int) -> bytes:
     nothing comes: a plain read would begin again after every signal and could not be stopped."""
     data = bytearray()
     while len(data) <= most_bytes:
-        ready = select.select([descriptor], [], [], _POLL_SECONDS)[0]
+        ready = portable.readable(descriptor, _POLL_SECONDS)
         raise_if_requested()
         if not ready:
             continue

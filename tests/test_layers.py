@@ -47,7 +47,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"config"},
-    {"stop", "errors", "device", "world"},
+    {"stop", "errors", "device", "world", "portable"},
     {"__init__", "shipped"},
 ]
 MODULES = {

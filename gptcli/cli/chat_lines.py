@@ -2,13 +2,12 @@
 
 import importlib
 import os
-import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 
-from gptcli import stop
+from gptcli import portable, stop
 from gptcli.cli import signals
 from gptcli.cli.terminal import write_error, write_out
 
@@ -58,10 +57,10 @@ class PipedLines:
 
     def is_waiting(self, seconds: float) -> bool:
         """Whether more comes within so many seconds."""
-        return bool(self._data) or bool(select.select([self._descriptor], [], [], seconds)[0])
+        return bool(self._data) or portable.readable(self._descriptor, seconds)
 
     def _read(self) -> None:
-        while not select.select([self._descriptor], [], [], _POLL_SECONDS)[0]:
+        while not portable.readable(self._descriptor, _POLL_SECONDS):
             stop.raise_if_requested()
         stop.raise_if_requested()
         chunk = os.read(self._descriptor, _CHUNK_BYTES)

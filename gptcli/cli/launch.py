@@ -30,6 +30,7 @@ _JOBS = 3000  # ports from _PORT on, and below those that systems give to any pr
 _GATHER_SECONDS = 600  # between the first machine of a job and the last
 _LEAST_SHUTDOWN_SECONDS = 10  # for processes to end by themselves when another one failed
 _NOTICE = b"\nstopping, and saving what there is to save; Ctrl-C again quits at once\n"
+assert sys.platform != "win32"  # run_flags.py refuses --devices there
 _ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

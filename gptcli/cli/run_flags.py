@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -132,18 +133,21 @@ def launched(
     # Of those that srun starts with --nodes, each is a launcher; torchrun's are processes.
     if from_environment().size > 1 and (nodes is None or "RANK" in os.environ):
         return None
-    from gptcli.cli.launch import launch, nodes_of
+    if sys.platform == "win32":
+        raise ConfigError("--devices and --nodes need Linux or macOS", "leave them out")
+    else:
+        from gptcli.cli.launch import launch, nodes_of
 
-    machines, each = nodes_of(nodes), devices or 1
-    if machines.count * each == 1:
-        return None
-    return launch(
-        _without(arguments, ("--devices", "--nodes")),
-        each,
-        machines,
-        settings.training.device,
-        settings.distributed.timeout_seconds,
-    )
+        machines, each = nodes_of(nodes), devices or 1
+        if machines.count * each == 1:
+            return None
+        return launch(
+            _without(arguments, ("--devices", "--nodes")),
+            each,
+            machines,
+            settings.training.device,
+            settings.distributed.timeout_seconds,
+        )
 
 
 def _without(arguments: list[str], flags: tuple[str, ...]) -> list[str]:

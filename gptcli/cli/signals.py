@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from gptcli import stop
+from gptcli import portable, stop
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -23,12 +23,11 @@ def installed() -> Iterator[None]:
     A signal that the parent asked to ignore (`nohup`, a background job) stays ignored. Outside
     the main thread Python allows no handlers, and none are set.
     """
-    handlers = {
-        signal.SIGINT: _interrupt,
-        signal.SIGTERM: _request,
-        signal.SIGHUP: _request,
-        signal.SIGUSR1: _save,
-    }
+    handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: _request}
+    if portable.HANG_UP is not None:
+        handlers[portable.HANG_UP] = _request
+    if portable.SAVE is not None:
+        handlers[portable.SAVE] = _save
     with _handled(handlers):
         yield
 
@@ -50,7 +49,9 @@ def raised(on_interrupt: Callable[[], None]) -> Iterator[None]:
         if not done.is_set():
             raise stop.Stopped
 
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end, signal.SIGHUP: end}
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end}
+    if portable.HANG_UP is not None:
+        handlers[portable.HANG_UP] = end
     with _handled(handlers), _repeated(frozenset(handlers), done):
         stop.raise_if_requested()  # one that came before
         yield
@@ -63,7 +64,7 @@ def _repeated(numbers: frozenset[signal.Signals], done: threading.Event) -> Iter
     One that comes just before readline waits for a key only leaves Python a note, which is read
     when the next key comes; and what is raised while readline completes a word is dropped.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
     main = threading.get_ident()

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gptcli import stop
+from gptcli import portable, stop
 from gptcli.config.check import check
 from gptcli.config.data_schema import TokenizerConfig
 from gptcli.config.model_schema import BESIDE_INIT, ModelConfig
@@ -177,7 +177,7 @@ def _find(reference: str) -> Path:
 def _read(path: Path) -> tuple[Node, list[Problem]]:
     try:
         # Without O_NONBLOCK, to open a pipe to which nobody writes could not be stopped.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | portable.NO_WAIT | portable.PLAIN)
         try:
             data = stop.read_to_end(descriptor, MAX_BYTES)
         finally:

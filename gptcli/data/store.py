@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import shutil
+import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ class TokenStore:
         """Give the pages read so far back: the system keeps them as long as memory allows, but
         they no longer count as this process's. What is still in use is mapped again."""
         for mapped in self.maps:
-            if hasattr(mmap, "MADV_DONTNEED"):
+            if sys.platform != "win32" and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 

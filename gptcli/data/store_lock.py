@@ -1,14 +1,13 @@
 """A lock file beside a directory of the cache, which leaves nothing behind."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptcli import stop
+from gptcli import portable, stop
 
 log = logging.getLogger("gptcli")
 
@@ -43,9 +42,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 def _acquire(lock: Path) -> int | None:
     """The descriptor of the locked file; None when another process holds it."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | portable.PLAIN, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            portable.lock(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             return None

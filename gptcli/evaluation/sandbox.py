@@ -16,6 +16,8 @@ import signal
 import sys
 from typing import Any
 
+assert sys.platform != "win32"  # which task_scores.py refuses
+
 MOST_FILE_BYTES = 16 * 2**20
 _NEW_USER, _NEW_PROCESSES, _NEW_NETWORK, _NEW_IPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000
 _DIE_WITH_PARENT = 1  # prctl(2), PR_SET_PDEATHSIG

@@ -1,11 +1,11 @@
 """Which of several ways to compute the same is the fastest on this machine."""
 
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from gptcli import portable
 from gptcli.device import MUST_WIN_BY
 
 # Context switches that were not asked for. Where another process wants the same core there are
@@ -59,4 +59,4 @@ def race(contestants: Mapping[str, Callable[[], object]], default: str, rounds: 
 
 def _switches() -> int:
     """How often this process has lost a processor before it wanted to."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return portable.preemptions()

@@ -1,6 +1,5 @@
 """Who works in a run directory, and asking that process to end."""
 
-import fcntl
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptcli import stop
+from gptcli import portable, stop
 from gptcli.errors import CheckpointError, ResourceError
 from gptcli.runs.run_dir import LOCK, NO_LOCKS
 
@@ -34,7 +33,7 @@ def lock_holder(run_dir: Path) -> Holder | None:
     a process of this machine that lives counts, and any of another machine.
     """
     try:
-        descriptor = os.open(run_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(run_dir / LOCK, os.O_RDONLY | portable.PLAIN | portable.NO_LINK)
     except OSError:
         return None
     try:
@@ -44,9 +43,9 @@ def lock_holder(run_dir: Path) -> Holder | None:
         holder = Holder(int(match[1]), match[2]) if match else Holder(None, None)
         # Looked at first: the lock that is tried below could be in the way of a process that takes
         # it just then, but not while another holds it.
-        if holder.host == socket.gethostname() and not _lives(holder.pid):
+        if holder.host == socket.gethostname() and not portable.is_alive(holder.pid or 0):
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        portable.lock(descriptor, shared=True)
     except BlockingIOError:
         return holder
     except OSError as error:
@@ -71,7 +70,7 @@ def stop_run(run_dir: Path, *, save: bool) -> Holder:
             hint=f"on {holder.host}: gpt runs stop {run_dir}" if holder.host else None,
         )
     try:
-        os.kill(holder.pid, signal.SIGTERM if save else signal.SIGKILL)
+        os.kill(holder.pid, signal.SIGTERM if save else portable.KILL)
     except ProcessLookupError:  # it ended just now
         return holder
     except OSError as error:
@@ -80,13 +79,3 @@ def stop_run(run_dir: Path, *, save: bool) -> Holder:
         stop.raise_if_requested()
         time.sleep(POLL_SECONDS)
     return holder
-
-
-def _lives(pid: int | None) -> bool:
-    try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from gptcli import portable
 from gptcli.errors import ConfigError, ResourceError
 
 _KINDS = (
@@ -21,7 +22,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file to read. OSError also for a pipe, socket, device or directory, which to open or
     read could take for ever, and for a link, which in a run of somebody else's can lead anywhere.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | portable.NO_WAIT | portable.NO_LINK | portable.PLAIN)
     try:
         _check(descriptor)
     except OSError:
@@ -35,7 +36,8 @@ def open_to_append(path: Path) -> int:
 
     ResourceError where it cannot be written, is a link or no regular file.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= portable.NO_LINK | portable.NO_WAIT | portable.PLAIN
     descriptor = -1
     try:
         descriptor = os.open(path, flags, 0o666)

@@ -4,7 +4,6 @@ Also what else is written whole or not at all: new directories and single files.
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gptcli import portable
 from gptcli.errors import CheckpointError, ConfigError, ResourceError
 from gptcli.runs.regular import refuse_special
 
@@ -80,7 +80,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CREAT | portable.PLAIN | portable.NO_LINK
             self._descriptor = os.open(self.run_dir / LOCK, flags, 0o666)
             self._acquire()
         except OSError as error:
@@ -101,7 +101,7 @@ class RunLock:
 
     def _acquire(self) -> None:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            portable.lock(self._descriptor)
         except BlockingIOError:
             holder = os.read(self._descriptor, 300).decode("ascii", "replace")
             match = re.match(r"(\d+) ([\w.-]+)\n", holder)
@@ -120,7 +120,7 @@ class RunLock:
     def _close(self) -> None:
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):  # a forked child may still hold the descriptor
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                portable.unlock(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -296,14 +296,11 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        portable.sync_names(path)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def json_bytes(obj: Any, indent: int | None = None) -> bytes:

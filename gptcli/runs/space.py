@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 from gptcli.errors import ResourceError
@@ -35,8 +36,8 @@ def free_bytes(path: Path) -> int | None:
     """Free bytes where `path` is or will be; None for file systems that do not tell."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+    disk = shutil.disk_usage(path)
+    return disk.free if disk.total else None
 
 
 def megabytes(count: int | None) -> str:

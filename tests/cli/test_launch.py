@@ -4,6 +4,7 @@ process that started the others comes to."""
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -83,10 +84,13 @@ def test_a_machine_that_does_not_come(gpt: Gpt, monkeypatch: pytest.MonkeyPatch)
     assert "error: not all of 2 machines came to 127.0.0.1:29399" in err
 
 
-@pytest.mark.parametrize("place", ["127.0.0.1:29398", "nowhere.invalid:29398"])
-def test_ctrl_c_while_others_are_awaited(place: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_ctrl_c_while_others_are_awaited(host: str) -> None:
     """Guards Ctrl-C before there is any process to pass it on to."""
-    child = Forked(["pretrain", "tiny.yaml", f"--nodes=2@{place}"])
+    with socket.socket() as taken:  # a port of its own: at a known one a second test run would meet
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    child = Forked(["pretrain", "tiny.yaml", f"--nodes=2@{host}:{port}"])
     time.sleep(1.5)
     child.send(signal.SIGINT)
     began = time.monotonic()
