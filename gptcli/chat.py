@@ -1,6 +1,5 @@
 """The job behind `gpt chat`: a conversation that fits the model's block, question by question."""
 
-import copy
 import itertools
 import logging
 import os
@@ -16,7 +15,7 @@ from gptcli.data.conversations import conversation_bytes, read_conversation
 from gptcli.data.json_file import bounded_bytes
 from gptcli.data.messages import Message
 from gptcli.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT
-from gptcli.data.tokenizer import IdsTokenizer, Tokenizer
+from gptcli.data.tokenizer import IdsTokenizer
 from gptcli.errors import CheckpointError, ConfigError, DataError
 from gptcli.generate import sampling_of
 from gptcli.generation.engine import Request, decode
@@ -63,7 +62,7 @@ class Chat:
         self._template = ChatTemplate(model.tokenizer, text)
         end = self._template.answer_end()
         self._stops = end.texts
-        self._tokenizer = _ending_at(model.tokenizer, end.tokens)
+        self._tokenizer = model.tokenizer.ending_at(end.tokens)
         self._prepared: Prepared | None = None
         self.last_seed: int | None = None  # of the last answer
         self._tried = set[int]()  # the seeds of answers to the last question
@@ -323,12 +322,3 @@ def _template_of(model: LoadedModel, given: str | None) -> tuple[str | None, str
     if published_template(model.tokenizer) is not None:
         return None, "its own template"
     return None, f"the plain template {DEFAULT_CHAT}"
-
-
-def _ending_at(tokenizer: Tokenizer, tokens: frozenset[int]) -> Tokenizer:
-    """A tokenizer for which these end a text too."""
-    if tokens <= tokenizer.ends:
-        return tokenizer
-    ending = copy.copy(tokenizer)
-    ending.ends = tokenizer.ends | tokens
-    return ending

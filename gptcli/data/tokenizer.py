@@ -4,6 +4,7 @@ Text is always encoded as ordinary text: `<|endoftext|>` inside a document is ju
 Only this program puts the end-of-text token `eot` between documents.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -152,6 +153,14 @@ class Tokenizer:
         parts = re.split(added, text) if self._in_text else [text]
         parts[::2] = [nfc.normalize_str(part) for part in parts[::2]]
         return "".join(parts)
+
+    def ending_at(self, tokens: frozenset[int]) -> "Tokenizer":
+        """This one, or a copy for which `tokens` end a generated text too."""
+        if tokens <= self.ends:
+            return self
+        ending = copy.copy(self)
+        ending.ends = self.ends | tokens
+        return ending
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one token (a part of a character, maybe); none for eot and unused ids."""

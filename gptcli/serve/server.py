@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -99,10 +100,9 @@ async def _serve(
     def tell(jobs: Iterable[Job]) -> None:
         loop.call_soon_threadsafe(_call_all, [job.on_change for job in jobs])
 
+    loaded, template, ends = ending_with_answers(loaded)
     worker = computed_aside(lambda: Worker(loaded, config.max_queue, config.max_tokens, tell))
     door = Door()
-    template = _template(loaded)
-    ends = template.answer_end().texts if template else ()
     served = Served(loaded, loaded.name, template, config.max_tokens, config.max_n, ends)
     app = build_app(served, worker, door, parse_bytes(config.max_body))
     server = _server(app, Guard(app, door, token, is_loopback(bound)))
@@ -126,6 +126,19 @@ async def _serve(
         await serving
     if worker.error is not None:
         raise RuntimeError("decoding ended") from worker.error
+
+
+def ending_with_answers(
+    loaded: LoadedModel,
+) -> tuple[LoadedModel, ChatTemplate | None, tuple[str, ...]]:
+    """The model, whose texts also end with the token that ends an answer of its chat template; the
+    template, None for one that does not work; and the texts before which its answers end."""
+    template = _template(loaded)
+    if template is None:
+        return loaded, None, ()
+    end = template.answer_end()
+    ending = loaded.tokenizer.ending_at(end.tokens)
+    return replace(loaded, tokenizer=ending), template, end.texts
 
 
 def _call_all(calls: Iterable[Callable[[], None]]) -> None:
