@@ -149,18 +149,6 @@ def draw_shares(model: GPT, generator: torch.Generator) -> None:
         share.copy_(value[first : first + share.size(0)])
 
 
-@contextmanager
-def gathered_root(model: GPT) -> Iterator[None]:
-    """Around what computes without a backward pass: the embeddings and the head, which it gathered,
-    are shares again afterwards."""
-    try:
-        yield
-    finally:
-        reshard = getattr(model, "reshard", None)
-        if reshard is not None:
-            reshard()
-
-
 def sharded(model: GPT) -> bool:
     """Whether this process has a share of the model's tensors only."""
     return hasattr(model, "reshard")
