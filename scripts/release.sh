@@ -31,7 +31,8 @@ first_minutes() {
         case $found in "$here"/*) ;; *) fail "not the installed package: $found" ;; esac
         gpt --version
         gpt config list
-        gpt config check "$root/configs/small.yaml"
+        gpt --help
+        gpt config check small
         gpt pretrain tiny --run-dir run
         gpt generate --model run --prompt "Once upon a time" -n 2 --max-new-tokens 20
         gpt eval --model run
