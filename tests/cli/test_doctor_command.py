@@ -109,7 +109,7 @@ def test_a_folder_that_is_gone(shell):
 
 
 @pytest.mark.parametrize(
-    ("version", "older"), [("0.14.9", True), ("0.15", False), ("1.0a1", False)]
+    ("version", "older"), [("0.14.9", True), ("0.15.1", False), ("1.0a1", False)]
 )
 def test_a_package_that_is_too_old(monkeypatch, version, older):
     """pip leaves an old package where --no-deps was given; what breaks then is named."""
