@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,11 +128,17 @@ def _product_seconds(dtype: torch.dtype, give_up: float) -> float:
 
 def autocast(device: Device, precision: str) -> torch.autocast:
     """Mixed precision for forward passes: matrix products in `precision`, weights in fp32."""
-    # RMSNorm's weights in fp32 are meant: torch then computes it in fp32, and says so once.
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     dtype = DTYPES[precision]
     enabled = dtype != torch.float32
+    if enabled:
+        _expect_fp32_norms()
     return torch.autocast(device.kind, dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+@cache
+def _expect_fp32_norms() -> None:
+    """RMSNorm's weights in fp32 are meant: torch then computes it in fp32, and warns of that."""
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 
 
 def allow_tf32(device: Device) -> None:

@@ -15,7 +15,7 @@ if sys.platform == "win32":
     NO_WAIT = NO_LINK = 0
     HANG_UP: signal.Signals | None = None
     SAVE: signal.Signals | None = None
-    KILL = signal.SIGTERM  # which ends a process there and then
+    KILL, KILLED = signal.SIGTERM, 1  # any signal ends a process there and then
     _LOCKED = 2**30  # the byte that is locked, behind all that a lock's file says
 else:
     import fcntl
@@ -26,7 +26,7 @@ else:
     NO_WAIT, NO_LINK = os.O_NONBLOCK, os.O_NOFOLLOW
     HANG_UP = signal.SIGHUP
     SAVE = signal.SIGUSR1
-    KILL = signal.SIGKILL
+    KILL, KILLED = signal.SIGKILL, -signal.SIGKILL  # and what subprocess calls the exit code then
 
 
 def lock(descriptor: int, *, shared: bool = False) -> None:

@@ -201,7 +201,7 @@ def _train(
         process.kill()
         code = process.wait()
     stop.raise_if_requested()
-    if where is not None and code in (-portable.KILL, portable.KILL):
+    if where is not None and code == portable.KILLED:
         return where
     if code != 0:
         raise _failure(code, said.read_text(encoding="utf-8", errors="replace"))

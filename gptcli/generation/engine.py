@@ -30,6 +30,7 @@ from torch import Tensor
 from gptcli import stop
 from gptcli.data.tokenizer import Tokenizer
 from gptcli.device import Device, free_memory_bytes
+from gptcli.errors import CheckpointError
 from gptcli.generation.reader import Reader
 from gptcli.generation.row import Generated, OnText, Report, Row
 from gptcli.generation.sampling import Sampler, Sampling, check_finite
@@ -231,9 +232,12 @@ class Batch:
         reader: Reader,
         waiting: Callable[[], Row | None],
         size: BatchSize,
+        on_broken: Callable[[Row], None] | None = None,
     ) -> None:
+        """`on_broken` is told of a row for which the model gives what is not finite, and which
+        ends; without it that is a CheckpointError for all."""
         self._model, self._reader, self._size = model, reader, size
-        self._waiting, self._rows = waiting, list[Row]()
+        self._waiting, self._rows, self._on_broken = waiting, list[Row](), on_broken
         self._vocab_size = min(tokenizer.vocab_size, model.vocab_size)  # the head may be padded
         self._sampler = Sampler(size.rows, tokenizer, self._vocab_size, model.device)
         self._free = list(range(size.rows))
@@ -316,8 +320,9 @@ class Batch:
 
     def _choose(self, logits: Tensor) -> None:
         """Take the next token of every row, and go on with those that had guessed it."""
-        check_finite(logits)
-        going = list(range(len(self._rows)))
+        going = self._unbroken(logits)
+        if not going:
+            return
         for ahead in range(logits.size(1)):
             rows = [self._rows[i] for i in going]
             last = logits[:, ahead] if len(going) == len(self._rows) else logits[going, ahead]
@@ -335,6 +340,23 @@ class Batch:
             going = still
             if not going:
                 return
+
+    def _unbroken(self, logits: Tensor) -> list[int]:
+        """The rows with finite logits (R, T, V); the others end."""
+        try:
+            check_finite(logits)
+        except CheckpointError:
+            if self._on_broken is None:
+                raise
+        else:
+            return list(range(len(self._rows)))
+        sound = logits.flatten(1).isfinite().all(dim=1).tolist()
+        for i, row in enumerate(self._rows):
+            if not sound[i]:
+                self._reader.clear(i)
+                row.finish("failed")
+                self._on_broken(row)
+        return [i for i, is_sound in enumerate(sound) if is_sound]
 
     def _leave(self) -> None:
         """Give the places of finished rows to the last ones."""

@@ -8,7 +8,7 @@ fulfil the constraint only where each step leaves the same share of its probabil
 
 from collections import OrderedDict
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,16 +64,19 @@ class Vocabulary:
         self.ends = np.array(sorted(i for i in tokenizer.ends if i < vocab_size), dtype=np.int64)
         self.tokens = [_spelled(tokenizer, token) for token in range(vocab_size)]
         self.library = library().LLTokenizer(_Wrapper([*self.tokens, b""], vocab_size))
-        self._grammars: OrderedDict[Constraint, _Grammar] = OrderedDict()
+        self._recent: OrderedDict[Constraint, _Grammar] = OrderedDict()
+        self._used = WeakValueDictionary[Constraint, _Grammar]()
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """For a new text. Where it cannot even begin, `problem` says so."""
-        grammar = self._grammars.pop(constraint, None)
+        """For a new text. Where it cannot even begin, `problem` says so. It is there at once while
+        another matcher of `constraint` is in use, or was lately."""
+        self._recent.pop(constraint, None)
+        grammar = self._used.get(constraint)
         if grammar is None or grammar.spent:
             grammar = _Grammar(self, constraint)
-        self._grammars[constraint] = grammar
-        if len(self._grammars) > _MOST_KEPT:
-            self._grammars.popitem(last=False)
+        self._recent[constraint] = self._used[constraint] = grammar
+        if len(self._recent) > _MOST_KEPT:
+            self._recent.popitem(last=False)
         return Matcher(grammar)
 
     def unspelled(self, texts: list[str]) -> list[str]:
@@ -96,8 +99,10 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     return made[vocab_size]
 
 
-def check_spelled(constraint: Constraint, tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """ConfigError where the tokens of a model cannot begin to fulfil `constraint`, or cannot spell
+def check_spelled(constraint: Constraint, tokenizer: Tokenizer, model_vocab_size: int) -> Matcher:
+    """One for a text that is held to `constraint`: as long as it is kept, others are made at once.
+
+    ConfigError where the tokens of a model cannot begin to fulfil `constraint`, or cannot spell
     one of its choices."""
     vocabulary = vocabulary_of(tokenizer, min(tokenizer.vocab_size, model_vocab_size))
     if constraint.kind == "choices":
@@ -107,9 +112,10 @@ def check_spelled(constraint: Constraint, tokenizer: Tokenizer, model_vocab_size
             raise ConfigError(
                 f"choices: the model's tokens cannot spell {unspelled[0][:80]!r}{more}"
             )
-    problem = vocabulary.matcher(constraint).problem
-    if problem is not None:
-        raise ConfigError(f"{constraint.shown()}: {problem}")
+    matcher = vocabulary.matcher(constraint)
+    if matcher.problem is not None:
+        raise ConfigError(f"{constraint.shown()}: {matcher.problem}")
+    return matcher
 
 
 class _Grammar:

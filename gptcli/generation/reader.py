@@ -106,6 +106,10 @@ class Reader:
         self._cache.move(row, to, length)
         self._held[to], self._shared = self._held.get(row, ()), (0, 0)
 
+    def clear(self, row: int) -> None:
+        """Forget what `row` holds, which is not finite: what a mask hides of it would be nan."""
+        self._cache.clear(row)
+
     def _shared_tokens(self, rows: int) -> int:
         """What the first `rows` rows begin with alike, where that is worth a part of its own."""
         if self._shared[0] != rows:

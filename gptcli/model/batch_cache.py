@@ -116,6 +116,11 @@ class BatchCache:
         for kept in [*self.k, *self.v]:
             kept[to, :, :length] = kept[row, :, :length]  # in a window's slots: all of them
 
+    def clear(self, row: int) -> None:
+        """Zeros for what `row` held, which may not be finite."""
+        for kept in [*self.k, *self.v]:
+            kept[row] = 0.0
+
     def _append(self, kept: Tensor, new: Tensor) -> Tensor:
         size, count = kept.size(2), new.size(2)
         kept = kept[: new.size(0)]

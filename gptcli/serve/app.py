@@ -43,8 +43,11 @@ def build_app(served: Served, worker: Worker, door: Door, max_body_bytes: int) -
     async def decoded(request: Request, chat: bool) -> Response:
         with _counted(request, door) as large:
             data = await _body(request, max_body_bytes)
-            if large or takes_time(data):
+            if large:
                 found = await asyncio.to_thread(lambda: asked(parse(data), chat, served))
+            elif takes_time(data):
+                with _one_of_few(door):
+                    found = await asyncio.to_thread(lambda: asked(parse(data), chat, served))
             else:
                 found = asked(parse(data), chat, served)
         answer = Answer(found, served.name, served.loaded.tokenizer)
@@ -95,11 +98,18 @@ def _counted(request: Request, door: Door) -> Iterator[bool]:
     if length.isdecimal() and int(length[:20]) < _LARGE_BYTES:
         yield False
         return
+    with _one_of_few(door):
+        yield True
+
+
+@contextmanager
+def _one_of_few(door: Door) -> Iterator[None]:
+    """One of the requests that are read in threads. RefusedError where there are too many."""
     if door.large >= _MOST_LARGE:
         raise RefusedError(429, "too many large requests at once", code="queue_full")
     door.large += 1
     try:
-        yield True
+        yield
     finally:
         door.large -= 1
 

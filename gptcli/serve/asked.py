@@ -16,6 +16,7 @@ from gptcli.data.messages import Message
 from gptcli.errors import GptError
 from gptcli.generation.constraint import Constraint
 from gptcli.generation.engine import Request
+from gptcli.generation.grammar import Matcher
 from gptcli.generation.prompt import encode_prompt
 from gptcli.generation.sampling import Sampling
 from gptcli.runs.load import LoadedModel
@@ -66,7 +67,7 @@ class Served:
 @dataclass(frozen=True)
 class Asked:
     """A request that can be decoded. `logprobs` alternatives are to be told of each token, None:
-    nothing of them."""
+    nothing of them. `held` is the constraint of its texts, kept ready until they begin."""
 
     requests: list[Request]
     chat: bool
@@ -74,6 +75,7 @@ class Asked:
     stream: bool
     include_usage: bool
     logprobs: int | None
+    held: tuple[Constraint, Matcher] | None = None
     echo: bool = False
 
     @property
@@ -165,7 +167,7 @@ def asked(body: dict[str, Any], chat: bool, served: Served) -> Asked:
         Request(
             text,
             ids,
-            _sampling(fields, seed, logprobs, held, stops, _room(served, fields, ids)),
+            _sampling(fields, seed, logprobs, held and held[0], stops, _room(served, fields, ids)),
             n,
         )
         for text, ids in prompts
@@ -178,6 +180,7 @@ def asked(body: dict[str, Any], chat: bool, served: Served) -> Asked:
         stream=bool(fields.stream),
         include_usage=options is not None and bool(options.include_usage),
         logprobs=logprobs,
+        held=held,
         echo=isinstance(fields, _Completion) and bool(fields.echo),
     )
 
@@ -212,7 +215,7 @@ def _sampling(
     fields: _Common,
     seed: int,
     logprobs: int | None,
-    held: Constraint | None,
+    constraint: Constraint | None,
     stops: tuple[str, ...],
     max_new_tokens: int,
 ) -> Sampling:
@@ -225,7 +228,7 @@ def _sampling(
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
         stop=stops,
-        constraint=held,
+        constraint=constraint,
         seed=seed,
         max_new_tokens=max_new_tokens,
         logprobs=0 if logprobs is None else max(1, logprobs),

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from gptcli.config.section import Section
 from gptcli.errors import ConfigError
 from gptcli.generation.constraint import Constraint
-from gptcli.generation.grammar import check_spelled
+from gptcli.generation.grammar import Matcher, check_spelled
 from gptcli.runs.load import LoadedModel
 from gptcli.serve.refusals import wrong
 
@@ -36,10 +36,13 @@ def takes_time(body: bytes) -> bool:
 
 def asked_constraint(
     response_format: Any, choices: list[str] | None, regex: str | None, loaded: LoadedModel
-) -> Constraint | None:
-    """The constraint that these fields of a body ask for, ready for the tokens of the model that is
-    served. RefusedError where they are at fault, where there are several, or where the model's
-    tokens cannot spell what they ask for."""
+) -> tuple[Constraint, Matcher] | None:
+    """The constraint that these fields of a body ask for, and a matcher: while it is kept, those of
+    the texts are made at once.
+
+    RefusedError where they are at fault, where there are several, or where the model's tokens
+    cannot spell what they ask for.
+    """
     made: dict[str, Callable[[], Constraint]] = {}
     schema = _schema(response_format)
     if schema is not None:
@@ -53,11 +56,11 @@ def asked_constraint(
     for name, make in made.items():
         try:
             constraint = replace(make(), most_states=_MOST_STATES)
-            check_spelled(constraint, loaded.tokenizer, loaded.model.vocab_size)
+            matcher = check_spelled(constraint, loaded.tokenizer, loaded.model.vocab_size)
         except ConfigError as error:
             told = error.message.removeprefix(f"{name}: ")
             raise wrong(name, told) from None
-        return constraint
+        return constraint, matcher
     return None
 
 

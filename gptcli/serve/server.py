@@ -33,6 +33,7 @@ _POLL_SECONDS = 0.05
 _LAST_SECONDS = 2  # for texts that were ended to reach their clients
 _SILENT_SECONDS = 30  # in which a client must send its request's head, or take what is sent
 _BACKLOG = 1024
+_MOST_CONNECTIONS = 900  # a process may have 1,024 files open, as a rule
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -199,11 +200,19 @@ class _Protocol(H11Protocol):  # always this one: it bounds the size of a reques
     request's head, or none, or does not read what it is sent."""
 
     _silent: asyncio.TimerHandle | None = None
+    _awaiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Await the first request."""
+        """Await the first request; of too many connections this one is closed."""
         super().connection_made(transport)
-        self.loop.call_later(_SILENT_SECONDS, self._close_unless_asked)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            transport.close()
+        self._await_request()
+
+    def on_response_complete(self) -> None:
+        """Await the next one."""
+        super().on_response_complete()
+        self._await_request()
 
     def pause_writing(self) -> None:
         """What was sent is not read."""
@@ -217,9 +226,14 @@ class _Protocol(H11Protocol):  # always this one: it bounds the size of a reques
             self._silent.cancel()
             self._silent = None
 
-    def _close_unless_asked(self) -> None:
-        first: Any = self.cycle
-        if first is None:
+    def _await_request(self) -> None:
+        if self._awaiting is not None:
+            self._awaiting.cancel()
+        before: Any = self.cycle  # the last request
+        self._awaiting = self.loop.call_later(_SILENT_SECONDS, self._close_unless_asked, before)
+
+    def _close_unless_asked(self, before: Any) -> None:
+        if self.cycle is before:
             self.transport.close()
 
 

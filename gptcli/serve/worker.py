@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gptcli.errors import GptError
+from gptcli.errors import CheckpointError, GptError
 from gptcli.generation.engine import MOST_ROWS, Batch, BatchSize, Request
 from gptcli.generation.kernel_race import best_threads, packed_for
 from gptcli.generation.reader import Reader
@@ -214,7 +214,15 @@ class Worker:
     def _new_batch(self) -> Batch:
         size = self._size
         reader = Reader(self._model, self._decoder, size.rows, size.capacity, size.most_new, {})
-        return Batch(self._model, self._tokenizer, reader, self._next, size)
+        return Batch(self._model, self._tokenizer, reader, self._next, size, self._broken)
+
+    def _broken(self, row: Row) -> None:
+        """The model gives what is not finite for a text: its job fails, and no other."""
+        job = next(text.job for text in self._growing if text.row is row)
+        log.error("%s: a text lost: the checkpoint produces non-finite logits", self._path)
+        job.error = CheckpointError("the checkpoint produces non-finite logits")
+        job.cancelled = self._cancelled = True  # with its other texts
+        self._changed[job] = None
 
     def _next(self) -> Row | None:
         """The batch has a place: the next text that waits."""
@@ -271,6 +279,8 @@ class Worker:
                 self._growing = [t for t in self._growing if t.row.finish_reason is None]
                 self._unfinished -= len(over)
             for text in over:
+                if text.job.error is not None:
+                    continue  # all that there is to tell
                 text.job.finish(text.number, text.row)
                 if text.job.live or text.job.done:
                     self._changed[text.job] = None

@@ -426,7 +426,7 @@ def test_a_vocabulary_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({id(matcher) for matcher in matchers}) == 4
     for count in range(1, 100):
         vocabulary_of(tokenizer, 257).matcher(Constraint.regex(f"a{{{count}}}"))
-    assert len(vocabulary_of(tokenizer, 257)._grammars) == grammar._MOST_KEPT
+    assert len(vocabulary_of(tokenizer, 257)._recent) == grammar._MOST_KEPT
 
 
 def test_without_constraints_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

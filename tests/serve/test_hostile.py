@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 from serving import ENDLESS, FOR_EVER, Server, make_model, places, resident_bytes, serving
 
 KNOWN = {"prompt": "Once", "max_tokens": 8, "temperature": 0}
+BESIDE = {"prompt": "Once" * 20, "max_tokens": 1500, "temperature": 0}  # for a while
 
 
 def wait_until(condition: Any, seconds: float = 20.0) -> None:
@@ -298,6 +300,14 @@ def test_half_a_request_is_not_waited_for_for_ever(model: Path) -> None:
     with serving("--model", str(model), before=before) as server:
         silent, half = server.connect(), server.connect()
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+        kept = server.connect()  # byte by byte behind a whole request
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert kept.recv(10_000).startswith(b"HTTP/1.1 200")
+        with suppress(ConnectionError):
+            for byte in b"GET /health HTTP/1.1\r\n" + b"X" * 40:
+                kept.send(bytes([byte]))
+                time.sleep(0.05)
+            pytest.fail("it was waited for")
         assert silent.recv(10) == half.recv(10) == b""
         assert server.text(**KNOWN)
 
@@ -305,10 +315,20 @@ def test_half_a_request_is_not_waited_for_for_ever(model: Path) -> None:
 def test_a_prompt_that_breaks_the_model_breaks_no_other_request(tmp_path: Path) -> None:
     """Guards: a server that is dead, or hangs, after one step has failed."""
     model = make_model(tmp_path / "damaged", damaged=ord("#"))
-    with serving("--model", str(model)) as server:
+    with serving("--model", str(model), "--max-tokens", "1500") as server:
         expected = server.text(**KNOWN)
-        status, found, _ = server.complete(prompt="a#", max_tokens=5)
+        others: list[str] = []
+        ask = threading.Thread(target=lambda: others.append(server.text(**BESIDE)))
+        alone = server.text(**BESIDE)
+        ask.start()
+        while not server.health()["growing"]:
+            time.sleep(0.001)
+        status, found, _ = server.complete(prompt="a" * 60 + "#", max_tokens=5)
+        assert server.text(**KNOWN) == expected  # in the place of the broken one
+        assert ask.is_alive()
         assert (status, found["error"]["type"]) == (500, "server_error")
+        ask.join()
+        assert others == [alone]
         assert "non-finite" not in found["error"]["message"]
         assert server.text(**KNOWN) == expected
         assert server.health() == {"status": "ok", "growing": 0, "waiting": 0}
